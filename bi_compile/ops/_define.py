@@ -1,0 +1,85 @@
+"""How an operator is declared: one function gives schema, documentation and fake implementation.
+
+The function under `@operator(schema)` is the operator's fake implementation: it gets fake tensors, checks them and
+returns empty tensors of the right size, dtype and strides. Its docstring is the operator's documentation. What the
+decorator returns calls the operator through the dispatcher.
+
+The implementations live in `bi_compile.kernels`, one for each device, and are loaded at the first call on that device:
+importing this package compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "bi_compile"
+#: device -> (dispatch key, module whose `register(library)` gives every operator its implementation under that key)
+KERNELS = {"cpu": ("CPU", "bi_compile.kernels.cpu"), "cuda": ("CUDA", "bi_compile.kernels.triton")}
+#: every operator of this package by name
+OPERATORS: dict[str, torch._ops.OpOverload] = {}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+#: device -> the registrations that load the kernels at the first call and are gone afterwards
+_lazy = {device: torch.library.Library(NAMESPACE, "IMPL") for device in KERNELS}
+_loaded: dict[str, torch.library.Library] = {}
+
+
+def load_kernels(device: str) -> None:
+    """Load (on a CPU: compile, if that was not done before) the kernels for `device` ("cpu", "cuda").
+
+    From then on a call goes from the dispatcher straight to the kernel. Loading twice does nothing.
+
+    Raises:
+        ValueError: no kernels exist for that device.
+        RuntimeError: the kernels cannot be had here; the message says what is missing.
+    """
+    if device not in KERNELS:
+        raise ValueError(f"bi_compile has no kernels for the device {device!r}; it has them for {', '.join(KERNELS)}")
+    if device in _loaded:
+        return
+    key, module = KERNELS[device]
+    _lazy.pop(device)._destroy()
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    try:
+        importlib.import_module(module).register(library)
+    except BaseException:
+        library._destroy()
+        _lazy[device] = torch.library.Library(NAMESPACE, "IMPL")
+        for name in OPERATORS:
+            _register_first_call(device, name)
+        raise
+    _loaded[device] = library
+
+
+def _register_first_call(device: str, name: str) -> None:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        load_kernels(device)
+        return OPERATORS[name](*args, **kwargs)
+
+    _lazy[device].impl(name, run, KERNELS[device][0])
+
+
+def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare `bi_compile::<schema>`; the decorated function is its fake implementation and its documentation."""
+    name = schema.split("(")[0]
+
+    def declare(fake: Callable[..., Any]) -> Callable[..., Any]:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        for device in KERNELS:
+            _register_first_call(device, name)
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        OPERATORS[name] = op
+
+        @functools.wraps(fake)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return op(*args, **kwargs)
+
+        return call
+
+    return declare

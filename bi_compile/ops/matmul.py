@@ -1,0 +1,59 @@
+"""Products. The order of every sum depends on K, the dtype and the device alone; see `bi_compile.kernels`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._define import operator
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check(name: str, dims: int, *operands: Tensor) -> None:
+    a, b = operands[0], operands[1]
+    torch._check(a.dim() == dims and b.dim() == dims, lambda: f"bi_compile::{name} takes {dims}-D operands, got {a.dim()}-D and {b.dim()}-D")
+    torch._check(
+        all(x.dtype == a.dtype for x in operands),
+        lambda: f"bi_compile::{name} takes operands of one dtype, got {', '.join(str(x.dtype) for x in operands)}: cast them first",
+    )
+    torch._check(
+        a.dtype in FLOATS,
+        lambda: f"bi_compile::{name} has no kernel for {a.dtype}: use float32, bfloat16, float16 or float64",
+    )
+    torch._check(a.shape[-1] == b.shape[-2], lambda: f"bi_compile::{name} cannot multiply {tuple(a.shape)} by {tuple(b.shape)}")
+
+
+@operator("mm(Tensor a, Tensor b) -> Tensor")
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`: [M, K] by [K, N] gives [M, N], contiguous, in the operands' dtype.
+
+    Row m of the result depends on row m of `a` and on `b`, not on M or m. K is summed in an order that K, the dtype and
+    the device decide; products of bfloat16 and float16 are accumulated in float32 and rounded once.
+    """
+    _check("mm", 2, a, b)
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+@operator("addmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1) -> Tensor")
+def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """`beta * bias + alpha * (a @ b)`: the sums of `mm`; scaled and the bias added in the accumulator, rounded once.
+
+    `bias` is broadcastable to [M, N]. With beta == 0 the bias is not read, as in `torch.addmm`.
+    """
+    _check("addmm", 2, a, b, bias)
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+@operator("bmm(Tensor a, Tensor b) -> Tensor")
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` for each batch: [B, M, K] by [B, K, N] gives [B, M, N], contiguous. Each is the `mm` of its pair, bit for bit."""
+    _check("bmm", 3, a, b)
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+
+@operator("baddbmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1) -> Tensor")
+def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """`beta * bias + alpha * (a @ b)` for each batch: `addmm` of each triple, bit for bit. `bias` broadcasts to [B, M, N]."""
+    _check("baddbmm", 3, a, b, bias)
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])

@@ -1,0 +1,74 @@
+"""Normalisations over the last dimension, of length C, and group_norm. Statistics in float32 or wider, one rounding each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._define import operator
+from .reduce import _float
+
+
+def _statistic(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _affine(name: str, x: Tensor, *params: Tensor | None) -> None:
+    _float(name, x)
+    for p in params:
+        torch._check(
+            p is None or (p.dim() == 1 and p.shape[0] == x.shape[-1]),
+            lambda: f"bi_compile::{name} takes a weight or bias of {x.shape[-1]} elements, got {None if p is None else tuple(p.shape)}",
+        )
+
+
+@operator("rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """y = x * rstd * weight with rstd = 1 / sqrt(mean(x * x) + eps), computed in float32 or wider, y rounded once.
+
+    x [..., C]; weight [C] of any float dtype, or None. Returns y (x's shape and dtype, contiguous) and rstd [..., 1] in
+    float32 (float64 for float64). The sum over C has the order of `bi_compile::sum`.
+    """
+    _affine("rms_norm", x, weight)
+    return x.new_empty(x.shape), x.new_empty([*x.shape[:-1], 1], dtype=_statistic(x))
+
+
+@operator("add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)")
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """s = x + residual, rounded to x's dtype; then `rms_norm(s, weight, eps)`, bit for bit.
+
+    x and residual have one shape and dtype. Returns y, rstd [..., 1] and s, in the order of `npu_add_rms_norm`.
+    """
+    torch._check(
+        x.dtype == residual.dtype and x.shape == residual.shape,
+        lambda: f"bi_compile::add_rms_norm takes x and residual of one shape and dtype, got {tuple(x.shape)} {x.dtype} and {tuple(residual.shape)} {residual.dtype}",
+    )
+    _affine("add_rms_norm", x, weight)
+    return x.new_empty(x.shape), x.new_empty([*x.shape[:-1], 1], dtype=_statistic(x)), x.new_empty(x.shape)
+
+
+@operator("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)")
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(var + eps), var biased and in two passes, y rounded once.
+
+    x [..., C]; weight and bias [C] or None. Returns y (contiguous), mean and rstd [..., 1] in float32 (float64 for float64).
+    """
+    _affine("layer_norm", x, weight, bias)
+    stat = [*x.shape[:-1], 1]
+    return x.new_empty(x.shape), x.new_empty(stat, dtype=_statistic(x)), x.new_empty(stat, dtype=_statistic(x))
+
+
+@operator("group_norm(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps) -> (Tensor, Tensor, Tensor)")
+def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`layer_norm`'s statistics over each of `groups` groups of channels, then weight and bias for each channel.
+
+    x [N, channels, ...]; weight and bias [channels] or None. The C = channels / groups * (rest) elements of a group are
+    read in row-major order. Returns y (contiguous), mean and rstd [N, groups] in float32 (float64 for float64).
+    """
+    _float("group_norm", x)
+    torch._check(
+        x.dim() >= 2 and groups > 0 and x.shape[1] % groups == 0,
+        lambda: f"bi_compile::group_norm needs channels divisible by groups, got {tuple(x.shape)} and {groups}",
+    )
+    stat = [x.shape[0], groups]
+    return x.new_empty(x.shape), x.new_empty(stat, dtype=_statistic(x)), x.new_empty(stat, dtype=_statistic(x))
