@@ -6,13 +6,13 @@ inside a CUDA graph. The order of each sum is a function of the reduced length, 
 
 from ._define import KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .attention import scaled_dot_product_attention
-from .collective import all_reduce, reduce_scatter
+from .collective import REDUCE_OPS, all_reduce, reduce_scatter
 from .matmul import addmm, baddbmm, bmm, mm
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
 from .reduce import cumsum, log_softmax, logsumexp, mean, softmax, sum, var_mean
 
 __all__ = [
-    "KERNELS", "NAMESPACE", "OPERATORS", "load_kernels",
+    "KERNELS", "NAMESPACE", "OPERATORS", "REDUCE_OPS", "load_kernels",
     "add_rms_norm", "addmm", "all_reduce", "baddbmm", "bmm", "cumsum", "group_norm", "layer_norm", "log_softmax",
     "logsumexp", "mean", "mm", "reduce_scatter", "rms_norm", "scaled_dot_product_attention", "softmax", "sum", "var_mean",
 ]  # fmt: skip

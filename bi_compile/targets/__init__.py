@@ -1,0 +1,41 @@
+"""Targets: the device and compiler that run a graph, and what is known there.
+
+A target is one file that holds one `TARGET`; a new target is a file here and its line in `TARGETS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is known of a device."""
+
+    name: str
+    device: str
+    """torch's name of the device type."""
+    trusted: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Native operators (`ns.packet.overload`) that are invariant here, each with its reason."""
+    inductor: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Settings of Inductor (`torch._inductor.config`) that the guarantee needs."""
+
+
+def get_target(name: str) -> Target:
+    """The target called `name`.
+
+    Raises:
+        OptionError: there is none; the message lists those that there are.
+    """
+    from ..errors import OptionError
+    from . import cpu, cuda
+
+    targets = {module.TARGET.name: module.TARGET for module in (cpu, cuda)}
+    if name not in targets:
+        raise OptionError(f"unknown target {name!r}: known are {', '.join(sorted(targets))}")
+    return targets[name]
+
+
+def target_names() -> list[str]:
+    return ["cpu", "cuda"]

@@ -1,0 +1,104 @@
+"""`torch.compile(model, backend="bi_ascend", options={…})`.
+
+AOTAutograd captures the forward graph in whole operators; the passes rewrite it; the inner compiler gets it. With Inductor
+the passes run once more over the graph that Inductor is about to lower, and the audit judges that one. The backward graph
+of a training step goes to the inner compiler untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from functorch.compile import make_boxed_func
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from . import ops
+from .options import Options, read_options
+from .pipeline import Pipeline
+
+Compiled = Callable[..., Any]
+
+
+class FinalPass(CustomGraphPass):
+    """The passes and the audit as Inductor's `post_grad_custom_post_pass`; keyed into its cache by `uuid()`.
+
+    A pass that the user had set there runs first.
+    """
+
+    def __init__(self, pipeline: Pipeline, first: Any = None) -> None:
+        self.pipeline = pipeline
+        self.first = first
+
+    def __call__(self, graph: fx.Graph) -> None:
+        from torch._inductor.decomposition import select_decomp_table
+
+        if self.first is not None:
+            self.first(graph)
+        self.pipeline.rewrite(graph, "final", select_decomp_table())
+        self.pipeline.audit(graph)
+
+    def uuid(self) -> Any:
+        if self.first is None:
+            return self.pipeline.uuid()
+        # a pass without uuid() cannot be part of a key: then Inductor must not cache
+        theirs = self.first.uuid() if hasattr(self.first, "uuid") else None
+        return None if theirs is None else (theirs, self.pipeline.uuid())
+
+    def __getstate__(self) -> Any:
+        return {"uuid": self.uuid()}
+
+
+def bi_ascend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
+    """The backend. `options`: see `bi_compile.options.Options`.
+
+    Raises:
+        OptionError, TableError, RewriteError, AuditError: see `bi_compile.errors`.
+    """
+    pipeline = Pipeline(read_options(kwargs.get("options")))
+    return compile_graph(pipeline, gm, example_inputs)
+
+
+def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+    inner = _inductor if pipeline.options.inner == "inductor" else _other(pipeline.options)
+
+    def forward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        ops.load_kernels(pipeline.target_of(graph.graph).device)
+        pipeline.rewrite(graph.graph, "captured")
+        graph.recompile()
+        return make_boxed_func(inner(graph, inputs, pipeline))
+
+    def backward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        return make_boxed_func(inner(graph, inputs, None))
+
+    return aot_autograd(fw_compiler=forward, bw_compiler=backward, inference_compiler=forward)(gm, example_inputs)
+
+
+def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline | None) -> Compiled:
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    if pipeline is None:
+        return compile_fx(gm, inputs)
+    settings = dict(pipeline.target_of(gm.graph).inductor)
+    return compile_fx(gm, inputs, config_patches={**settings, "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass)})
+
+
+def _other(options: Options) -> Callable[..., Compiled]:
+    from torch._dynamo.backends.registry import list_backends, lookup_backend
+
+    from .errors import OptionError
+
+    if options.inner not in list_backends(exclude_tags=()):
+        raise OptionError(f"inner={options.inner!r}: known are {', '.join(['inductor', *list_backends(exclude_tags=())])}")
+
+    def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline | None) -> Compiled:
+        if pipeline is not None:
+            pipeline.audit(gm.graph)
+        return lookup_backend(options.inner)(gm, inputs)
+
+    return compile_with
+
+

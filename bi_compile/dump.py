@@ -1,0 +1,159 @@
+"""A folder for each graph: the graph as it came, after each pass, the difference, and the audit.
+
+    DIR/graph_000_captured/00_before.py        a Python program that runs the graph
+                          /01_softmax.py       the same after the pass `softmax`
+                          /changes.json        what each pass did, and how long it took
+                          /changes.diff        from first to last
+       /graph_001_final/…/audit.json           the verdict on each node of the graph that runs
+
+`bi-compile inspect DIR` prints them as tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import SymInt, Tensor, fx
+
+from .audit import Report
+from .errors import OptionError
+from .rewrite import Change
+
+_PROGRAM = '''\
+"""{title}
+
+Runs by itself: `python {name}`. Inputs are random, of the sizes that the compiler saw (a symbolic one by its hint).{needs}
+"""
+import torch
+import torch.fx._pytree as fx_pytree
+from math import inf, nan
+from torch import device
+import bi_compile.ops
+{imports}
+
+def forward({parameters}):
+{body}
+
+INPUTS = [
+{inputs}
+]
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for i, out in enumerate(torch.utils._pytree.tree_leaves(forward(*(make() for make in INPUTS)))):
+        print(i, tuple(out.shape) if isinstance(out, torch.Tensor) else out, getattr(out, "dtype", ""))
+'''
+
+
+class Dump:
+    """Writes the graphs of one process into a folder; several processes may share it."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self.last: GraphDump | None = None
+
+    def begin(self, stage: str, graph: fx.Graph) -> GraphDump:
+        for number in range(len(list(self.folder.glob("graph_*"))), 1_000_000):
+            path = self.folder / f"graph_{number:03d}_{stage}"
+            if any(self.folder.glob(f"graph_{number:03d}_*")):
+                continue
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise OptionError(f"dump_dir={str(self.folder)!r} cannot be written ({error.strerror}): name a folder that can") from error
+        self.last = GraphDump(path, graph)
+        return self.last
+
+    def audit(self, report: Report) -> None:
+        if self.last is not None:
+            (self.last.path / "audit.json").write_text(json.dumps(report.to_json(), indent=1))
+
+
+class GraphDump:
+    """The folder of one graph."""
+
+    def __init__(self, path: Path, graph: fx.Graph) -> None:
+        self.path = path
+        self.steps: list[dict[str, Any]] = []
+        self.first = self._write("before", graph, "The graph as it came in.")
+        self.latest = self.first
+
+    def after(self, pass_name: str, graph: fx.Graph, changes: list[Change], seconds: float) -> None:
+        self.latest = self._write(pass_name, graph, f"The graph after the pass {pass_name}: {len(changes)} replaced in {seconds * 1e3:.1f} ms.")
+        self.steps.append({"pass": pass_name, "seconds": seconds, "changes": [dataclasses.asdict(c) for c in changes]})
+
+    def end(self, graph: fx.Graph) -> None:
+        (self.path / "changes.json").write_text(json.dumps(self.steps, indent=1))
+        lines = difflib.unified_diff(self.first, self.latest, "before", "after", lineterm="")
+        (self.path / "changes.diff").write_text("\n".join(lines) + "\n")
+
+    def _write(self, label: str, graph: fx.Graph, title: str) -> list[str]:
+        name = f"{len(self.steps) + (label != 'before'):02d}_{label}.py"
+        text = program(graph, title, name)
+        (self.path / name).write_text(text)
+        trace = getattr(torch._logging, "trace_structured", None)
+        if trace is not None:  # what `tlparse` shows
+            trace("artifact", metadata_fn=lambda: {"name": f"bi_compile_{self.path.name}_{name}", "encoding": "string"}, payload_fn=lambda: text)
+        return text.splitlines()
+
+
+def program(graph: fx.Graph, title: str, name: str) -> str:
+    """A Python program that runs `graph` on random inputs."""
+    code = graph.python_code(root_module="self")
+    header, _, body = code.src.lstrip().partition("\n")
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    namespaces = {t.split(".")[0] for t in (str(n.target) for n in graph.nodes if n.op == "call_function")} - {"aten", "prims", "bi_compile", "inductor"}
+    foreign = sorted(ns for ns in namespaces if not ns.startswith(("<", "_")) and hasattr(torch.ops, ns))
+    constants = [n for n in graph.nodes if n.op == "get_attr"]
+    needs = f" It needs the operators of {', '.join(foreign)} registered." if foreign else ""
+    if constants:
+        needs += f" Constants of the program ({', '.join(str(n.target) for n in constants)}) are made anew, at random."
+    return _PROGRAM.format(
+        title=title,
+        name=name,
+        needs=needs,
+        imports="",
+        parameters=", ".join(n.name for n in inputs),
+        body=_constants(constants) + body.rstrip(),
+        inputs="\n".join(f"    lambda: {_make(n)},  # {n.name} {_type(n)}" for n in inputs),
+    ).replace(os.linesep, "\n")
+
+
+def _constants(nodes: list[fx.Node]) -> str:
+    if not nodes:
+        return ""
+    lines = ["    import types", "    self = types.SimpleNamespace()"]
+    lines += [f"    setattr(self, {str(n.target)!r}, {_make(n)})" for n in nodes]
+    return "\n".join(lines) + "\n"
+
+
+def _hint(x: Any) -> int:
+    if isinstance(x, int):
+        return x
+    hint = x.node.hint if isinstance(x, SymInt) else None
+    return int(hint) if hint is not None else 8
+
+
+def _type(node: fx.Node) -> str:
+    v = node.meta.get("val")
+    return f"{v.dtype} {[str(n) for n in v.shape]}" if isinstance(v, Tensor) else str(v)
+
+
+def _make(node: fx.Node) -> str:
+    v = node.meta.get("val")
+    if isinstance(v, Tensor):
+        size, stride = [_hint(n) for n in v.shape], [_hint(n) for n in v.stride()]
+        fill = f".normal_(std=0.1)" if v.is_floating_point() else ".zero_()"
+        return f"torch.empty_strided({size}, {stride}, dtype={v.dtype}, device={str(v.device)!r}){fill}"
+    leaves = pytree.tree_leaves(v)
+    return str(_hint(leaves[0])) if leaves and isinstance(leaves[0], (int, SymInt)) else repr(v)

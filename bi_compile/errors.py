@@ -1,0 +1,25 @@
+"""What can go wrong, as sentences that name the thing, the place and the remedy."""
+
+
+class BiCompileError(Exception):
+    """Base of everything that bi_compile raises on purpose."""
+
+
+class OptionError(BiCompileError, ValueError):
+    """An option that cannot be read: an unknown pass, a malformed value, an unknown key."""
+
+
+class TableError(BiCompileError):
+    """A table that cannot be used: two passes replace one operator, or a replacement does not fit its operator."""
+
+
+class RewriteError(BiCompileError):
+    """A node that cannot be rewritten: its shape is unknown, or its replacement gives something else than it did."""
+
+
+class AuditError(BiCompileError):
+    """A graph that is not batch-invariant, or of which that is not known."""
+
+
+class HostError(BiCompileError):
+    """The host program (vLLM, vllm-ascend) cannot be served: too old, or without a setting that the guarantee needs."""

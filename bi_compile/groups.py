@@ -1,0 +1,70 @@
+"""Find groups of nodes that an earlier stage took apart, with Inductor's pattern matcher, and put operators in their place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.pattern_matcher import Match, PatternMatcherPass, fwd_only, register_replacement
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .rewrite import Change, source_line
+from .table import Group, Pass
+
+
+def _trace_captured(fn: Callable[..., Any], args: Any, **_: Any) -> fx.GraphModule:
+    """Trace without any decomposition: the form in which AOTAutograd captures a program."""
+    gm = make_fx(fn, tracing_mode="real")(*args)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+#: stage -> how the searched-for form is traced
+_TRACE: dict[str, Callable[..., Any]] = {"captured": _trace_captured, "final": fwd_only}
+
+
+class _Recorder:
+    """Notes each match of a group, as Changes."""
+
+    def __init__(self, group: Group, p: type[Pass], changes: list[Change]) -> None:
+        self.group, self.p, self.changes = group, p, changes
+
+    def __call__(self, match: Match) -> bool:
+        last = match.output_node() if match.output_nodes() else match.nodes[-1]
+        self.changes.append(Change(last.name, self.group.name, self.p.name, (f"bi_compile.{self.group.name}.default",), source_line(last)))
+        return True
+
+
+@functools.cache
+def _matcher(p: type[Pass], stage: str) -> tuple[PatternMatcherPass, list[Change]]:
+    changes: list[Change] = []
+    matcher = PatternMatcherPass(pass_name=f"bi_compile_{p.name}_{stage}")
+    with FakeTensorMode(), torch.no_grad():
+        for group in p.groups:
+            register_replacement(
+                group.search,
+                group.replace,
+                group.examples(),
+                _TRACE[stage],
+                matcher,
+                scalar_workaround=group.scalars or None,
+                extra_check=_Recorder(group, p, changes),
+                skip_duplicates=True,
+            )
+    return matcher, changes
+
+
+def replace(graph: fx.Graph, p: type[Pass], stage: str) -> list[Change]:
+    """Replace the pass's groups in `graph`; returns what was done."""
+    if not p.groups:
+        return []
+    matcher, changes = _matcher(p, stage)
+    changes.clear()
+    if matcher.apply(graph):
+        graph.eliminate_dead_code()
+    return list(changes)

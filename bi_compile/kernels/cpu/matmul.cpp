@@ -1,0 +1,185 @@
+// mm, addmm, bmm, baddbmm. The order of the sums stands in product.h; here is only how the work is cut.
+//
+// A task is up to 64 columns by all rows (by 48 rows where there are few columns): the columns of b come from memory once
+// and stay in cache while the rows pass by, in blocks of 48. K is never split between tasks.
+
+#include "product.h"
+
+namespace bi {
+namespace {
+
+constexpr int64_t BLOCK_M = 48, BLOCK_N = 64;
+
+// Strides in elements; bias is nullptr where it is not read.
+struct Problem {
+  int64_t batch, M, N, K;
+  const void *a, *b, *bias = nullptr;
+  int64_t a_batch, a_m;
+  int64_t b_batch, b_k, b_n;
+  int64_t bias_batch = 0, bias_m = 0, bias_n = 0;
+  void* out;
+  double alpha = 1, beta = 0;
+};
+
+// Rounds a block of sums into the output: alpha * sum + beta * bias in the accumulator's type.
+template <class T>
+void finish(const Problem& p, const Acc<T>* sums, int64_t ld, int64_t batch, int64_t m0, int64_t n0, int64_t rows, int64_t cols) {
+  using S = Acc<T>;
+  S alpha = static_cast<S>(p.alpha), beta = static_cast<S>(p.beta);
+  for (int64_t m = 0; m < rows; ++m) {
+    T* out = static_cast<T*>(p.out) + (batch * p.M + m0 + m) * p.N + n0;
+    const S* sum = sums + m * ld;
+    if (!p.bias) {
+      each_vector<LANES<T>>(cols, [&](int64_t n, auto count) {
+        auto v = load(sum + n);
+        store(out + n, p.alpha == 1 ? v : v * alpha, count);
+      });
+      continue;
+    }
+    const T* bias = static_cast<const T*>(p.bias) + batch * p.bias_batch + (m0 + m) * p.bias_m + n0 * p.bias_n;
+    for (int64_t n = 0; n < cols; ++n)
+      out[n] = static_cast<T>(fma(beta, static_cast<S>(bias[n * p.bias_n]), alpha * sum[n]));
+  }
+}
+
+// One block of rows by up to BLOCK_N columns, b contiguous along K.
+template <class Op>
+struct Dot {
+  const typename Op::B* b;
+  const Problem& p;
+  Dot(const Problem& p, int64_t batch, int64_t n, int64_t) : b(static_cast<const typename Op::B*>(p.b) + batch * p.b_batch + n * p.b_n), p(p) {}
+  void operator()(const typename Op::A* a, int64_t rows, int64_t cols, typename Op::Sum* sums) const {
+    dot_block<Op>(a, p.a_m, b, p.b_n, rows, cols, p.K, sums, BLOCK_N);
+  }
+};
+
+// The same, b contiguous along N. Rows of b are packed in panels of W columns, unless they are read just once as they are.
+template <class Op>
+struct Column {
+  using P = typename Op::P;
+  static constexpr int64_t W = Op::W;
+  const P* panels;
+  int64_t ld, next;  // between a panel's rows; between panels
+  const Problem& p;
+  Column(const Problem& p, int64_t batch, int64_t n, int64_t cols) : p(p) {
+    auto b = static_cast<const typename Op::B*>(p.b) + batch * p.b_batch + n;
+    int64_t steps = ceil_div(p.K, Op::PER_STEP), count = ceil_div(cols, W);
+    if constexpr (std::is_same_v<P, typename Op::B>)
+      if (p.M <= MAX_ROWS && cols % W == 0) {
+        panels = b, ld = p.b_k, next = W;
+        return;
+      }
+    struct Panels;
+    P* to = scratch<Panels, P>(count * steps * W);
+    for (int64_t s = 0; s < steps; ++s)
+      for (int64_t j = 0; j < count; ++j) Op::pack(to + (j * steps + s) * W, b + j * W, p.b_k, s, p.K, cols - j * W);
+    panels = to, ld = W, next = steps * W;
+  }
+  void operator()(const typename Op::A* a, int64_t rows, int64_t cols, typename Op::Sum* sums) const {
+    for (int64_t j = 0; j * W < cols; ++j)
+      column_block<Op>(a, p.a_m, panels + j * next, ld, rows, p.K, sums + j * W, BLOCK_N);
+  }
+};
+
+template <class Op, class T, template <class> class Kernel>
+void run_tasks(const Problem& p) {
+  int64_t threads = at::get_num_threads();
+  // fewer columns to a task where 64 would not occupy every thread, but whole panels of them
+  int64_t block_n = std::clamp<int64_t>(ceil_div(ceil_div(p.N * p.batch, 2 * threads), 16) * 16, 16, BLOCK_N);
+  int64_t n_tasks = ceil_div(p.N, block_n), m_blocks = ceil_div(p.M, BLOCK_M);
+  int64_t m_tasks = p.batch * n_tasks >= 2 * threads ? 1 : m_blocks;
+  int64_t block_m = ceil_div(ceil_div(p.M, m_blocks), MAX_ROWS) * MAX_ROWS;
+  int64_t rows_of_task = m_tasks == 1 ? p.M : block_m;
+  parallel_rows(p.batch * n_tasks * m_tasks, std::min(p.M, rows_of_task) * block_n * p.K / 8, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t batch = task / (n_tasks * m_tasks), n = task / m_tasks % n_tasks * block_n, m = task % m_tasks * rows_of_task;
+      int64_t cols = std::min(block_n, p.N - n), m_end = std::min(p.M, m + rows_of_task);
+      auto a = static_cast<const typename Op::A*>(p.a) + batch * p.a_batch;
+      alignas(64) typename Op::Sum sums[BLOCK_M * BLOCK_N];
+      Kernel<Op> kernel(p, batch, n, cols);
+      for (; m < m_end; m += block_m) {
+        int64_t rows = std::min(block_m, m_end - m);
+        kernel(a + m * p.a_m, rows, cols, sums);
+        finish<T>(p, sums, BLOCK_N, batch, m, n, rows, cols);
+      }
+    }
+  });
+}
+
+// ---- the operators ----
+
+void check(const char* op, int64_t dims, const Tensor& a, const Tensor& b, const OptTensor& bias) {
+  TORCH_CHECK(a.dim() == dims && b.dim() == dims, "bi_compile::", op, " takes ", dims, "-D operands, got ", a.dim(), "-D and ", b.dim(), "-D");
+  TORCH_CHECK(a.scalar_type() == b.scalar_type() && (!bias || bias->scalar_type() == a.scalar_type()), "bi_compile::", op,
+              " takes operands of one dtype, got ", a.scalar_type(), ", ", b.scalar_type(), bias ? ", bias " : "",
+              bias ? c10::toString(bias->scalar_type()) : "", ": cast them first");
+  check_float(op, a.scalar_type());
+  TORCH_CHECK(a.size(-1) == b.size(-2), "bi_compile::", op, " cannot multiply ", a.sizes(), " by ", b.sizes());
+  TORCH_CHECK(dims == 2 || a.size(0) == b.size(0), "bi_compile::", op, " cannot multiply ", a.sizes(), " by ", b.sizes());
+}
+
+// bias's strides as one of `sizes`, which it broadcasts to.
+void set_bias(const char* op, Problem& p, const Tensor& bias, at::IntArrayRef sizes) {
+  int64_t missing = static_cast<int64_t>(sizes.size()) - bias.dim();
+  bool fits = missing >= 0;
+  int64_t strides[3] = {0, 0, 0};
+  for (int64_t i = 0; fits && i < bias.dim(); ++i) {
+    fits = bias.size(i) == sizes[missing + i] || bias.size(i) == 1;
+    strides[3 - bias.dim() + i] = bias.size(i) == 1 ? 0 : bias.stride(i);
+  }
+  TORCH_CHECK(fits, "bi_compile::", op, ": a bias of ", bias.sizes(), " does not broadcast to ", sizes);
+  p.bias = bias.const_data_ptr();
+  p.bias_batch = strides[0], p.bias_m = strides[1], p.bias_n = strides[2];
+}
+
+bool along(const Tensor& t, int64_t dim) { return t.stride(dim) == 1 || t.size(dim) <= 1; }
+
+Tensor product(const char* op, int64_t dims, const Tensor& a_, const Tensor& b_, const OptTensor& bias = {}, double alpha = 1, double beta = 0) {
+  check(op, dims, a_, b_, bias);
+  ScalarType type = a_.scalar_type();
+  bool wide_a = type == at::kHalf;
+#ifndef __AVX512BF16__
+  wide_a = wide_a || type == at::kBFloat16;
+#endif
+  Tensor a = wide_a ? a_.to(at::kFloat) : a_, b = b_;
+  if (!along(a, -1)) a = a.contiguous();
+  if (!along(b, -2) && !along(b, -1)) b = b.transpose(-1, -2).contiguous().transpose(-1, -2);
+  Problem p;
+  int64_t sizes[3] = {dims == 3 ? a.size(0) : 1, a.size(-2), b.size(-1)};
+  at::IntArrayRef shape(sizes + 3 - dims, dims);
+  p.batch = sizes[0], p.M = sizes[1], p.N = sizes[2], p.K = a.size(-1);
+  p.alpha = alpha, p.beta = beta;
+  p.a = a.const_data_ptr(), p.b = b.const_data_ptr();
+  p.a_batch = dims == 3 ? a.stride(0) : 0, p.a_m = a.stride(-2);
+  p.b_batch = dims == 3 ? b.stride(0) : 0, p.b_k = b.stride(-2), p.b_n = b.stride(-1);
+  if (bias) set_bias(op, p, *bias, shape);
+  if (beta == 0) p.bias = nullptr;
+  Tensor out = at::empty(shape, a_.options().memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  p.out = out.mutable_data_ptr();
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    along(b, -2) ? run_tasks<Step<T>, T, Dot>(p) : run_tasks<Step<T>, T, Column>(p);
+  });
+  return out;
+}
+
+Tensor mm(const Tensor& a, const Tensor& b) { return product("mm", 2, a, b); }
+Tensor bmm(const Tensor& a, const Tensor& b) { return product("bmm", 3, a, b); }
+Tensor addmm(const Tensor& bias, const Tensor& a, const Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {
+  return product("addmm", 2, a, b, bias, alpha.toDouble(), beta.toDouble());
+}
+Tensor baddbmm(const Tensor& bias, const Tensor& a, const Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {
+  return product("baddbmm", 3, a, b, bias, alpha.toDouble(), beta.toDouble());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bi_compile, CPU, m) {
+  m.impl("mm", mm);
+  m.impl("addmm", addmm);
+  m.impl("bmm", bmm);
+  m.impl("baddbmm", baddbmm);
+}
+
+}  // namespace bi

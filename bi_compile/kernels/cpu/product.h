@@ -1,0 +1,226 @@
+// The product's arithmetic. K is taken in blocks of 1024, ascending. In a block, element (m, n) is W partial sums (W = 16
+// in float, 8 in double), lane j taking the steps k = j mod W in ascending order, each one fused multiply-add from +0;
+// then the adjacent-pairs tree over the lanes, then + 0, so that no result is -0. The blocks' sums are added up in order.
+// Missing steps of the last W are zeros, which change nothing; nor do whole blocks of zeros.
+//
+// A step is one element of K; for bfloat16 where the processor has its dot product (AVX512_BF16) it is two, k and k + 1,
+// added by that instruction (which takes subnormals for zero). float16, and bfloat16 elsewhere, are widened to float.
+//
+// Two kernels give these same bits:
+//   dot     both operands contiguous along K: vectors run along K, a tile of up to 6 x 4 elements in registers;
+//   column  b contiguous along N: vectors run along N, one accumulator for each lane and row, 4 to 16 lanes at a time.
+#pragma once
+
+#include "common.h"
+
+namespace bi {
+
+// How one step is done. A: an element of `a`; B: of `b`; P: of a row of column kernel's panel.
+template <class B_>
+struct Fma {
+  using A = Acc<B_>;
+  using B = B_;
+  using P = B_;
+  using V = Vec<B_>;
+  using Sum = Acc<B_>;
+  static constexpr int W = LANES<B_>;  // lanes
+  static constexpr int PER_STEP = 1;   // elements of K that a lane takes at once
+  static V a_at(const A* p) { return load(p); }
+  static V b_at(const B* p) { return load(p); }
+  static V a_part(const A* p, int64_t n) { return load(p, n); }
+  static V b_part(const B* p, int64_t n) { return load(p, n); }
+  static V step(V a, V b, V c) { return fma(a, b, c); }
+  static V row(const P* p) { return load(p); }
+  static V spread(const A* a, int64_t k) { return V{} + a[k]; }
+  static V spread_last(const A* a, int64_t k, int64_t) { return V{} + a[k]; }
+  // W columns of row k of b, zeros behind the first n
+  static void pack(P* to, const B* b, int64_t ld, int64_t k, int64_t, int64_t n) {
+    for (int64_t j = 0; j < W; ++j) to[j] = j < n ? b[k * ld + j] : P(0.f);
+  }
+};
+
+#ifdef __AVX512BF16__
+struct DotBf16 {
+  using A = BFloat16;
+  using B = BFloat16;
+  using P = uint32_t;
+  using V = F16;
+  using Sum = float;
+  static constexpr int W = 16;
+  static constexpr int PER_STEP = 2;
+  static V a_at(const A* p) { return read<V>(p); }
+  static V b_at(const B* p) { return read<V>(p); }
+  static V a_part(const A* p, int64_t n) { return (V)_mm512_maskz_loadu_epi16((uint32_t)((uint64_t{1} << n) - 1), p); }
+  static V b_part(const B* p, int64_t n) { return a_part(p, n); }
+  static V step(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+  static V row(const P* p) { return read<V>(p); }
+  static V spread(const A* a, int64_t s) { return (V)_mm512_set1_epi32(read<int32_t>(a + 2 * s)); }
+  static V spread_last(const A* a, int64_t s, int64_t k) {
+    return 2 * s + 1 < k ? spread(a, s) : (V)_mm512_set1_epi32(a[2 * s].x);
+  }
+  static void pack(P* to, const B* b, int64_t ld, int64_t s, int64_t k, int64_t n) {
+    const B* first = b + 2 * s * ld;
+    const B* second = first + ld;
+    bool pair = 2 * s + 1 < k;
+    if (n >= W && pair) {
+      auto v = (__builtin_convertvector(read<U16>(second), W16) << 16) | __builtin_convertvector(read<U16>(first), W16);
+      std::memcpy(to, &v, sizeof v);
+      return;
+    }
+    for (int64_t j = 0; j < W; ++j) to[j] = j < n ? first[j].x | (pair ? uint32_t{second[j].x} << 16 : 0) : 0;
+  }
+};
+template <class T>
+using Step = std::conditional_t<std::is_same_v<T, BFloat16>, DotBf16, Fma<T>>;
+#else
+template <class T>
+using Step = Fma<T>;
+#endif
+
+#ifdef __AVX512F__
+inline constexpr int MAX_ROWS = 6;  // 6 x 4 accumulators, 4 vectors of b and one of a: 29 of 32 registers
+#else
+inline constexpr int MAX_ROWS = 1;
+#endif
+inline constexpr int TILE_N = 4;
+inline constexpr int64_t BLOCK_K = 1024;  // part of the order of the sum, see above
+
+// ---- dot ----
+
+template <class V>
+inline void lane_trees(const V* acc, int n, double* out) {
+  for (int i = 0; i < n; ++i) out[i] = tree(acc[i]) + 0.0;
+}
+
+inline void lane_trees(const F16* acc, int n, float* out) {
+  if (n != 4) {
+    for (int i = 0; i < n; ++i) {
+      float lane[16];
+      std::memcpy(lane, &acc[i], sizeof lane);
+      out[i] = tree<16>(lane) + 0.f;
+    }
+    return;
+  }
+  // the four vectors transposed in blocks of 4 x 4, so that the tree's first two levels are whole-vector sums
+  const F16 &a = acc[0], &b = acc[1], &c = acc[2], &d = acc[3];
+  F16 ab0 = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  F16 ab2 = __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  F16 cd0 = __builtin_shufflevector(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  F16 cd2 = __builtin_shufflevector(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  F16 l0 = __builtin_shufflevector(ab0, cd0, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  F16 l1 = __builtin_shufflevector(ab0, cd0, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  F16 l2 = __builtin_shufflevector(ab2, cd2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  F16 l3 = __builtin_shufflevector(ab2, cd2, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  F16 s = (l0 + l1) + (l2 + l3);
+  F4 s0 = __builtin_shufflevector(s, s, 0, 1, 2, 3), s1 = __builtin_shufflevector(s, s, 4, 5, 6, 7);
+  F4 s2 = __builtin_shufflevector(s, s, 8, 9, 10, 11), s3 = __builtin_shufflevector(s, s, 12, 13, 14, 15);
+  F4 r = ((s0 + s1) + (s2 + s3)) + 0.f;
+  std::memcpy(out, &r, sizeof r);
+}
+
+// MR x NR elements over the k elements of one block of K; `first`: out is set, else added to.
+template <class Op, int MR, int NR>
+void dot_tile(const typename Op::A* a, int64_t lda, const typename Op::B* b, int64_t ldb, int64_t k,
+              bool first, typename Op::Sum* out, int64_t ldo) {
+  using V = typename Op::V;
+  constexpr int64_t STEP = Op::W * Op::PER_STEP;
+  V acc[MR][NR] = {};
+  auto step = [&](auto load_a, auto load_b, int64_t i) {
+    V bv[NR];
+    for (int n = 0; n < NR; ++n) bv[n] = load_b(b + n * ldb + i);
+    for (int m = 0; m < MR; ++m) {
+      V av = load_a(a + m * lda + i);
+      for (int n = 0; n < NR; ++n) acc[m][n] = Op::step(av, bv[n], acc[m][n]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + STEP <= k; i += STEP) step(Op::a_at, Op::b_at, i);
+  if (int64_t rest = k - i)
+    step([=](auto p) { return Op::a_part(p, rest); }, [=](auto p) { return Op::b_part(p, rest); }, i);
+  for (int m = 0; m < MR; ++m) {
+    typename Op::Sum sum[NR];
+    lane_trees(acc[m], NR, sum);
+    for (int n = 0; n < NR; ++n) out[m * ldo + n] = first ? sum[n] : out[m * ldo + n] + sum[n];
+  }
+}
+
+template <class Op, int NR, int MR = MAX_ROWS, class... Args>
+inline void dot_rows(int64_t rows, Args... args) {
+  if (rows == MR) return dot_tile<Op, MR, NR>(args...);
+  if constexpr (MR > 1) dot_rows<Op, NR, MR - 1>(rows, args...);
+}
+
+// out[m * ldo + n] for all m < M, n < N: a's rows and b's columns contiguous along K. For blocks that fit a cache.
+template <class Op>
+void dot_block(const typename Op::A* a, int64_t lda, const typename Op::B* b, int64_t ldb, int64_t M, int64_t N,
+               int64_t K, typename Op::Sum* out, int64_t ldo) {
+  int64_t tiles = ceil_div(M, MAX_ROWS), k = 0;
+  do {
+    int64_t kn = std::min(BLOCK_K, K - k);
+    for (int64_t i = 0; i < tiles; ++i) {
+      int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m, n = 0;
+      for (; n + TILE_N <= N; n += TILE_N)
+        dot_rows<Op, TILE_N>(rows, a + m * lda + k, lda, b + n * ldb + k, ldb, kn, k == 0, out + m * ldo + n, ldo);
+      for (; n < N; ++n)
+        dot_rows<Op, 1>(rows, a + m * lda + k, lda, b + n * ldb + k, ldb, kn, k == 0, out + m * ldo + n, ldo);
+    }
+    k += kn;
+  } while (k < K);
+}
+
+// ---- column ----
+
+// MR rows of W columns over the K elements of one block of K, L lanes at a time; `first`: out is set, else added to.
+template <class Op, int MR, int L>
+void column_tile(const typename Op::A* a, int64_t lda, const typename Op::P* b, int64_t ldb, int64_t K,
+                 bool first, typename Op::Sum* out, int64_t ldo) {
+  using V = typename Op::V;
+  int64_t steps = ceil_div(K, Op::PER_STEP), full = K / Op::PER_STEP / Op::W * Op::W;
+  V group[MR][Op::W / L];
+  for (int g = 0; g < Op::W / L; ++g) {
+    V acc[MR][L] = {};
+    for (int64_t s = g * L; s < full; s += Op::W)
+      for (int i = 0; i < L; ++i) {
+        V bv = Op::row(b + (s + i) * ldb);
+        for (int m = 0; m < MR; ++m) acc[m][i] = Op::step(Op::spread(a + m * lda, s + i), bv, acc[m][i]);
+      }
+    for (int i = 0; i < L; ++i) {
+      int64_t s = full + g * L + i;
+      if (s >= steps) break;
+      V bv = Op::row(b + s * ldb);
+      for (int m = 0; m < MR; ++m) acc[m][i] = Op::step(Op::spread_last(a + m * lda, s, K), bv, acc[m][i]);
+    }
+    for (int m = 0; m < MR; ++m) group[m][g] = tree<L>(acc[m]);
+  }
+  for (int m = 0; m < MR; ++m) {
+    V sum = tree<Op::W / L>(group[m]) + V{};
+    store(out + m * ldo, first ? sum : read<V>(out + m * ldo) + sum);
+  }
+}
+
+// How many lanes of MR rows the registers hold: a divisor of W.
+template <class Op, int MR>
+inline constexpr int lanes_at_once = MR == 1 ? Op::W : MR <= 3 && MAX_ROWS > 1 ? 8 : 4;
+
+template <class Op, int MR = MAX_ROWS, class... Args>
+inline void column_rows(int64_t rows, Args... args) {
+  if (rows == MR) return column_tile<Op, MR, lanes_at_once<Op, MR>>(args...);
+  if constexpr (MR > 1) column_rows<Op, MR - 1>(rows, args...);
+}
+
+// out[m * ldo + j] for all m < M and the W columns j of a panel.
+template <class Op>
+void column_block(const typename Op::A* a, int64_t lda, const typename Op::P* b, int64_t ldb, int64_t M, int64_t K,
+                  typename Op::Sum* out, int64_t ldo) {
+  int64_t tiles = ceil_div(M, MAX_ROWS), k = 0;
+  do {
+    int64_t kn = std::min(BLOCK_K, K - k);
+    for (int64_t i = 0; i < tiles; ++i) {
+      int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m;
+      column_rows<Op>(rows, a + m * lda + k, lda, b + k / Op::PER_STEP * ldb, ldb, kn, k == 0, out + m * ldo, ldo);
+    }
+    k += kn;
+  } while (k < K);
+}
+
+}  // namespace bi

@@ -1,0 +1,230 @@
+// Vectors of 64 bytes: 16 floats or 8 doubles. Loads widen bfloat16 and float16 to float, stores round to nearest even.
+//
+// The code is compiled with -ffp-contract=off: a product and a sum become one rounding only where `fma` is written.
+// GCC's vector extensions carry it to every processor; intrinsics stand behind #ifdef where they save work.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace bi {
+
+using c10::BFloat16;
+using c10::Half;
+
+typedef float F16 __attribute__((vector_size(64)));
+typedef double D8 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef int64_t L8 __attribute__((vector_size(64)));
+typedef uint16_t U16 __attribute__((vector_size(32)));
+typedef uint32_t W16 __attribute__((vector_size(64)));
+typedef float F8 __attribute__((vector_size(32)));
+typedef float F4 __attribute__((vector_size(16)));
+
+// The type that T is computed in, its vector and the number of its lanes.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class T>
+using Vec = std::conditional_t<std::is_same_v<T, double>, D8, F16>;
+template <class T>
+inline constexpr int LANES = std::is_same_v<T, double> ? 8 : 16;
+
+template <class To, class From>
+inline To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To r;
+  std::memcpy(&r, &v, sizeof r);
+  return r;
+}
+
+template <class V>
+inline V read(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#ifdef __AVX512F__
+inline F16 fma(F16 a, F16 b, F16 c) { return (F16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline D8 fma(D8 a, D8 b, D8 c) { return (D8)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+#else
+template <class V, class = std::enable_if_t<sizeof(V) == 64>>
+inline V fma(V a, V b, V c) {
+  V r;
+#pragma GCC unroll 16
+  for (size_t j = 0; j < sizeof(V) / sizeof(a[0]); ++j) r[j] = fma(a[j], b[j], c[j]);
+  return r;
+}
+#endif
+
+// The adjacent-pairs tree over lanes: ((0+1)+(2+3)) + ((4+5)+(6+7)) + ...; for 16 vectors at once or within an array.
+template <int N, class V>
+inline V tree(const V* lane) {
+  if constexpr (N == 1)
+    return lane[0];
+  else
+    return tree<N / 2>(lane) + tree<N / 2>(lane + N / 2);
+}
+
+inline double tree(D8 v) {
+  double lane[8];
+  std::memcpy(lane, &v, sizeof lane);
+  return tree<8>(lane);
+}
+
+// ---- loads ----
+
+inline F16 load(const float* p) { return read<F16>(p); }
+inline D8 load(const double* p) { return read<D8>(p); }
+inline F16 load(const BFloat16* p) { return bits<F16>(__builtin_convertvector(read<U16>(p), W16) << 16); }
+inline F16 load(const Half* p) {
+#ifdef __AVX512F__
+  return (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+  F16 v;
+  for (int j = 0; j < 16; ++j) v[j] = p[j];
+  return v;
+#endif
+}
+
+// The first n elements at p, zeros behind them; nothing is read past them.
+template <class T>
+inline Vec<T> load(const T* p, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (std::is_same_v<T, float>) return (F16)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+  if constexpr (std::is_same_v<T, double>) return (D8)_mm512_maskz_loadu_pd((1u << n) - 1, p);
+  if constexpr (sizeof(T) == 2) {
+    auto v = _mm256_maskz_loadu_epi16((1u << n) - 1, p);
+    return load(reinterpret_cast<const T*>(&v));
+  }
+#endif
+  alignas(64) T part[LANES<T>] = {};
+  std::memcpy(part, p, n * sizeof(T));
+  return load(part);
+}
+
+// ---- stores ----
+
+inline void store(float* p, F16 v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, D8 v) { std::memcpy(p, &v, sizeof v); }
+inline void store(BFloat16* p, F16 v) {
+  W16 b = bits<W16>(v);
+  W16 rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  W16 nan = W16{} + 0x7fc0;
+  U16 r = __builtin_convertvector(v != v ? nan : rounded, U16);
+  std::memcpy(p, &r, sizeof r);
+}
+inline void store(Half* p, F16 v) {
+#ifdef __AVX512F__
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int j = 0; j < 16; ++j) p[j] = Half(v[j]);
+#endif
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v, int64_t n) {
+  alignas(64) T part[LANES<T>];
+  store(part, v);
+  std::memcpy(p, part, n * sizeof(T));
+}
+
+// f(first element, number of elements) for each vector of a row; the last one may be partial.
+template <int W, class F>
+inline void each_vector(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, std::integral_constant<int, W>{});
+  if (i < n) f(i, n - i);
+}
+// The two kinds of loads and stores that each_vector asks for.
+template <class T, int W>
+inline Vec<T> load(const T* p, std::integral_constant<int, W>) {
+  return load(p);
+}
+template <class T, int W>
+inline void store(T* p, Vec<T> v, std::integral_constant<int, W>) {
+  store(p, v);
+}
+
+// ---- one rounding from double ----
+
+// double to float, the last bit set if anything was cut off, so that the next, narrower rounding sees it.
+inline float round_to_odd(double d) {
+  float f = static_cast<float>(d);
+  if (static_cast<double>(f) == d || d != d) return f;
+  uint32_t b = bits<uint32_t>(f);
+  if (std::fabs(static_cast<double>(f)) > std::fabs(d)) --b;
+  return bits<float>(b | 1);
+}
+
+template <class T>
+inline T narrow(double d) {
+  if constexpr (std::is_same_v<T, double>)
+    return d;
+  else if constexpr (std::is_same_v<T, float>)
+    return static_cast<float>(d);
+  else
+    return static_cast<T>(round_to_odd(d));
+}
+
+// ---- exp ----
+
+// exp(x) in float: x = n ln2 + r, |r| <= ln2/2, 2^n (1 + r + r^2 p(r)); the polynomial is Taylor's to r^7, whose
+// remainder is below 2^-28 of the result. Correct into the subnormals; inf, 0 and NaN where exp has them.
+inline F16 exp(F16 x) {
+  const F16 one = F16{} + 1.f;
+  x = x < F16{} - 104.f ? F16{} - 104.f : x;
+  x = x > F16{} + 89.f ? F16{} + 89.f : x;
+  const F16 magic = F16{} + 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  F16 n = fma(x, F16{} + 1.44269504f, magic) - magic;
+  F16 r = fma(n, F16{} - 0.693145752f, x);
+  r = fma(n, F16{} - 1.42860677e-6f, r);
+  F16 p = fma(r, F16{} + 1.98412698e-4f, F16{} + 1.38888889e-3f);
+  p = fma(p, r, F16{} + 8.33333333e-3f);
+  p = fma(p, r, F16{} + 4.16666667e-2f);
+  p = fma(p, r, F16{} + 1.66666667e-1f);
+  p = fma(p, r, F16{} + 0.5f);
+  F16 e = one + fma(r * r, p, r);
+  // 2^n in two factors, since n reaches from -150 to 128; NaN has no integer, and any factor leaves it one
+  I16 i = __builtin_convertvector(x == x ? n : F16{}, I16);
+  I16 half = i >> 1;
+  return e * bits<F16>((half + 127) << 23) * bits<F16>((i - half + 127) << 23);
+}
+
+inline D8 exp(D8 x) {
+  for (int j = 0; j < 8; ++j) x[j] = std::exp(x[j]);
+  return x;
+}
+
+// ---- widening to double ----
+
+inline D8 low(F16 v) { return __builtin_convertvector(bits<F8>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7)), D8); }
+inline D8 high(F16 v) { return __builtin_convertvector(bits<F8>(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)), D8); }
+
+// v times a factor in double, rounded once to v's type.
+inline F16 scale(F16 v, double by) {
+  F8 lo = __builtin_convertvector(low(v) * by, F8), hi = __builtin_convertvector(high(v) * by, F8);
+  return __builtin_shufflevector(lo, hi, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+inline D8 scale(D8 v, double by) { return v * by; }
+
+template <class V>
+inline double vector_max(V v, double m) {
+  constexpr int W = sizeof(V) / sizeof(v[0]);
+  for (int j = 0; j < W; ++j) m = v[j] > m ? v[j] : m;
+  return m;
+}
+
+}  // namespace bi

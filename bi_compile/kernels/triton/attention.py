@@ -1,0 +1,163 @@
+"""Attention: one program for each tile of queries, which walks the keys in ascending order."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bi_compile import ops
+
+from .reduce import divide, exp
+from .tiles import ATTENTION, Tile, accumulator, aligned, choose, launch, target
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """acc + a @ b. In float64, which `tl.dot` does not take everywhere, the sum of the broadcast products."""
+    if a.dtype == tl.float64:
+        result = acc + tl.sum(a[:, :, None] * b[None, :, :], 1)
+    else:
+        result = tl.dot(a, b, acc, input_precision="ieee")
+    return result
+
+
+@triton.jit(do_not_specialize=["L", "S", "tiles"])
+def _attention(
+    q, k, v, mask, out, lse, tiles, heads, group, L, S, D, DV,
+    q_batch, q_head, q_row, q_col, k_batch, k_head, k_row, k_col, v_batch, v_head, v_row, v_col,
+    mask_batch, mask_head, mask_row, mask_col,
+    SCALE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Softmax over the keys in blocks of BLOCK_N, ascending, with a running maximum, sum and output in float32.
+
+    Row r of a key head's queries is query r // group of its head r % group. Scores: sum over D by one dot. A block none of
+    whose keys a row sees leaves the row's numbers as they are, so it does not matter whether it is skipped, as causal
+    blocks behind the tile's last query are. MASK: 0 none, 1 bool, 2 float.
+    """
+    place = (tl.program_id(0) // tiles).to(tl.int64)
+    batch = place // heads
+    head = place % heads
+    first = tl.program_id(0) % tiles * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    query = (rows // group).to(tl.int64)
+    q_heads = head * group + rows % group
+    valid = query < L
+    ds = tl.arange(0, BLOCK_D)
+    dvs = tl.arange(0, BLOCK_DV)
+    keys = tl.arange(0, BLOCK_N).to(tl.int64)
+
+    q_tile = q + batch * q_batch + q_heads[:, None] * q_head + query[:, None] * q_row + ds[None, :] * q_col
+    q_block = tl.load(q_tile, mask=valid[:, None] & (ds < D)[None, :], other=0.0)
+    k_tile = k + batch * k_batch + head * k_head + keys[None, :] * k_row + ds[:, None] * k_col
+    v_tile = v + batch * v_batch + head * v_head + keys[:, None] * v_row + dvs[None, :] * v_col
+    if MASK:
+        mask_tile = mask + batch * mask_batch + q_heads[:, None] * mask_head + query[:, None] * mask_row
+        mask_tile += keys[None, :] * mask_col
+
+    peak = tl.full((BLOCK_M,), float("-inf"), ACC)
+    total = tl.zeros((BLOCK_M,), ACC)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
+    end = S
+    if CAUSAL:
+        end = tl.minimum(S, (first + BLOCK_M - 1) // group + 1)
+    for start in range(0, end, BLOCK_N):
+        k_block = tl.load(k_tile, mask=(keys < S - start)[None, :] & (ds < D)[:, None], other=0.0)
+        scores = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC)) * tl.full((BLOCK_M, BLOCK_N), SCALE, ACC)
+        seen = valid[:, None] & (keys < S - start)[None, :]
+        if CAUSAL:
+            seen = seen & (start + keys[None, :] <= query[:, None])
+        if MASK == 1:
+            seen = seen & (tl.load(mask_tile, mask=seen, other=0) != 0)
+        if MASK == 2:
+            addend = tl.load(mask_tile, mask=seen, other=float("-inf")).to(ACC)
+            seen = seen & (addend != float("-inf"))
+            scores += addend
+        scores = tl.where(seen, scores, float("-inf"))
+
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = exp(scores - base[:, None])
+        shrink = exp(peak - base)
+        v_block = tl.load(v_tile, mask=(keys < S - start)[:, None] & (dvs < DV)[None, :], other=0.0)
+        new_total = tl.fma(total, shrink, tl.sum(weights, 1))
+        new_acc = _dot(weights.to(v.dtype.element_ty), v_block, acc * shrink[:, None])
+        if CAUSAL or MASK:
+            # 0 * NaN is NaN: a block of which a row sees nothing must not bring it a NaN of v
+            any_seen = tl.max(seen.to(tl.int32), 1) > 0
+            total = tl.where(any_seen, new_total, total)
+            acc = tl.where(any_seen[:, None], new_acc, acc)
+        else:
+            total = new_total
+            acc = new_acc
+        peak = new_peak
+        k_tile += BLOCK_N * k_row
+        v_tile += BLOCK_N * v_row
+        if MASK:
+            mask_tile += BLOCK_N * mask_col
+
+    nothing = total == 0.0
+    total = tl.where(nothing, 1.0, total)
+    acc = divide(acc, tl.broadcast_to(total[:, None], BLOCK_M, BLOCK_DV))
+    row = (batch * heads * group + q_heads) * L + query
+    tl.store(lse + row, tl.where(nothing, float("-inf"), peak + tl.log(total)), mask=valid)
+    sink = out + row[:, None] * DV + dvs[None, :]
+    tl.store(sink, acc.to(out.dtype.element_ty), mask=valid[:, None] & (dvs < DV)[None, :])
+
+
+def _mask(mask: Tensor | None, shape: list[int]) -> tuple[int, Tensor | None, tuple[int, ...]]:
+    """Kind of the mask for the kernel, the mask as bytes or floats, its strides over [B, Hq, L, S]."""
+    if mask is None:
+        return 0, None, (0, 0, 0, 0)
+    kind = 1 if mask.dtype == torch.bool else 2
+    mask = (mask.view(torch.uint8) if kind == 1 else mask).expand(shape)
+    return kind, mask, mask.stride()
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
+    outs: tuple[Tensor, Tensor], tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fill `outs` (output, logsumexp), both contiguous; any strides of the others; `tile`: not the table's."""
+    batches, q_heads, length, dim = query.shape
+    heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    if outs[1].numel() == 0:
+        return outs
+    kind, mask, mask_strides = _mask(mask, [batches, q_heads, length, keys])
+    if query.dtype in (torch.float32, torch.float64):
+        # without matrix units a sum's layout may follow the strides of what is read: let there be one
+        query, key, value = (aligned(t.contiguous()) for t in (query, key, value))
+    group = q_heads // heads
+    tile = tile or choose(ATTENTION[target(query)][query.element_size()], length * group)
+    tiles = triton.cdiv(length * group, tile.height)
+    launch(
+        _attention, batches * heads * tiles, query, query, key, value, mask, *outs,
+        tiles, heads, group, length, keys, dim, value_dim,
+        *query.stride(), *key.stride(), *value.stride(), *mask_strides,
+        SCALE=1 / math.sqrt(dim) if scale is None and dim else float(scale or 0), MASK=kind, CAUSAL=causal,
+        ACC=accumulator(query.dtype), BLOCK_M=tile.height, BLOCK_N=tile.width,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return outs
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `bi_compile.ops.scaled_dot_product_attention`; the order of the sums: `_attention`."""
+    outs = ops.scaled_dot_product_attention.__wrapped__(query, key, value, attn_mask, is_causal, scale=scale)
+    return attention(query, key, value, attn_mask, is_causal, scale, outs)
+
+
+IMPLEMENTATIONS = {"scaled_dot_product_attention": scaled_dot_product_attention}

@@ -1,0 +1,160 @@
+"""Products: one program for each tile of the output, which walks K in ascending order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bi_compile import ops
+
+from .tiles import PRODUCT, PRODUCT_K, Tile, choose, index_type, launch, target
+
+#: tiles of one column of tiles that run side by side, so that they share their columns of b in the cache
+GROUP = 8
+
+
+@triton.jit
+def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Batch, first row and first column of this program's tile. Programs go down GROUP_M tiles, then to the right."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    batch = tl.program_id(0) // (tiles_m * tiles_n)
+    place = tl.program_id(0) % (tiles_m * tiles_n)
+    first = place // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    inside = place % (GROUP_M * tiles_n)
+    return batch.to(tl.int64), (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product(
+    a, b, bias, out, M, N, K,
+    a_batch, a_row, a_col, b_batch, b_row, b_col, bias_batch, bias_row, bias_col, alpha, beta,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out = alpha * (a @ b) + beta * bias, K in blocks of BLOCK_K, ascending, in one float32 accumulator per element.
+
+    Ragged blocks are filled with zeros. The epilogue is fma(beta, bias, alpha * acc), rounded once to out's dtype.
+    """
+    batch, row, col = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
+    cols = (col + tl.arange(0, BLOCK_N)).to(INDEX)
+    ks = tl.arange(0, BLOCK_K).to(INDEX)
+    a_tile = a + batch * a_batch + rows[:, None] * a_row + ks[None, :] * a_col
+    b_tile = b + batch * b_batch + ks[:, None] * b_row + cols[None, :] * b_col
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        left = tl.load(a_tile, mask=(rows < M)[:, None] & (ks < K - k)[None, :], other=0.0)
+        right = tl.load(b_tile, mask=(ks < K - k)[:, None] & (cols < N)[None, :], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+        a_tile += BLOCK_K * a_col
+        b_tile += BLOCK_K * b_row
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    if SCALED:
+        acc = acc * alpha
+    if BIASED:
+        bias_tile = bias + batch * bias_batch + rows[:, None] * bias_row + cols[None, :] * bias_col
+        addend = tl.load(bias_tile, mask=inside, other=0.0).to(tl.float32)
+        # written out: a compiler that fuses the sum by itself may do so in one tile's kernel and not in another's
+        acc = tl.fma(addend, tl.full((BLOCK_M, BLOCK_N), beta, tl.float32), acc)
+    out_tile = out + batch * M * N + rows[:, None] * N + cols[None, :]
+    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product64(
+    a, b, out, M, N, K, a_batch, a_row, a_col, b_batch, b_row, b_col,
+    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out = a @ b in float64, one element of K after the other in ascending order, by fused multiply-adds."""
+    batch, row, col = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
+    cols = (col + tl.arange(0, BLOCK_N)).to(INDEX)
+    left = a + batch * a_batch + rows[:, None] * a_row
+    right = b + batch * b_batch + cols[None, :] * b_col
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
+    for _ in range(0, K):
+        x = tl.load(left, mask=(rows < M)[:, None], other=0.0)
+        y = tl.load(right, mask=(cols < N)[None, :], other=0.0)
+        acc = tl.fma(tl.broadcast_to(x, BLOCK_M, BLOCK_N), tl.broadcast_to(y, BLOCK_M, BLOCK_N), acc)
+        left += a_col
+        right += b_row
+    out_tile = out + batch * M * N + rows[:, None] * N + cols[None, :]
+    tl.store(out_tile, acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
+
+
+def _float64(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, beta: float, alpha: float, tile: Tile) -> None:
+    """`out` in float64; the epilogue by PyTorch, element by element, since Triton passes a scalar as float32."""
+    count, m, n = out.shape
+    programs = count * triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width)
+    launch(
+        _product64, programs, a, a, b, out, m, n, a.shape[2], *a.stride(), *b.stride(), INDEX=index_type(a, b, out),
+        BLOCK_M=tile.height, BLOCK_N=tile.width, GROUP_M=GROUP, num_warps=tile.warps,
+    )  # fmt: skip
+    if alpha != 1:
+        out.mul_(alpha)
+    if bias is not None:
+        out.add_(bias, alpha=beta)
+
+
+def product(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    beta: float = 1,
+    alpha: float = 1,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; any strides but out's; `tile`: not the table's.
+
+    K in blocks of `PRODUCT_K`, ascending, accumulated in float32 and rounded once; float64 see `_product64`.
+    """
+    count, m, n = out.shape
+    size = out.element_size()
+    tile = tile or choose(PRODUCT[target(a)][size], m)
+    if bias is not None:
+        bias = None if beta == 0 else bias.expand(out.shape)
+    if out.numel() == 0:
+        return out
+    if size == 8:
+        _float64(out, a, b, bias, beta, alpha, tile)
+        return out
+    programs = count * triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width)
+    launch(
+        _product, programs, a, a, b, bias, out, m, n, a.shape[2],
+        *a.stride(), *b.stride(), *((0, 0, 0) if bias is None else bias.stride()), float(alpha), float(beta),
+        SCALED=alpha != 1, BIASED=bias is not None, INDEX=index_type(a, b, bias, out),
+        BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size], GROUP_M=GROUP,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """See `bi_compile.ops.mm`; the order of the sum: `product`."""
+    out = ops.mm.__wrapped__(a, b)
+    product(out[None], a[None], b[None])
+    return out
+
+
+def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """See `bi_compile.ops.addmm`; the order of the sum: `product`."""
+    out = ops.addmm.__wrapped__(bias, a, b)
+    product(out[None], a[None], b[None], bias, beta, alpha)
+    return out
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """See `bi_compile.ops.bmm`; the order of the sum: `product`."""
+    return product(ops.bmm.__wrapped__(a, b), a, b)
+
+
+def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """See `bi_compile.ops.baddbmm`; the order of the sum: `product`."""
+    return product(ops.baddbmm.__wrapped__(bias, a, b), a, b, bias, beta, alpha)
+
+
+IMPLEMENTATIONS = {"mm": mm, "addmm": addmm, "bmm": bmm, "baddbmm": baddbmm}

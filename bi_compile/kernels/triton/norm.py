@@ -1,0 +1,167 @@
+"""Normalisations. Every sum over a row has the order of `reduce._sum`, a function of C and the dtype."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bi_compile import ops
+
+from .reduce import divide, load_rows, row_mean, row_var, store_each, store_rows, this_rows
+from .tiles import aligned, as_rows, launch, row_stride, rows_meta
+
+
+@triton.jit
+def _summand(
+    x, x_stride, residual, residual_stride, rows, start, R, C, ADD: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
+):
+    """The columns from `start` of x, or of x + residual rounded to x's dtype, in ACC."""
+    value = load_rows(x, x_stride, rows, start, R, C, 0.0, BLOCK_C, ACC)
+    if ADD:
+        value += load_rows(residual, residual_stride, rows, start, R, C, 0.0, BLOCK_C, ACC)
+        value = value.to(x.dtype.element_ty).to(ACC)
+    return value
+
+
+@triton.jit(do_not_specialize=["R"])
+def _rms_norm(
+    x, residual, weight, y, rstd, s, x_stride, residual_stride, R, C,
+    EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """s = x + residual if ADD (else x); y = s / sqrt(sum(s * s) / C + EPS) * weight. The sum has the order of `_sum`.
+
+    s is computed again for y instead of being read back: another thread may have written it.
+    """
+    rows = this_rows(BLOCK_R)
+    lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    for start in range(0, C, BLOCK_C):
+        value = _summand(x, x_stride, residual, residual_stride, rows, start, R, C, ADD, BLOCK_C, ACC)
+        lanes = tl.fma(value, value, lanes)
+        if ADD:
+            store_rows(s, value, rows, start, R, C, BLOCK_C)
+    square = divide(tl.sum(lanes, 1), tl.full((BLOCK_R,), C, ACC))
+    scale = tl.rsqrt(square + tl.full((BLOCK_R,), EPS, ACC))
+    store_each(rstd, scale, rows, R)
+    for start in range(0, C, BLOCK_C):
+        value = _summand(x, x_stride, residual, residual_stride, rows, start, R, C, ADD, BLOCK_C, ACC) * scale[:, None]
+        if WEIGHT:
+            cols = start + tl.arange(0, BLOCK_C)
+            value = value * tl.load(weight + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
+        store_rows(y, value, rows, start, R, C, BLOCK_C)
+
+
+@triton.jit
+def _param(param, rows, start, C, groups, rest, GROUPED: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """The weight or bias for the columns from `start`: one for each column, or if GROUPED one for each channel.
+
+    A row of group_norm holds C // rest channels of `rest` elements; `groups` rows follow each other with theirs.
+    """
+    cols = start + tl.arange(0, BLOCK_C)
+    if GROUPED:
+        channel = (rows % groups)[:, None] * (C // rest) + (cols // rest)[None, :]
+        value = tl.load(param + channel, mask=(cols < C)[None, :], other=0.0).to(ACC)
+    else:
+        value = tl.load(param + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
+    return value
+
+
+@triton.jit(do_not_specialize=["R"])
+def _layer_norm(
+    x, weight, bias, y, mean, rstd, stride, R, C, groups, rest,
+    EPS: tl.constexpr, GROUPED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y = (x - mean) * rstd * weight + bias: the mean, then the sum of squared distances to it, both in `_sum`'s order."""
+    rows = this_rows(BLOCK_R)
+    center = row_mean(x, stride, rows, R, C, C, BLOCK_R, BLOCK_C, ACC)
+    count = tl.full((BLOCK_R,), C, ACC)
+    var = row_var(x, stride, rows, center, R, C, count, BLOCK_R, BLOCK_C, ACC)
+    scale = tl.rsqrt(var + tl.full((BLOCK_R,), EPS, ACC))
+    store_each(mean, center, rows, R)
+    store_each(rstd, scale, rows, R)
+    for start in range(0, C, BLOCK_C):
+        value = load_rows(x, stride, rows, start, R, C, 0.0, BLOCK_C, ACC) - center[:, None]
+        value = value * scale[:, None]
+        if WEIGHT:
+            factor = _param(weight, rows, start, C, groups, rest, GROUPED, BLOCK_C, ACC)
+        else:
+            factor = tl.full((1, BLOCK_C), 1.0, ACC)
+        if BIAS:
+            addend = _param(bias, rows, start, C, groups, rest, GROUPED, BLOCK_C, ACC)
+        else:
+            addend = tl.zeros((1, BLOCK_C), ACC)
+        store_rows(y, tl.fma(value, factor, addend), rows, start, R, C, BLOCK_C)
+
+
+def _param_or_none(p: Tensor | None) -> Tensor | None:
+    return None if p is None else aligned(p.contiguous())
+
+
+def _run_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, y: Tensor, rstd: Tensor, s: Tensor | None
+) -> None:
+    if x.numel() == 0:
+        rstd.fill_(float("nan"))
+        return
+    length = x.shape[-1]
+    rows = as_rows(x, length)
+    others = None if residual is None else as_rows(residual, length)
+    meta = rows_meta(rows, length)
+    launch(
+        _rms_norm, triton.cdiv(rows.shape[0], meta["BLOCK_R"]), x, rows, others, _param_or_none(weight), y, rstd, s,
+        row_stride(rows), 0 if others is None else row_stride(others), rows.shape[0], length,
+        EPS=eps, ADD=others is not None, WEIGHT=weight is not None, **meta,
+    )  # fmt: skip
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """See `bi_compile.ops.rms_norm`; the order of the sum: `_rms_norm`."""
+    y, rstd = ops.rms_norm.__wrapped__(x, weight, eps)
+    _run_rms_norm(x, None, weight, eps, y, rstd, None)
+    return y, rstd
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See `bi_compile.ops.add_rms_norm`; one kernel; the order of the sum: `_rms_norm`."""
+    y, rstd, s = ops.add_rms_norm.__wrapped__(x, residual, weight, eps)
+    _run_rms_norm(x, residual, weight, eps, y, rstd, s)
+    return y, rstd, s
+
+
+def _run_layer_norm(
+    x: Tensor, length: int, weight: Tensor | None, bias: Tensor | None, eps: float, outs: tuple[Tensor, Tensor, Tensor],
+    groups: int = 0, rest: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`outs` (y, mean, rstd) filled for rows of `length` elements; groups = 0: a weight for each of them."""
+    if x.numel() == 0:
+        outs[1].fill_(float("nan"))
+        outs[2].fill_(float("nan"))
+        return outs
+    rows = as_rows(x, length)
+    meta = rows_meta(rows, length)
+    launch(
+        _layer_norm, triton.cdiv(rows.shape[0], meta["BLOCK_R"]), x, rows, _param_or_none(weight), _param_or_none(bias),
+        *outs, row_stride(rows), rows.shape[0], length, groups, rest,
+        EPS=eps, GROUPED=groups > 0, WEIGHT=weight is not None, BIAS=bias is not None, **meta,
+    )  # fmt: skip
+    return outs
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See `bi_compile.ops.layer_norm`; the order of the sums: `_layer_norm`."""
+    outs = ops.layer_norm.__wrapped__(x, weight, bias, eps)
+    return _run_layer_norm(x, x.shape[-1], weight, bias, eps, outs)
+
+
+def group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `bi_compile.ops.group_norm`; the order of the sums: `_layer_norm`."""
+    outs = ops.group_norm.__wrapped__(x, weight, bias, groups, eps)
+    rest = x[0, 0].numel() if x.numel() else 1
+    return _run_layer_norm(x, x.shape[1] // groups * rest, weight, bias, eps, outs, groups, rest)
+
+
+IMPLEMENTATIONS = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "layer_norm": layer_norm, "group_norm": group_norm}

@@ -1,0 +1,296 @@
+"""Reductions over rows of C contiguous elements.
+
+Every row sum has one order, a function of C and the dtype: lane j of BLOCK_C adds up the columns j, j + BLOCK_C, ...
+in ascending order in its accumulator, then one `tl.sum` adds up the lanes. The rows that a program holds do not meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bi_compile import ops
+
+from .tiles import SCAN_ROWS, accumulator, as_rows, launch, row_stride, rows_meta, target
+
+
+@triton.jit
+def exp(x):
+    """e**x for x <= 0, NaN or -inf. In float32 correct to about one unit in the last place at any x.
+
+    The hardware's exponential is 2**(x * log2(e)), and the product's rounding error grows with x: so the whole powers of
+    two are taken out first, exactly.
+    """
+    if x.dtype == tl.float64:
+        result = tl.exp(x)
+    else:
+        bounded = tl.where(x < -150.0, -150.0, x)
+        powers = tl.floor(tl.fma(bounded, 1.4426950408889634, 0.5))
+        rest = tl.fma(powers, -0.693359375, bounded)  # the two constants add up to -log(2); the first has few digits
+        rest = tl.fma(powers, 2.12194440e-4, rest)
+        result = tl.exp(rest) * tl.exp2(powers)
+    return result
+
+
+@triton.jit
+def divide(x, y):
+    """x / y, correctly rounded: the hardware's float32 division is not."""
+    if x.dtype == tl.float64:
+        result = x / y
+    else:
+        result = tl.div_rn(x, y)
+    return result
+
+
+@triton.jit
+def this_rows(BLOCK_R: tl.constexpr):
+    """The rows of this program."""
+    return tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+
+
+@triton.jit
+def load_rows(x, stride, rows, start, R, C, other, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """The columns from `start` of the rows, in ACC; `other` outside."""
+    cols = start + tl.arange(0, BLOCK_C)
+    inside = (rows < R)[:, None] & (cols < C)[None, :]
+    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=inside, other=other).to(ACC)
+
+
+@triton.jit
+def store_rows(out, value, rows, start, R, C, BLOCK_C: tl.constexpr):
+    """Write the columns from `start` of the rows of `out`, which is contiguous, rounded to its dtype."""
+    cols = start + tl.arange(0, BLOCK_C)
+    inside = (rows < R)[:, None] & (cols < C)[None, :]
+    tl.store(out + rows[:, None] * C + cols[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_each(out, value, rows, R):
+    """Write one value for each row, rounded to out's dtype."""
+    tl.store(out + rows, value.to(out.dtype.element_ty), mask=rows < R)
+
+
+@triton.jit
+def row_mean(x, stride, rows, R, C, divisor, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """Sum of each row over `divisor`."""
+    lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    for start in range(0, C, BLOCK_C):
+        lanes += load_rows(x, stride, rows, start, R, C, 0.0, BLOCK_C, ACC)
+    return divide(tl.sum(lanes, 1), tl.full((BLOCK_R,), divisor, ACC))
+
+
+@triton.jit
+def row_var(x, stride, rows, mean, R, C, divisor, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """Sum of the squared distances of each row to its mean, over `divisor`."""
+    lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    for start in range(0, C, BLOCK_C):
+        distance = load_rows(x, stride, rows, start, R, C, 0.0, BLOCK_C, ACC) - mean[:, None]
+        distance = tl.where((start + tl.arange(0, BLOCK_C) < C)[None, :], distance, 0.0)
+        lanes = tl.fma(distance, distance, lanes)
+    return divide(tl.sum(lanes, 1), divisor)
+
+
+@triton.jit
+def _peak(x, stride, rows, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """Maximum of each row. Of a row with NaN it is any of the others: the sum of the exponentials gets the NaN."""
+    lanes = tl.full((BLOCK_R, BLOCK_C), float("-inf"), ACC)
+    for start in range(0, C, BLOCK_C):
+        lanes = tl.maximum(lanes, load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC))
+    return tl.max(lanes, 1)
+
+
+@triton.jit
+def _exponentials(x, stride, rows, peak, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """Sum of exp(x - peak) of each row."""
+    lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    for start in range(0, C, BLOCK_C):
+        lanes += exp(load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC) - peak[:, None])
+    return tl.sum(lanes, 1)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _sum(
+    x, out, stride, R, C,
+    MEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sum of each row, over C if MEAN. Lanes ascending, then one `tl.sum`."""
+    rows = this_rows(BLOCK_R)
+    store_each(out, row_mean(x, stride, rows, R, C, C if MEAN else 1, BLOCK_R, BLOCK_C, ACC), rows, R)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _var_mean(
+    x, var, mean, stride, R, C,
+    CORRECTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Mean of each row, then the sum of squared distances to it over max(C - CORRECTION, 0): two sums in `_sum`'s order."""
+    rows = this_rows(BLOCK_R)
+    center = row_mean(x, stride, rows, R, C, C, BLOCK_R, BLOCK_C, ACC)
+    divisor = tl.full((BLOCK_R,), C, ACC) - tl.full((BLOCK_R,), CORRECTION, ACC)
+    divisor = tl.where(divisor > 0, divisor, 0.0)
+    store_each(var, row_var(x, stride, rows, center, R, C, divisor, BLOCK_R, BLOCK_C, ACC), rows, R)
+    store_each(mean, center, rows, R)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _logsumexp(
+    x, out, stride, R, C,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """peak + log(sum(exp(x - peak))) of each row, the sum in `_sum`'s order; an infinite peak counts as 0."""
+    rows = this_rows(BLOCK_R)
+    peak = _peak(x, stride, rows, R, C, BLOCK_R, BLOCK_C, ACC)
+    peak = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
+    total = _exponentials(x, stride, rows, peak, R, C, BLOCK_R, BLOCK_C, ACC)
+    store_each(out, tl.log(total) + peak, rows, R)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _softmax(
+    x, out, stride, R, C,
+    LOG: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """exp(x - peak) / sum, or (x - peak) - log(sum), of each row; the sum of exp(x - peak) in `_sum`'s order."""
+    rows = this_rows(BLOCK_R)
+    peak = _peak(x, stride, rows, R, C, BLOCK_R, BLOCK_C, ACC)
+    total = _exponentials(x, stride, rows, peak, R, C, BLOCK_R, BLOCK_C, ACC)
+    for start in range(0, C, BLOCK_C):
+        value = load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC) - peak[:, None]
+        if LOG:
+            value = value - tl.log(total)[:, None]
+        else:
+            value = divide(exp(value), tl.broadcast_to(total[:, None], BLOCK_R, BLOCK_C))
+        store_rows(out, value, rows, start, R, C, BLOCK_C)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _cumsum(x, out, row, col, R, C, BLOCK_R: tl.constexpr, ACC: tl.constexpr):
+    """Running sum of each row, one element after the other in ascending order; one lane for each row."""
+    rows = this_rows(BLOCK_R)
+    source = x + rows * row
+    sink = out + rows * C
+    total = tl.zeros((BLOCK_R,), ACC)
+    for _ in range(0, C):
+        total += tl.load(source, mask=rows < R, other=0.0).to(ACC)
+        tl.store(sink, total.to(out.dtype.element_ty), mask=rows < R)
+        source += col
+        sink += 1
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x cast to `dtype` where that loses digits; the kernels read a narrower x as it is."""
+    exact = x.dtype == dtype or dtype == torch.float64 or (dtype == torch.float32 and x.dtype != torch.float64)
+    return x if exact else x.to(dtype)
+
+
+def _rows(x: Tensor, dim: Sequence[int]) -> Tensor:
+    """x as [R, C]: C runs over `dim` (empty: all) in row-major order, R over the others. Copies unless `dim` is last."""
+    if x.dim() == 0:
+        return x.view(1, 1)
+    reduced = sorted({d % x.dim() for d in dim} or range(x.dim()))
+    kept = [d for d in range(x.dim()) if d not in reduced]
+    return as_rows(x.permute(*kept, *reduced), math.prod(x.shape[d] for d in reduced))
+
+
+def _run(kernel: Any, rows: Tensor, outs: Sequence[Tensor], acc: torch.dtype, **meta: Any) -> None:
+    count, length = rows.shape
+    meta |= rows_meta(rows, length) | {"ACC": accumulator(acc)}
+    launch(kernel, triton.cdiv(count, meta["BLOCK_R"]), rows, rows, *outs, row_stride(rows), count, length, **meta)
+
+
+def _reduce(kernel: Any, x: Tensor, dim: Sequence[int], outs: Sequence[Tensor], empty: float, **meta: Any) -> None:
+    """Fill `outs` with the kernel's result over `dim`; with `empty` where C is 0."""
+    if x.numel() == 0:
+        for out in outs:
+            out.fill_(empty)
+        return
+    _run(kernel, _rows(_cast(x, outs[0].dtype), dim), outs, outs[0].dtype, **meta)
+
+
+def sum(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """See `bi_compile.ops.sum`; the order of the sum: `_sum`."""
+    out = ops.sum.__wrapped__(x, dim, keepdim, dtype=dtype)
+    _reduce(_sum, x, dim, [out], 0.0, MEAN=False)
+    return out
+
+
+def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """See `bi_compile.ops.mean`; the order of the sum: `_sum`."""
+    out = ops.mean.__wrapped__(x, dim, keepdim, dtype=dtype)
+    _reduce(_sum, x, dim, [out], float("nan"), MEAN=True)
+    return out
+
+
+def var_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """See `bi_compile.ops.var_mean`; the order of the sums: `_var_mean`."""
+    var, mean = ops.var_mean.__wrapped__(x, dim, correction, keepdim)
+    _reduce(_var_mean, x, dim, [var, mean], float("nan"), CORRECTION=float(correction))
+    return var, mean
+
+
+def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
+    """See `bi_compile.ops.logsumexp`; the order of the sum: `_logsumexp`."""
+    out = ops.logsumexp.__wrapped__(x, dim, keepdim)
+    _reduce(_logsumexp, x, dim, [out], float("-inf"))
+    return out
+
+
+def _along(x: Tensor, dim: int, out: Tensor, fill: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """`out`, of x's size and contiguous, after `fill(rows, out_rows)` with `dim` as the last of both."""
+    if x.numel() == 0:
+        return out
+    if x.dim() == 0:
+        fill(x.view(1, 1), out.view(1, 1))
+        return out
+    rows = x.movedim(dim, -1)
+    filled = out if dim % x.dim() == x.dim() - 1 else out.new_empty(rows.shape)
+    fill(rows.reshape(-1, rows.shape[-1]), filled.view(-1, rows.shape[-1]))
+    return out if filled is out else out.copy_(filled.movedim(-1, dim))
+
+
+def _fill_softmax(log: bool) -> Callable[[Tensor, Tensor], None]:
+    def fill(x: Tensor, out: Tensor) -> None:
+        _run(_softmax, as_rows(_cast(x, out.dtype), x.shape[1]), [out], out.dtype, LOG=log)
+
+    return fill
+
+
+def _fill_cumsum(x: Tensor, out: Tensor) -> None:
+    x = _cast(x, out.dtype)
+    height = SCAN_ROWS[target(x)]
+    launch(
+        _cumsum, triton.cdiv(x.shape[0], height), x, x, out, *x.stride(), *x.shape,
+        BLOCK_R=height, ACC=accumulator(out.dtype), num_warps=1,
+    )  # fmt: skip
+
+
+def softmax(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """See `bi_compile.ops.softmax`; the order of the sum: `_softmax`."""
+    return _along(x, dim, ops.softmax.__wrapped__(x, dim, dtype=dtype), _fill_softmax(log=False))
+
+
+def log_softmax(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """See `bi_compile.ops.log_softmax`; the order of the sum: `_softmax`."""
+    return _along(x, dim, ops.log_softmax.__wrapped__(x, dim, dtype=dtype), _fill_softmax(log=True))
+
+
+def cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """See `bi_compile.ops.cumsum`; the order of the sum: `_cumsum`."""
+    return _along(x, dim, ops.cumsum.__wrapped__(x, dim, dtype=dtype), _fill_cumsum)
+
+
+IMPLEMENTATIONS = {
+    "sum": sum,
+    "mean": mean,
+    "var_mean": var_mean,
+    "logsumexp": logsumexp,
+    "softmax": softmax,
+    "log_softmax": log_softmax,
+    "cumsum": cumsum,
+}

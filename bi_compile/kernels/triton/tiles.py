@@ -1,0 +1,132 @@
+"""The shapes of the tiles for each target, and what every host function shares.
+
+What may follow the number of rows at run time is the height and width of a product's or an attention tile: their bits
+do not depend on it, which `tests/kernels/test_triton.py` checks for every entry of these tables. Everything else here
+follows the reduced length and the dtype alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: a pointer that Triton may read in 16-byte words; other pointers compile to another kernel with another layout
+ALIGNMENT = 16
+INT32_MAX = 2**31 - 1
+
+
+class Tile(NamedTuple):
+    """A tile of `height` rows and `width` columns, and the `warps` and pipeline `stages` that work on it."""
+
+    height: int
+    width: int
+    warps: int
+    stages: int
+
+
+#: target -> bytes per element -> (up to this many rows, tile), ascending. 16-bit products run on the matrix units. In
+#: 32 and 64 bits the products are fused multiply-adds in the vector units.
+PRODUCT: dict[str, dict[int, list[tuple[int, Tile]]]] = {
+    "cuda": {
+        2: [
+            (16, Tile(16, 32, 4, 6)),
+            (32, Tile(32, 32, 4, 6)),
+            (64, Tile(64, 32, 4, 6)),
+            (256, Tile(128, 64, 4, 4)),
+            (512, Tile(128, 128, 8, 4)),
+            (INT32_MAX, Tile(128, 256, 8, 3)),
+        ],
+        4: [(16, Tile(16, 64, 4, 3)), (INT32_MAX, Tile(64, 64, 4, 3))],
+        8: [(INT32_MAX, Tile(32, 32, 4, 1))],
+    }
+}
+#: target -> bytes per element -> how many elements of K one step takes: part of the sum's order, never follows the rows
+PRODUCT_K: dict[str, dict[int, int]] = {"cuda": {2: 64, 4: 32, 8: 1}}
+
+#: target -> bytes per element -> (up to this many rows, tile) of attention; rows are the queries of all heads that share
+#: a key head. 16 rows to a warp, so that every height gives a warp whole rows and the row sum one order. The width is
+#: the number of keys that one step takes and must not follow the rows.
+ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
+    "cuda": {
+        2: [(16, Tile(16, 64, 1, 3)), (32, Tile(32, 64, 2, 3)), (64, Tile(64, 64, 4, 3)), (INT32_MAX, Tile(128, 64, 8, 3))],
+        4: [(INT32_MAX, Tile(32, 32, 4, 1))],
+        8: [(INT32_MAX, Tile(4, 16, 4, 1))],
+    }
+}
+
+#: target -> (columns one program holds at once, elements of a tile of short rows, elements for each warp)
+ROWS: dict[str, tuple[int, int, int]] = {"cuda": (4096, 1024, 512)}
+#: target -> rows that one program of cumsum walks along
+SCAN_ROWS: dict[str, int] = {"cuda": 32}
+
+
+def target(x: Tensor) -> str:
+    """The table's key for x's device. Tensors of a CPU, which Triton's interpreter reads, take CUDA's tiles."""
+    return "cuda" if x.device.type == "cpu" else x.device.type
+
+
+def choose(table: list[tuple[int, Tile]], rows: int) -> Tile:
+    """The first tile whose limit holds `rows`."""
+    return next(tile for limit, tile in table if rows <= limit)
+
+
+def rows_meta(x: Tensor, length: int) -> dict[str, Any]:
+    """Tile, accumulator and warps of a kernel over rows of `length` elements: a function of `length` and the dtype."""
+    widest, short, per_warp = ROWS[target(x)]
+    width = min(triton.next_power_of_2(length), widest)
+    height = max(1, short // max(width, 16))
+    return {
+        "BLOCK_R": height,
+        "BLOCK_C": width,
+        "ACC": accumulator(x.dtype),
+        "num_warps": max(4, height * width // per_warp),
+    }
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """Triton's type in which sums of `dtype` are taken."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or its copy if x begins where Triton would compile another kernel, whose layout could sum in another order."""
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def as_rows(x: Tensor, length: int) -> Tensor:
+    """x as [R, length], its last dimension contiguous, its layout one that a kernel of this length always sees.
+
+    A view of rows that lie apart is kept where pointer and distance are multiples of 16, as those of whole rows are;
+    otherwise x is copied.
+    """
+    x = aligned(x.reshape(-1, length))
+    apart = x.stride(0) % ALIGNMENT == 0 and length % ALIGNMENT == 0
+    unit = x.stride(1) == 1 or length == 1
+    return x if unit and (x.stride(0) == length or (apart and length > 1)) else x.contiguous()
+
+
+def row_stride(x: Tensor) -> int:
+    """Distance of the rows of `as_rows`. A lone row's is meaningless and could compile another kernel."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
+
+
+def extent(*tensors: Tensor | None) -> int:
+    """How far the farthest element of any of the tensors lies from the first, in elements."""
+    return max(sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors if t is not None)
+
+
+def index_type(*tensors: Tensor | None) -> Any:
+    """Triton's integer type that holds every offset into the tensors."""
+    return tl.int64 if extent(*tensors) > INT32_MAX else tl.int32
+
+
+def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **meta: Any) -> None:
+    """Run `programs` programs of the kernel on x's device; none if there are none."""
+    if programs == 0:
+        return
+    with torch.cuda.device_of(x):
+        kernel[(programs,)](*args, **meta)

@@ -1,0 +1,162 @@
+"""The passes in order over one graph, then the audit.
+
+A graph comes twice where the face allows it: as captured ("captured"), where a composite operator is still whole, and as
+the device's compiler is about to lower it ("final"), after that compiler's own decompositions and fusions. The audit
+judges the last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+
+from .audit import Finding, Knowledge, Report, audit
+from .dump import Dump
+from .options import ALL, Options, resolve_passes
+from .rewrite import Change, Decompositions, rewrite
+from .table import Table
+from .targets import Target, get_target
+
+log = logging.getLogger("bi_compile")
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a pipeline has done so far, over all its graphs."""
+
+    graphs: int = 0
+    nodes: int = 0
+    seconds: float = 0.0
+    replaced: Counter[str] = dataclasses.field(default_factory=Counter)
+    left: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Operators that the audit objects to."""
+    trusted: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def line(self) -> str:
+        """One line for a log."""
+        def listed(counts: Mapping[str, int]) -> str:
+            return ", ".join(f"{n} {op}" for op, n in sorted(counts.items())) or "none"
+
+        return (
+            f"{self.graphs} graphs, {self.nodes} nodes: replaced {listed(self.replaced)}; left {listed(self.left)}; "
+            f"trusted {', '.join(sorted(self.trusted)) or 'none'}; passes and audit took {self.seconds:.2f} s"
+        )
+
+
+class Pipeline:
+    """Passes, audit and dump with one set of options; use it for every graph of one compilation."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.passes = resolve_passes(options.passes)
+        self.summary = Summary()
+        self._dump = Dump(options.dump_dir) if options.dump_dir else None
+        self._warned: set[str] = set()
+        if options.target:
+            self.knowledge(options.target)
+
+    @functools.cache  # noqa: B019 - a pipeline lives as long as the process
+    def knowledge(self, target: str) -> Knowledge:
+        """The tables for the target of that name. Raises TableError where the passes do not go together."""
+        return Knowledge(get_target(target), Table(self.passes, target), Table(resolve_passes([ALL]), target), self.options.trust)
+
+    def target_of(self, graph: fx.Graph) -> Target:
+        """The target of the options, or that of the device on which the graph's tensors lie."""
+        if self.options.target:
+            return get_target(self.options.target)
+        devices = Counter(
+            leaf.device.type for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)
+        )
+        # a graph for an accelerator may hold a few tensors of the host
+        found = [d for d, _ in devices.most_common() if d != "cpu"] or ["cpu"]
+        return get_target(found[0])
+
+    def rewrite(self, graph: fx.Graph, stage: str, decompositions: Decompositions | None = None) -> list[Change]:
+        """Run every pass over `graph`, in order; changes it in place."""
+        from . import groups  # imports Inductor, which takes seconds
+
+        start = time.perf_counter()
+        known = self.knowledge(self.target_of(graph).name)
+        dumped = self._dump.begin(stage, graph) if self._dump else None
+        changes: list[Change] = []
+        for p in self.passes:
+            began = time.perf_counter()
+            done = groups.replace(graph, p, stage) + rewrite(graph, known.table, p.name, decompositions)
+            changes += done
+            if dumped and done:
+                dumped.after(p.name, graph, done, time.perf_counter() - began)
+        self.summary.replaced.update(c.operator for c in changes)
+        if dumped:
+            dumped.end(graph)
+        self.summary.seconds += time.perf_counter() - start
+        return changes
+
+    def audit(self, graph: fx.Graph, extra_trust: Mapping[str, str] | None = None) -> Report:
+        """Judge `graph`, which is about to run; stops or warns as `on_unproven` says.
+
+        Raises:
+            AuditError: something is left, and on_unproven is "error".
+        """
+        start = time.perf_counter()
+        known = self.knowledge(self.target_of(graph).name)
+        if extra_trust:
+            known = dataclasses.replace(known, trust={**extra_trust, **known.trust})
+        report = audit(graph, known, self.options.batch)
+        self.summary.graphs += 1
+        self.summary.nodes += len(report.findings)
+        self.summary.left.update(f.operator for f in report.objections)
+        self.summary.trusted.update({f.operator: f.reason for f in report.findings if f.verdict.value == "trusted"})
+        if self._dump:
+            self._dump.audit(report)
+        self.summary.seconds += time.perf_counter() - start
+        if self.options.on_unproven == "error":
+            report.raise_objections()
+        for finding in report.objections:
+            self._warn(finding)
+        return report
+
+    def _warn(self, finding: Finding) -> None:
+        if finding.operator not in self._warned:
+            self._warned.add(finding.operator)
+            log.warning("bi_compile: not batch-invariant: %s", finding)
+            warnings.warn(f"bi_compile: not batch-invariant: {finding}", stacklevel=2)
+
+    def uuid(self) -> str:
+        """A digest of the passes' source, this package's source, the options and torch's version; a cache key."""
+        return digest(self.options)
+
+
+@functools.cache
+def _package_digest() -> str:
+    h = hashlib.sha256(torch.__version__.encode())
+    root = Path(__file__).parent
+    for path in sorted([*root.rglob("*.py"), *root.rglob("*.cpp"), *root.rglob("*.h"), *(root / "passes").glob("*.py")]):
+        h.update(path.name.encode() + path.read_bytes())
+    return h.hexdigest()
+
+
+def digest(options: Options) -> str:
+    """See `Pipeline.uuid`."""
+    import inspect
+
+    h = hashlib.sha256(_package_digest().encode())
+    settings = dataclasses.asdict(options) | {"dump_dir": None}
+    h.update(json.dumps(settings, sort_keys=True, default=dict).encode())
+    for p in resolve_passes(options.passes):
+        module = inspect.getmodule(p)
+        h.update(inspect.getsource(module if module is not None and hasattr(module, "__file__") else p).encode())
+    return h.hexdigest()

@@ -1,0 +1,256 @@
+"""Put replacements in the place of nodes: each replacement is traced on the node's own fake values and spliced in.
+
+What a graph must be: an FX graph of operator overloads whose nodes carry fake values in `meta["val"]`, as AOTAutograd and
+Inductor hand them on. What it is afterwards: the same, with `meta`, stack traces and the strides of the replaced values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import SymBool, SymFloat, SymInt, Tensor, fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .errors import RewriteError
+from .table import Entry, Replacement, Table
+
+Decompositions = dict[OpOverload, Callable[..., Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One replacement that was made."""
+
+    node: str
+    operator: str
+    pass_name: str
+    by: tuple[str, ...]
+    """The operators that stand there now."""
+    where: str
+    """The line of the user's program, where it is known."""
+
+
+def source_line(node: fx.Node) -> str:
+    """File and line of the user's program that the node came from; the empty string where it is not known."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    return lines[-1].removeprefix("File ").replace('"', "") if lines else ""
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode of the graph's values.
+
+    Raises:
+        RewriteError: no node carries a fake value.
+    """
+    for node in graph.nodes:
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(leaf, torch._subclasses.FakeTensor):
+                return leaf.fake_mode
+    raise RewriteError(
+        "the graph carries no shape information (no node has a fake tensor in meta['val']): run the pass where "
+        "torch.compile has traced shapes, or run torch.fx.passes.fake_tensor_prop.FakeTensorProp over the graph first"
+    )
+
+
+def value_of(node: fx.Node) -> Any:
+    if "val" not in node.meta:
+        raise RewriteError(
+            f"the node {node.name} ({node.target}) carries no shape information (meta['val'] is missing), so it cannot be "
+            "rewritten: run torch.fx.passes.fake_tensor_prop.FakeTensorProp over the graph after the pass that made it"
+        )
+    return node.meta["val"]
+
+
+def values_of(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The node's arguments with each node in them replaced by its fake value."""
+    return fx.map_arg((node.args, node.kwargs), value_of)  # type: ignore[return-value]
+
+
+def rewrite(graph: fx.Graph, table: Table, pass_name: str, decompositions: Decompositions | None = None) -> list[Change]:
+    """Replace every node whose operator `pass_name` has in `table`; returns what was done, in the graph's order.
+
+    decompositions: applied to what the replacements call, for a graph that has been decomposed already.
+    """
+    todo = []
+    for node in graph.nodes:
+        found = table.get(node.target) if node.op == "call_function" else None
+        if found is not None and found[0].pass_name == pass_name:
+            args, kwargs = values_of(node)
+            if not found[0].stays(*args, **kwargs):
+                todo.append((node, *found))
+    if not todo:
+        return []
+    tracer = _Tracer(fake_mode_of(graph), decompositions or {})
+    changes = [_splice(graph, node, entry, replacement, tracer) for node, entry, replacement in todo]
+    graph.eliminate_dead_code()
+    return changes
+
+
+def _signature(x: Any) -> Any:
+    """What decides how a replacement is traced."""
+    if isinstance(x, Tensor):
+        return ("tensor", x.dtype, str(x.device), x.shape and tuple(map(str, x.shape)), tuple(map(str, x.stride())), x.requires_grad)
+    return (type(x).__name__, str(x))
+
+
+class _Tracer:
+    """Traces replacements, each once for each combination of operator and argument metadata."""
+
+    def __init__(self, mode: FakeTensorMode, decompositions: Decompositions) -> None:
+        self.mode = mode
+        self.decompositions = decompositions
+        self.traced: dict[Any, fx.Graph] = {}
+
+    def __call__(self, op: OpOverload, replacement: Replacement, args: Any, kwargs: Any, holes: list[int]) -> fx.Graph:
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        key = (op, spec, tuple(map(_signature, flat)), tuple(holes))
+        if key not in self.traced:
+            self.traced[key] = self.trace(replacement, flat, spec, holes)
+        return self.traced[key]
+
+    def trace(self, replacement: Replacement, flat: list[Any], spec: Any, holes: list[int]) -> fx.Graph:
+        def call(*leaves: Any) -> Any:
+            filled = list(flat)
+            for i, leaf in zip(holes, leaves, strict=True):
+                filled[i] = leaf
+            a, kw = pytree.tree_unflatten(filled, spec)
+            return replacement(*a, **kw)
+
+        with self.mode, torch.no_grad():
+            return make_fx(call, decomposition_table=self.decompositions)(*(flat[i] for i in holes)).graph
+
+
+def _splice(graph: fx.Graph, node: fx.Node, entry: Entry, replacement: Replacement, tracer: _Tracer) -> Change:
+    flat_nodes, spec = pytree.tree_flatten((node.args, node.kwargs))
+    holes = [i for i, leaf in enumerate(flat_nodes) if isinstance(leaf, fx.Node)]
+    flat_values = [value_of(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in flat_nodes]
+    args, kwargs = pytree.tree_unflatten(flat_values, spec)
+    try:
+        body = tracer(node.target, replacement, args, kwargs, holes)  # type: ignore[arg-type]
+    except Exception as error:
+        raise RewriteError(
+            f"{_place(node, entry)}: the replacement cannot be traced on {_describe(flat_values)}: {error}"
+        ) from error
+    given = iter([flat_nodes[i] for i in holes])
+    copies: dict[fx.Node, fx.Node] = {}
+    made: list[fx.Node] = []
+    result: Any = None
+    with graph.inserting_before(node):
+        for inner in body.nodes:
+            if inner.op == "placeholder":
+                copies[inner] = next(given)
+            elif inner.op == "output":
+                result = fx.map_arg(inner.args[0], lambda n: copies[n])
+            else:
+                copies[inner] = copy = graph.node_copy(inner, lambda n: copies[n])
+                copy.meta = _inherited(node, entry)
+                copy.meta["val"] = _run_fake(copy, tracer.mode)
+                made.append(copy)
+        result = _fit(graph, node, entry, result, tracer.mode)
+    _replace_uses(graph, node, result)
+    return Change(node.name, str(node.target), entry.pass_name, tuple(str(n.target) for n in made), source_line(node))
+
+
+def _place(node: fx.Node, entry: Entry) -> str:
+    where = source_line(node)
+    return f"pass {entry.pass_name!r}, node {node.name} ({node.target}{', ' + where if where else ''})"
+
+
+def _describe(values: Iterable[Any]) -> str:
+    return ", ".join(f"{v.dtype}{list(v.shape)}" if isinstance(v, Tensor) else repr(v) for v in values)
+
+
+def _inherited(node: fx.Node, entry: Entry) -> dict[str, Any]:
+    meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "example_value", "eager_input_vals")}
+    return {**meta, "bi_compile": {"replaced": str(node.target), "pass": entry.pass_name}}
+
+
+def _run_fake(node: fx.Node, mode: FakeTensorMode) -> Any:
+    args, kwargs = values_of(node)
+    with mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fit(graph: fx.Graph, node: fx.Node, entry: Entry, result: Any, mode: FakeTensorMode) -> Any:
+    """Check the replacement's outputs against the node's, and give them the node's strides where they differ."""
+    want, want_spec = pytree.tree_flatten(value_of(node))
+    got, _ = pytree.tree_flatten(result)
+    if len(want) != len(got):
+        raise RewriteError(f"{_place(node, entry)}: the operator has {len(want)} outputs, its replacement {len(got)}")
+    fitted = []
+    for i, (w, g) in enumerate(zip(want, got, strict=True)):
+        v = value_of(g) if isinstance(g, fx.Node) else g
+        if not isinstance(w, Tensor) or not isinstance(v, Tensor):
+            fitted.append(g)
+            continue
+        if w.dtype != v.dtype or len(w.shape) != len(v.shape) or any(str(a) != str(b) and _surely_differ(a, b) for a, b in zip(w.shape, v.shape, strict=True)):
+            raise RewriteError(
+                f"{_place(node, entry)}: output {i} is {w.dtype}{list(w.shape)}, but the replacement gives {v.dtype}{list(v.shape)}"
+            )
+        fitted.append(_restride(graph, node, entry, g, w, mode))
+    return pytree.tree_unflatten(fitted, want_spec) if not isinstance(want, Tensor) else fitted[0]
+
+
+def _surely_differ(a: Any, b: Any) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a != b
+
+
+def stride_order(x: Tensor) -> list[int]:
+    """The dimensions from the outermost to the innermost in memory."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    def outer(i: int, j: int) -> int:
+        a, b = x.stride(i), x.stride(j)
+        if str(a) == str(b):
+            return i - j
+        return 1 if guard_or_false(a < b) else -1 if guard_or_false(a > b) else i - j
+
+    return sorted(range(x.dim()), key=functools.cmp_to_key(outer))
+
+
+def _restride(graph: fx.Graph, node: fx.Node, entry: Entry, g: fx.Node, want: Tensor, mode: FakeTensorMode) -> fx.Node:
+    have = value_of(g)
+    sizes = [(n, a, b) for n, a, b in zip(want.shape, want.stride(), have.stride(), strict=True) if str(n) != "1"]
+    if all(str(a) == str(b) for _, a, b in sizes) or not torch._prims_common.is_non_overlapping_and_dense_or_false(want):
+        return g
+    order = stride_order(want)
+    if order == list(range(want.dim())):
+        return g
+    back = [order.index(i) for i in range(want.dim())]
+    for target, args in (
+        (torch.ops.aten.permute.default, (order,)),
+        (torch.ops.aten.clone.default, ()),
+        (torch.ops.aten.permute.default, (back,)),
+    ):
+        kwargs = {"memory_format": torch.contiguous_format} if target is torch.ops.aten.clone.default else {}
+        g = graph.call_function(target, (g, *args), kwargs)
+        g.meta = _inherited(node, entry)
+        g.meta["val"] = _run_fake(g, mode)
+    return g
+
+
+def _replace_uses(graph: fx.Graph, node: fx.Node, result: Any) -> None:
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        return
+    if isinstance(result, (tuple, list)):
+        for user in list(node.users):
+            if user.target is operator.getitem:
+                user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index,arg-type]
+                graph.erase_node(user)
+    if node.users:
+        raise RewriteError(f"{node.name} ({node.target}) is used as a whole by {', '.join(u.name for u in node.users)}: it has several outputs")
+    graph.erase_node(node)
+
+
+def is_symbolic(x: Any) -> bool:
+    return isinstance(x, (SymInt, SymFloat, SymBool))

@@ -1,0 +1,126 @@
+"""Where bi_compile holds on to vLLM. Each hook waits for a module's import, and wraps one thing in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+log = logging.getLogger("bi_compile")
+
+KEY = "custom_passes"
+_installed = False
+
+
+def install() -> None:
+    """Wait for vLLM's modules. Installing twice does nothing."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    wrapt.register_post_import_hook(_wrap_config, "vllm.config.utils")
+    half_imported = sys.modules.get("vllm.config.compilation")
+    if half_imported is not None and "config" in vars(half_imported):
+        # it reads the platform, which is what called us, between its imports and its class
+        vars(half_imported)["config"] = sys.modules["vllm.config.utils"].config  # type: ignore[attr-defined]
+    wrapt.register_post_import_hook(_wrap_vllm_config, "vllm.config.vllm")
+    wrapt.register_post_import_hook(_wrap_worker, "vllm.v1.worker.worker_base")
+
+
+def check() -> None:
+    """Say so if the configuration class was made before the hooks were there."""
+    module = sys.modules.get("vllm.config.compilation")
+    made = getattr(module, "CompilationConfig", None)
+    if made is not None and KEY not in {f.name for f in dataclasses.fields(made)}:
+        log.error(
+            "bi_compile: vLLM made its CompilationConfig before bi_compile's platform plugin was called, so the key %r is not "
+            "known and LLM(compilation_config={...}) drops it. Leave VLLM_TARGET_DEVICE unset, and name bi_compile in "
+            "VLLM_PLUGINS if you set that.",
+            KEY,
+        )
+
+
+def _wrap_config(module: ModuleType) -> None:
+    """`@config` gives the class `CompilationConfig` one more field before it becomes a dataclass."""
+    plain: Callable[..., Any] = vars(module)["config"]
+
+    @functools.wraps(plain)
+    def config(cls: type | None = None, **kwargs: Any) -> Any:
+        if cls is None:
+            return lambda c: config(c, **kwargs)
+        if cls.__name__ == "CompilationConfig":
+            _add_key(cls)
+        return plain(cls, **kwargs)
+
+    module.config = config  # type: ignore[attr-defined]
+
+
+def _add_key(cls: type) -> None:
+    cls.__annotations__[KEY] = list[str]
+    setattr(cls, KEY, dataclasses.field(default_factory=list))
+    before = cls.__post_init__  # type: ignore[attr-defined]
+
+    @functools.wraps(before)
+    def __post_init__(self: Any) -> None:
+        before(self)
+        if getattr(self, KEY):
+            from .engine import check_names
+
+            check_names(getattr(self, KEY))
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+
+
+def _after(cls: type, method: str, then: Callable[[Any], None], before: Callable[[Any], None] | None = None) -> None:
+    plain = getattr(cls, method)
+
+    @functools.wraps(plain)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(self)
+        result = plain(self, *args, **kwargs)
+        then(self)
+        return result
+
+    setattr(cls, method, run)
+
+
+def _asked_for(vllm_config: Any) -> bool:
+    return bool(getattr(vllm_config.compilation_config, KEY, None))
+
+
+def _wrap_vllm_config(module: ModuleType) -> None:
+    def configure(self: Any) -> None:
+        if _asked_for(self):
+            from .engine import configure
+
+            configure(self)
+
+    _after(module.VllmConfig, "__post_init__", configure)
+
+
+def _wrap_worker(module: ModuleType) -> None:
+    def prepare(self: Any) -> None:
+        if _asked_for(self.vllm_config):
+            from .engine import prepare_worker
+
+            prepare_worker(self.vllm_config)
+
+    def report(self: Any) -> None:
+        if _asked_for(self.vllm_config):
+            from .engine import report
+
+            report(self.vllm_config)
+
+    wrapper = module.WorkerWrapperBase
+    _after(wrapper, "init_device", lambda self: None, before=prepare)
+    if "compile_or_warm_up_model" not in vars(wrapper):
+        # the wrapper hands every other method on to its worker
+        wrapper.compile_or_warm_up_model = lambda self, *args, **kwargs: self.worker.compile_or_warm_up_model(*args, **kwargs)
+    _after(wrapper, "compile_or_warm_up_model", report)

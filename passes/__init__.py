@@ -1,0 +1,24 @@
+"""The passes, in the order in which they run. Each file is a table: operator, replacement, why, source.
+
+    add_rms_norm      residual add and RMS normalisation in one operator
+    rms_norm          RMS normalisation, whole or taken apart
+    layer_norm        layer and group normalisation
+    softmax           softmax and log_softmax, whole or taken apart
+    reductions        sum, mean, var, std, norms, logsumexp, cumsum
+    attention         scaled dot product attention
+    matmul_allreduce  products fused with a collective, and the collectives that add up
+    matmul            products
+"""
+
+from .add_rms_norm import AddRmsNorm
+from .attention import Attention
+from .layer_norm import LayerNorm
+from .matmul import Matmul
+from .matmul_allreduce import MatmulAllreduce
+from .reductions import Reductions
+from .rms_norm import RmsNorm
+from .softmax import Softmax
+
+PASSES = (AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul)
+
+__all__ = ["PASSES", *(p.__name__ for p in PASSES)]  # noqa: PLE0604

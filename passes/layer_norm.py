@@ -1,0 +1,50 @@
+"""Layer and group normalisation, as operators and taken apart."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bi_compile import ops
+from bi_compile.table import Group, Pass, replaces
+
+aten = torch.ops.aten
+SOURCE = "aten/src/ATen/native/cuda/layer_norm_kernel.cu; Inductor lowers it to a reduction that it tiles by the number of rows"
+
+
+def _layer_norm(x: Tensor, eps: float) -> Tensor:
+    variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + eps)
+
+
+class LayerNorm(Pass):
+    """layer_norm and group_norm, mean and variance in one fixed order."""
+
+    name = "layer_norm"
+    groups = (
+        Group(
+            "layer_norm",
+            search=_layer_norm,
+            replace=lambda x, eps: ops.layer_norm(x, None, None, eps)[0],
+            examples=lambda: [torch.empty(8, 64)],
+            scalars={"eps": 1.23e-5},
+        ),
+    )
+
+    @replaces(aten.native_layer_norm.default, why="mean and variance are summed in an order that follows the number of rows", source=SOURCE)
+    def native_layer_norm(
+        input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        k = len(normalized_shape)
+        flat = input.reshape(*input.shape[: input.dim() - k], math.prod(normalized_shape))
+        y, mean, rstd = ops.layer_norm(flat, *(p if p is None else p.reshape(-1) for p in (weight, bias)), eps)
+        stat = (*input.shape[: input.dim() - k], *[1] * k)
+        return y.view(input.shape), mean.view(stat), rstd.view(stat)
+
+    @replaces(aten.native_group_norm.default, why="a group's statistics are summed in an order that follows the number of rows", source=SOURCE)
+    def native_group_norm(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, group: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = ops.group_norm(input, weight, bias, group, eps)
+        return y, mean.to(input.dtype), rstd.to(input.dtype)

@@ -1,0 +1,90 @@
+"""Products."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bi_compile import ops
+from bi_compile.table import Pass, replaces
+
+aten = torch.ops.aten
+WHY = "the library splits K, and with it the order of the sum, by the number of rows"
+SOURCE = "measured on an H100: cuBLAS changes row 0 from M=32 (4096x4096) and M=128 (K=12288); on CPUs MKL and oneDNN choose by M"
+
+
+def _exact(*args: Any, **kwargs: Any) -> bool:
+    """Integers add up the same in every order."""
+    return not any(isinstance(a, Tensor) and (a.is_floating_point() or a.is_complex()) for a in args)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+class Matmul(Pass):
+    """Products whose sums over K do not follow the number of rows."""
+
+    name = "matmul"
+
+    @replaces(aten.mm.default, unless=_exact, why=WHY, source=SOURCE)
+    def mm(self: Tensor, mat2: Tensor) -> Tensor:
+        return ops.mm(self, mat2)
+
+    @replaces(aten.addmm.default, unless=_exact, why=WHY, source=SOURCE)
+    def addmm(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+        return ops.addmm(self, mat1, mat2, beta=beta, alpha=alpha)
+
+    @replaces(aten.bmm.default, unless=_exact, why=WHY, source=SOURCE)
+    def bmm(self: Tensor, mat2: Tensor) -> Tensor:
+        return ops.bmm(self, mat2)
+
+    @replaces(aten.baddbmm.default, unless=_exact, why=WHY, source=SOURCE)
+    def baddbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+        return ops.baddbmm(self, batch1, batch2, beta=beta, alpha=alpha)
+
+    @replaces(aten.mv.default, unless=_exact, why=WHY, source=SOURCE)
+    def mv(self: Tensor, vec: Tensor) -> Tensor:
+        return ops.mm(self, vec.unsqueeze(1)).squeeze(1)
+
+    @replaces(aten.addmv.default, unless=_exact, why=WHY, source=SOURCE)
+    def addmv(self: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+        return ops.addmm(self.reshape(-1, 1), mat, vec.unsqueeze(1), beta=beta, alpha=alpha).squeeze(1)
+
+    @replaces(aten.dot.default, unless=_exact, why=WHY, source=SOURCE)
+    def dot(self: Tensor, tensor: Tensor) -> Tensor:
+        return ops.mm(self.unsqueeze(0), tensor.unsqueeze(1)).reshape(())
+
+    @replaces(aten.linear.default, unless=_exact, why=WHY, source=SOURCE)
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = _rows(input)
+        y = ops.mm(x, weight.t()) if bias is None else ops.addmm(bias, x, weight.t())
+        return y.view(*input.shape[:-1], weight.shape[0])
+
+    @replaces(aten.matmul.default, unless=_exact, why=WHY, source=SOURCE)
+    def matmul(self: Tensor, other: Tensor) -> Tensor:
+        a = self.unsqueeze(0) if self.dim() == 1 else self
+        b = other.unsqueeze(1) if other.dim() == 1 else other
+        if b.dim() == 2:
+            out = ops.mm(_rows(a), b).view(*a.shape[:-1], b.shape[1])
+        else:
+            batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+            pair = [x.expand(*batch, *x.shape[-2:]).reshape(math.prod(batch), *x.shape[-2:]) for x in (a, b)]
+            out = ops.bmm(*pair).view(*batch, a.shape[-2], b.shape[-1])
+        if self.dim() == 1:
+            out = out.squeeze(-2)
+        return out.squeeze(-1) if other.dim() == 1 else out
+
+    @replaces(
+        aten._scaled_mm.default,
+        "aten._scaled_grouped_mm.default",
+        "aten._grouped_mm.default",
+        why=WHY,
+        source="cuBLASLt chooses its algorithm by M",
+    )
+    def scaled_mm(*args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError(
+            "there is no invariant kernel for scaled (float8) and grouped products: serve the model in bfloat16 or float16, "
+            "or replace the operator in a pass of yours"
+        )
