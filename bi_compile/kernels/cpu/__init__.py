@@ -8,7 +8,7 @@ The order of the sums, which depends on the reduced length and the dtype alone:
   doubles. A missing end of K counts as zeros, which change nothing.
 - Reductions and statistics of float32, bfloat16 and float16: 16 partial sums in double, lane j taking the elements
   c = j mod 16, and the same tree. float64: blocks of 1024 in 8 such lanes, added by recursive halving.
-- cumsum: one after another, in float32 (float64 for float64).
+- cumsum: one after another, in double, each result rounded once.
 - Attention: the two products and the sum of exp are those above; see `attention.cpp`.
 
 Threads share out rows, columns, heads, never a sum; every result is the same with any number of them.

@@ -148,9 +148,9 @@ Tensor cumsum(const Tensor& x, int64_t dim, std::optional<ScalarType> dtype) {
       for (int64_t task = begin; task < end; ++task) {
         int64_t first = task % blocks * BLOCK, n = std::min(BLOCK, inner - first);
         int64_t at = task / blocks * C * inner + first;
-        Acc<T> total[BLOCK] = {};
+        double total[BLOCK] = {};
         for (int64_t c = 0; c < C; ++c, at += inner)
-          for (int64_t i = 0; i < n; ++i) py[at + i] = static_cast<T>(total[i] += static_cast<Acc<T>>(px[at + i]));
+          for (int64_t i = 0; i < n; ++i) py[at + i] = narrow<T>(total[i] += static_cast<double>(px[at + i]));
       }
     });
   });

@@ -35,8 +35,8 @@ def _attention(
 ):  # fmt: skip
     """Softmax over the keys in blocks of BLOCK_N, ascending, with a running maximum, sum and output in float32.
 
-    Row r of a key head's queries is query r // group of its head r % group. Scores: sum over D by one dot. A block none of
-    whose keys a row sees leaves the row's numbers as they are, so it does not matter whether it is skipped, as causal
+    Row r of a key head's queries is query r // group of its head r % group. Scores: sum over D by one dot. A block none
+    of whose keys a row sees leaves the row's numbers as they are, so it does not matter whether it is skipped, as causal
     blocks behind the tile's last query are. MASK: 0 none, 1 bool, 2 float.
     """
     place = (tl.program_id(0) // tiles).to(tl.int64)

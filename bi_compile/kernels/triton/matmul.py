@@ -108,8 +108,9 @@ def product(
     alpha: float = 1,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; any strides but out's; `tile`: not the table's.
+    """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; `tile` in place of the table's.
 
+    a, b and bias may have any strides; nothing is copied.
     K in blocks of `PRODUCT_K`, ascending, accumulated in float32 and rounded once; float64 see `_product64`.
     """
     count, m, n = out.shape

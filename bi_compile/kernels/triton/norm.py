@@ -14,8 +14,9 @@ from .tiles import aligned, as_rows, launch, row_stride, rows_meta
 
 @triton.jit
 def _summand(
-    x, x_stride, residual, residual_stride, rows, start, R, C, ADD: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
-):
+    x, x_stride, residual, residual_stride, rows, start, R, C,
+    ADD: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The columns from `start` of x, or of x + residual rounded to x's dtype, in ACC."""
     value = load_rows(x, x_stride, rows, start, R, C, 0.0, BLOCK_C, ACC)
     if ADD:
@@ -73,7 +74,7 @@ def _layer_norm(
     EPS: tl.constexpr, GROUPED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y = (x - mean) * rstd * weight + bias: the mean, then the sum of squared distances to it, both in `_sum`'s order."""
+    """y = (x - mean) * rstd * weight + bias: the mean, then the squared distances to it, both sums in `_sum`'s order."""
     rows = this_rows(BLOCK_R)
     center = row_mean(x, stride, rows, R, C, C, BLOCK_R, BLOCK_C, ACC)
     count = tl.full((BLOCK_R,), C, ACC)
@@ -164,4 +165,9 @@ def group_norm(
     return _run_layer_norm(x, x.shape[1] // groups * rest, weight, bias, eps, outs, groups, rest)
 
 
-IMPLEMENTATIONS = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "layer_norm": layer_norm, "group_norm": group_norm}
+IMPLEMENTATIONS = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "layer_norm": layer_norm,
+    "group_norm": group_norm,
+}

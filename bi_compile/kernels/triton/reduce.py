@@ -24,8 +24,8 @@ from .tiles import SCAN_ROWS, accumulator, as_rows, launch, row_stride, rows_met
 def exp(x):
     """e**x for x <= 0, NaN or -inf. In float32 correct to about one unit in the last place at any x.
 
-    The hardware's exponential is 2**(x * log2(e)), and the product's rounding error grows with x: so the whole powers of
-    two are taken out first, exactly.
+    The hardware's exponential is 2**(x * log2(e)), and the product's rounding error grows with x: so the whole powers
+    of two are taken out first, exactly.
     """
     if x.dtype == tl.float64:
         result = tl.exp(x)
@@ -129,7 +129,7 @@ def _var_mean(
     x, var, mean, stride, R, C,
     CORRECTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Mean of each row, then the sum of squared distances to it over max(C - CORRECTION, 0): two sums in `_sum`'s order."""
+    """Mean of each row, then the squared distances to it over max(C - CORRECTION, 0): two sums in `_sum`'s order."""
     rows = this_rows(BLOCK_R)
     center = row_mean(x, stride, rows, R, C, C, BLOCK_R, BLOCK_C, ACC)
     divisor = tl.full((BLOCK_R,), C, ACC) - tl.full((BLOCK_R,), CORRECTION, ACC)
@@ -190,7 +190,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(x: Tensor, dim: Sequence[int]) -> Tensor:
-    """x as [R, C]: C runs over `dim` (empty: all) in row-major order, R over the others. Copies unless `dim` is last."""
+    """x as [R, C]: C runs over `dim` (empty: all) in row-major order, R over the rest. Copies unless `dim` is last."""
     if x.dim() == 0:
         return x.view(1, 1)
     reduced = sorted({d % x.dim() for d in dim} or range(x.dim()))

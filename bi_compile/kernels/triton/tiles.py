@@ -47,12 +47,17 @@ PRODUCT: dict[str, dict[int, list[tuple[int, Tile]]]] = {
 #: target -> bytes per element -> how many elements of K one step takes: part of the sum's order, never follows the rows
 PRODUCT_K: dict[str, dict[int, int]] = {"cuda": {2: 64, 4: 32, 8: 1}}
 
-#: target -> bytes per element -> (up to this many rows, tile) of attention; rows are the queries of all heads that share
-#: a key head. 16 rows to a warp, so that every height gives a warp whole rows and the row sum one order. The width is
+#: target -> bytes per element -> (up to this many rows, tile) of attention; rows are the queries of all heads that
+#: share a key head. 16 rows to a warp, so that every height gives a warp whole rows and the row sum one order. The width is
 #: the number of keys that one step takes and must not follow the rows.
 ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
     "cuda": {
-        2: [(16, Tile(16, 64, 1, 3)), (32, Tile(32, 64, 2, 3)), (64, Tile(64, 64, 4, 3)), (INT32_MAX, Tile(128, 64, 8, 3))],
+        2: [
+            (16, Tile(16, 64, 1, 3)),
+            (32, Tile(32, 64, 2, 3)),
+            (64, Tile(64, 64, 4, 3)),
+            (INT32_MAX, Tile(128, 64, 8, 3)),
+        ],
         4: [(INT32_MAX, Tile(32, 32, 4, 1))],
         8: [(INT32_MAX, Tile(4, 16, 4, 1))],
     }
@@ -116,7 +121,8 @@ def row_stride(x: Tensor) -> int:
 
 def extent(*tensors: Tensor | None) -> int:
     """How far the farthest element of any of the tensors lies from the first, in elements."""
-    return max(sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors if t is not None)
+    present = [t for t in tensors if t is not None]
+    return max(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in present)
 
 
 def index_type(*tensors: Tensor | None) -> Any:

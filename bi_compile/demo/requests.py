@@ -1,0 +1,55 @@
+"""Requests alone and together on one vLLM engine: how many get other bits?
+
+    python -m bi_compile.demo.requests '{"model": "DIR", "dtype": "bfloat16", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
+
+Prints one line `RESULT {json}`: for each batch size, of how many requests the logprobs and the tokens differ from those
+that the request got alone; and the tokens per second of the largest batch. Prefix caching is off unless asked for: with
+it on, the second run would read the first one's keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from typing import Any
+
+#: keys of a plan that are not vLLM's
+PLAN: dict[str, Any] = {"requests": 16, "batches": [16], "prompt": [5, 60], "tokens": 16, "seed": 0}
+
+
+def run(plan: dict[str, Any]) -> dict[str, Any]:
+    """Run a plan: keys of `PLAN`, the rest goes to `vllm.LLM`."""
+    from vllm import LLM, SamplingParams
+
+    own = {**PLAN, **{k: v for k, v in plan.items() if k in PLAN}}
+    engine = {k: v for k, v in plan.items() if k not in PLAN}
+    llm = LLM(**{"skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 64, "seed": 0, "enable_prefix_caching": False, **engine})
+    greedy = SamplingParams(temperature=0, max_tokens=own["tokens"], logprobs=5, detokenize=False, ignore_eos=True)
+    rng = random.Random(own["seed"])
+    prompts: list[Any] = [{"prompt_token_ids": [rng.randrange(10, 4000) for _ in range(rng.randint(*own["prompt"]))]} for _ in range(own["requests"])]
+
+    def bits(output: Any) -> list[Any]:
+        return [[(token, p.logprob) for token, p in step.items()] for step in output.logprobs]
+
+    alone = [llm.generate([p], greedy, use_tqdm=False)[0].outputs[0] for p in prompts]
+    result: dict[str, Any] = {"requests": len(prompts), "batches": {}}
+    for size in own["batches"]:
+        start = time.perf_counter()
+        together = [
+            o.outputs[0]
+            for i in range(0, len(prompts), size)
+            for o in llm.generate(prompts[i : i + size], greedy, use_tqdm=False)
+        ]
+        seconds = time.perf_counter() - start
+        result["batches"][size] = {
+            "logprobs": sum(bits(a) != bits(b) for a, b in zip(alone, together, strict=True)),
+            "tokens": sum(list(a.token_ids) != list(b.token_ids) for a, b in zip(alone, together, strict=True)),
+            "tokens_per_second": len(prompts) * own["tokens"] / seconds,
+        }
+    return result
+
+
+if __name__ == "__main__":
+    print("RESULT", json.dumps(run(json.loads(sys.argv[1]))), flush=True)
