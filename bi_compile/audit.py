@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -91,7 +91,10 @@ MOVES = {
     for overload in (getattr(getattr(_A, packet), o) for o in getattr(_A, packet).overloads())
 } | {
     "prims.iota.default", "prims.convert_element_type.default", "prims.broadcast_in_dim.default", "prims.device_put.default",
-    "prims.inductor_force_stride_order.default", "prims._inductor_bucketize.default", "prims.empty_strided.default", "inductor.resize_storage_bytes_.default",
+    "prims.inductor_force_stride_order.default", "prims.inductor_lookup_seed.default", "prims.full.default", "prims.full_like.default", "prims.fill.default",
+    "prims.empty.default", "prims.empty_permuted.default", "prims.scalar_tensor.default", "prims.cat.default", "prims.clone.default",
+    "prims.reshape.default", "prims.rev.default", "prims.collapse.default", "prims.as_strided.default", "prims._make_token.default", "prims._sink_tokens.default",
+    "prims._inductor_bucketize.default", "prims.empty_strided.default", "inductor.resize_storage_bytes_.default",
     "_c10d_functional.all_gather_into_tensor.default", "_c10d_functional.all_to_all_single.default",
     "_c10d_functional.broadcast.default", "_c10d_functional.wait_tensor.default",
 }  # fmt: skip
@@ -100,7 +103,20 @@ ORDER_FREE = {
     str(overload)
     for packet in "amax amin aminmax max min argmax argmin any all count_nonzero cummax cummin topk sort argsort kthvalue searchsorted bucketize isin".split()
     for overload in (getattr(getattr(_A, packet), o) for o in getattr(_A, packet).overloads())
+} | {"prims.amax.default", "prims.amin.default", "prims.xor_sum.default"}  # fmt: skip
+#: pointwise, though PyTorch does not tag them so
+POINTWISE_PRIMS = {
+    f"prims.{name}.default"
+    for name in (
+        "abs acos acosh add asin asinh atan atan2 atanh bessel_i0 bessel_i0e bessel_i1 bessel_i1e bessel_j0 bessel_j1 bitwise_and "
+        "bitwise_not bitwise_or bitwise_xor cbrt ceil cos cosh digamma div eq erf erf_inv erfc erfcx exp exp2 expm1 floor fma fmax fmin "
+        "fmod frexp gcd ge gt hypot igamma igammac inductor_cvt_e8m0_rceil isfinite le lgamma log log10 log1p log2 lt maximum minimum mul "
+        "ndtri ne neg nextafter pow reciprocal remainder round rsqrt shift_left shift_right_arithmetic sign signbit sin sinh "
+        "spherical_bessel_j0 sqrt sub tan tanh trunc where zeta"
+    ).split()
 }
+#: random, though PyTorch does not tag them so
+RANDOM_PRIMS = ("prims.inductor_random.default", "prims.inductor_randint.default")
 #: writes that add up where indices meet: the order of the sum follows the rows
 ACCUMULATING = ("index_put", "_unsafe_index_put", "index_put_")
 
@@ -146,13 +162,17 @@ def _in_a_table(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, 
 
 
 def _random(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    if isinstance(target, OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+    if isinstance(target, OpOverload) and (torch.Tag.nondeterministic_seeded in target.tags or str(target) in RANDOM_PRIMS):
         return Verdict.UNPROVEN, "draws random numbers, which follow a row's place in the batch"
     return None
 
 
 def _accumulates(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    if isinstance(target, OpOverload) and target._overloadpacket.__name__ in ACCUMULATING and (len(node.args) > 3 and node.args[3]):
+    if not isinstance(target, OpOverload):
+        return None
+    packet = target._overloadpacket.__name__
+    adds = packet in ACCUMULATING and (node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False))
+    if adds or (packet in ("scatter", "scatter_") and "reduce" in target._overloadname):
         return Verdict.UNPROVEN, "adds up where indices meet, in an order that nothing fixes"
     return None
 
@@ -164,7 +184,7 @@ def _moves(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] 
 
 
 def _pointwise(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    if isinstance(target, OpOverload) and (torch.Tag.pointwise in target.tags or target.namespace == "prims"):
+    if isinstance(target, OpOverload) and (torch.Tag.pointwise in target.tags or str(target) in POINTWISE_PRIMS):
         return Verdict.ROW_LOCAL, "pointwise"
     return None
 
@@ -254,7 +274,7 @@ def audit(graph: fx.Graph, knowledge: Knowledge, batch: Mapping[str, int] | None
 
 def _judge(node: fx.Node, known: Knowledge, batch_dims: rows.BatchDims) -> Finding:
     def finding(verdict: Verdict, reason: str) -> Finding:
-        return Finding(node.name, str(node.target), verdict, reason, source_line(node))
+        return Finding(node.name, operator_name(node), verdict, reason, source_line(node))
 
     mixed = rows.mixed_dimension(node, batch_dims)
     if mixed is not None:
@@ -266,5 +286,8 @@ def _judge(node: fx.Node, known: Knowledge, batch_dims: rows.BatchDims) -> Findi
     return finding(Verdict.UNPROVEN, _unknown(node.target))
 
 
-def operators(findings: Iterable[Finding]) -> Counter[str]:
-    return Counter(f.operator for f in findings)
+def operator_name(node: fx.Node) -> str:
+    """What a node calls; a mutable operator that was made functional goes by its own name."""
+    if isinstance(node.target, HigherOrderOperator) and node.target.name().startswith("auto_functionalized"):
+        return str(node.args[0])
+    return str(node.target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch._ops import OpOverload
 from .ops import KERNELS, load_kernels
 from .options import Options, resolve_passes
 from .table import Entry, Replacement, Table
-from .targets import get_target
+from .targets import for_device
 
 _lock = threading.RLock()
 _active = threading.local()
@@ -30,16 +31,18 @@ class EagerFallback:
 
     def __init__(self, options: Options, device: str) -> None:
         self.device = device
-        self.table = Table(resolve_passes(options.passes), get_target(device).name)
+        self.table = Table(resolve_passes(options.passes), for_device(device, compiled=False).name)
         self._libraries: dict[str, torch.library.Library] = {}
 
     @property
     def operators(self) -> list[str]:
         """The overloads that are replaced at the dispatcher while installed."""
-        return sorted(str(op) for op in self.table.by_overload if self._has_kernel(op))
+        return sorted(str(op) for op, (entry, _) in self.table.by_overload.items() if entry.eager and self._has_kernel(op))
 
     def _has_kernel(self, op: OpOverload) -> bool:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), KERNELS[self.device][0])
+        """Not so a composite that autograd sees through: it calls others, which are in the table themselves."""
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        return any(has(op.name(), key) for key in (KERNELS[self.device][0], "CompositeExplicitAutograd"))
 
     def _install(self) -> None:
         load_kernels(self.device)
@@ -48,11 +51,13 @@ class EagerFallback:
         libraries = {"aten": library}
         try:
             for op, (entry, replacement) in self.table.by_overload.items():
-                if not self._has_kernel(op):
+                if not entry.eager or not self._has_kernel(op):
                     continue
                 original = torch.library.get_kernel(op, key)
                 ns = libraries.setdefault(op.namespace, library if op.namespace == "aten" else torch.library.Library(op.namespace, "IMPL"))
-                ns.impl(op.name().partition("::")[2], _kernel(op, entry, replacement, original), key, with_keyset=True, allow_override=True)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
+                    ns.impl(op.name().partition("::")[2], _kernel(op, entry, replacement, original), key, with_keyset=True, allow_override=True)
         except BaseException:
             for lib in libraries.values():
                 lib._destroy()
@@ -83,7 +88,7 @@ def _kernel(op: OpOverload, entry: Entry, replacement: Replacement, original: An
         inside = _active.__dict__.setdefault("operators", set())
         # a replacement that calls its own operator means the native one
         if op in inside or entry.stays(*args, **kwargs):
-            return original.call_boxed(keyset, *args, **kwargs)
+            return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
         inside.add(op)
         try:
             return replacement(*args, **kwargs)
@@ -91,6 +96,13 @@ def _kernel(op: OpOverload, entry: Entry, replacement: Replacement, original: An
             inside.discard(op)
 
     return run
+
+
+def _numbers_as_tensors(op: OpOverload, args: tuple[Any, ...]) -> Iterator[Any]:
+    """PyTorch hands a number that stands for a tensor to a Python kernel as the number, but takes only a tensor back."""
+    for value, argument in zip(args, op._schema.arguments, strict=False):
+        is_number = isinstance(value, (int, float, complex)) and isinstance(argument.type, torch.TensorType)
+        yield torch.scalar_tensor(value, dtype=torch.tensor(value).dtype) if is_number else value
 
 
 def install(options: Options | None = None, device: str = "cpu") -> EagerFallback:

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.pattern_matcher import Match, PatternMatcherPass, fwd_only, register_replacement
+from torch._inductor.pattern_matcher import CallFunction, Match, PatternMatcherPass, fwd_only, register_replacement
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .rewrite import Change, source_line
 from .table import Group, Pass
+
+aten = torch.ops.aten
 
 
 def _trace_captured(fn: Callable[..., Any], args: Any, **_: Any) -> fx.GraphModule:
@@ -28,6 +31,16 @@ def _trace_captured(fn: Callable[..., Any], args: Any, **_: Any) -> fx.GraphModu
 _TRACE: dict[str, Callable[..., Any]] = {"captured": _trace_captured, "final": fwd_only}
 
 
+def _says_all(match: Match) -> bool:
+    """Whether the searched-for form holds every keyword of the nodes: the matcher passes over those that only a node has."""
+    for expression, node in match.ctx.pattern_to_node.items():
+        if isinstance(expression, CallFunction) and isinstance(node, fx.Node) and isinstance(node.target, OpOverload):
+            default = {a.name: a.default_value for a in node.target._schema.arguments}
+            if any(value != default.get(key) for key, value in node.kwargs.items() if key not in expression.kwargs):
+                return False
+    return True
+
+
 class _Recorder:
     """Notes each match of a group, as Changes."""
 
@@ -35,6 +48,8 @@ class _Recorder:
         self.group, self.p, self.changes = group, p, changes
 
     def __call__(self, match: Match) -> bool:
+        if not _says_all(match):
+            return False
         last = match.output_node() if match.output_nodes() else match.nodes[-1]
         self.changes.append(Change(last.name, self.group.name, self.p.name, (f"bi_compile.{self.group.name}.default",), source_line(last)))
         return True
@@ -59,12 +74,27 @@ def _matcher(p: type[Pass], stage: str) -> tuple[PatternMatcherPass, list[Change
     return matcher, changes
 
 
+_REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.var_mean.correction)
+
+
+def _spell_alike(graph: fx.Graph) -> None:
+    """Write the last dimension as -1, and an eps added as `add.Scalar` as `add.Tensor`, as the searched-for forms do."""
+    for node in graph.nodes:
+        if node.target in _REDUCTIONS and len(node.args) > 1 and isinstance(node.args[0], fx.Node):
+            value = node.args[0].meta.get("val")
+            if isinstance(value, torch.Tensor) and value.dim() and node.args[1] == [value.dim() - 1]:
+                node.update_arg(1, [-1])
+        elif node.target is aten.add.Scalar and any(user.target is aten.rsqrt.default for user in node.users):
+            node.target = aten.add.Tensor
+
+
 def replace(graph: fx.Graph, p: type[Pass], stage: str) -> list[Change]:
     """Replace the pass's groups in `graph`; returns what was done."""
     if not p.groups:
         return []
     matcher, changes = _matcher(p, stage)
     changes.clear()
+    _spell_alike(graph)
     if matcher.apply(graph):
         graph.eliminate_dead_code()
     return list(changes)

@@ -29,7 +29,7 @@ from .dump import Dump
 from .options import ALL, Options, resolve_passes
 from .rewrite import Change, Decompositions, rewrite
 from .table import Table
-from .targets import Target, get_target
+from .targets import Target, for_device, get_target
 
 log = logging.getLogger("bi_compile")
 
@@ -83,7 +83,7 @@ class Pipeline:
         )
         # a graph for an accelerator may hold a few tensors of the host
         found = [d for d, _ in devices.most_common() if d != "cpu"] or ["cpu"]
-        return get_target(found[0])
+        return for_device(found[0], compiled=self.options.inner == "inductor")
 
     def rewrite(self, graph: fx.Graph, stage: str, decompositions: Decompositions | None = None) -> list[Change]:
         """Run every pass over `graph`, in order; changes it in place."""

@@ -147,6 +147,11 @@ def _splice(graph: fx.Graph, node: fx.Node, entry: Entry, replacement: Replaceme
         for inner in body.nodes:
             if inner.op == "placeholder":
                 copies[inner] = next(given)
+            elif inner.op == "get_attr":
+                raise RewriteError(
+                    f"{_place(node, entry)}: the replacement {replacement.__qualname__} holds a tensor of its own, which no graph can carry: "
+                    "make it with torch.full, torch.arange or torch.where"
+                )
             elif inner.op == "output":
                 result = fx.map_arg(inner.args[0], lambda n: copies[n])
             else:
@@ -188,9 +193,11 @@ def _fit(graph: fx.Graph, node: fx.Node, entry: Entry, result: Any, mode: FakeTe
     fitted = []
     for i, (w, g) in enumerate(zip(want, got, strict=True)):
         v = value_of(g) if isinstance(g, fx.Node) else g
-        if not isinstance(w, Tensor) or not isinstance(v, Tensor):
+        if not isinstance(w, Tensor):
             fitted.append(g)
             continue
+        if not isinstance(v, Tensor):
+            raise RewriteError(f"{_place(node, entry)}: output {i} is {w.dtype}{list(w.shape)}, but the replacement gives {v!r}")
         if w.dtype != v.dtype or len(w.shape) != len(v.shape) or any(str(a) != str(b) and _surely_differ(a, b) for a, b in zip(w.shape, v.shape, strict=True)):
             raise RewriteError(
                 f"{_place(node, entry)}: output {i} is {w.dtype}{list(w.shape)}, but the replacement gives {v.dtype}{list(v.shape)}"
@@ -200,7 +207,9 @@ def _fit(graph: fx.Graph, node: fx.Node, entry: Entry, result: Any, mode: FakeTe
 
 
 def _surely_differ(a: Any, b: Any) -> bool:
-    return isinstance(a, int) and isinstance(b, int) and a != b
+    """Whether two sizes differ, as numbers or for the sizes that the compiler saw."""
+    hints = [n if isinstance(n, int) else n.node.hint if n.node.has_hint() else None for n in (a, b)]
+    return None not in hints and hints[0] != hints[1]
 
 
 def stride_order(x: Tensor) -> list[int]:

@@ -1,7 +1,7 @@
 """Where the rows are: which dimensions of a graph's values the batch runs along, and which nodes reduce over one.
 
 With symbolic shapes a dimension is a batch dimension if its size holds a batch symbol, and the batch symbols are those of
-the first symbolic dimension of each graph input. With static shapes the caller names a dimension of some inputs, and the
+the first symbolic dimension of each graph input that are no later dimension of another. With static shapes the caller names a dimension of some inputs, and the
 dimensions are followed from node to node.
 """
 
@@ -45,14 +45,22 @@ def batch_dimensions(graph: fx.Graph, named: Mapping[str, int] | None = None) ->
 
 
 def batch_symbols(graph: fx.Graph) -> set[Any]:
-    """The free symbols of the first symbolic dimension of each input."""
-    found = set()
+    """The free symbols of the first symbolic dimension of each input, without those of a later dimension of another.
+
+    A weight [K, N] of symbolic K beside an activation [M, K] makes M the batch, not K; and a dimension behind one of size 1
+    is no batch: that 1 is (torch.compile gives a batch of one a graph of its own).
+    """
+    first: set[Any] = set()
+    later: set[Any] = set()
     for node in graph.nodes:
         value = _value(node) if node.op == "placeholder" else None
         if isinstance(value, Tensor):
-            first = next((n for n in value.shape if isinstance(n, SymInt) and n.node.expr.free_symbols), None)
-            found |= first.node.expr.free_symbols if first is not None else set()
-    return found
+            sizes = [n.node.expr.free_symbols if isinstance(n, SymInt) else n for n in value.shape]
+            symbols = [n for n in sizes if isinstance(n, (set, frozenset)) and n]
+            leading = symbols[0] if symbols and 1 not in sizes[: sizes.index(symbols[0])] else set()
+            first |= leading
+            later |= set().union(*symbols) - leading
+    return first - later
 
 
 def _value(node: fx.Node) -> Any:
@@ -81,6 +89,8 @@ logsumexp softmax _softmax log_softmax _log_softmax _safe_softmax cumsum cumprod
 median mode count_nonzero""".split()
 #: operator -> dimensions of its first argument that it combines
 _CONTRACT = {"mm": (1,), "addmm": (1,), "bmm": (2,), "baddbmm": (2,), "dot": (0,), "mv": (1,)}
+#: operator -> dimensions of its first argument that it normalises over, counted from the end or the start
+_NORMALISE = {"rms_norm": slice(-1, None), "add_rms_norm": slice(-1, None), "layer_norm": slice(-1, None), "group_norm": slice(1, None)}
 
 
 def mixed_dimension(node: fx.Node, batch: BatchDims) -> str | None:
@@ -94,6 +104,8 @@ def mixed_dimension(node: fx.Node, batch: BatchDims) -> str | None:
     rank = _value(first).dim()
     if packet in _CONTRACT:
         reduced: Sequence[int] = _CONTRACT[packet]
+    elif packet in _NORMALISE and node.target.namespace == NAMESPACE:
+        reduced = range(rank)[_NORMALISE[packet]]
     elif packet in _REDUCE and not (packet in ("max", "min") and len([a for a in node.args if isinstance(a, fx.Node)]) > 1):
         dim = _argument(node, "dim", _argument(node, "dims"))
         reduced = range(rank) if dim is None or dim == [] else [d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])] if rank else []
@@ -148,6 +160,8 @@ def _viewed(node: fx.Node, source: fx.Node, dims: frozenset[int]) -> frozenset[i
                 j += 1
             else:
                 break
+        # a dimension of size 1 carries nothing where there are others
+        group_old, group_new = ([d for d in g if x[d] != 1] or g for g, x in ((group_old, old), (group_new, new)))
         hit = [d for d in group_old if d in dims]
         if hit and len(group_old) == 1 or hit and hit[0] == group_old[0]:
             # the outermost of a merged or split group carries the rows; a merged one carries them in all

@@ -53,6 +53,8 @@ class Entry:
     """Called with the operator's arguments (fake or real): where it is true the operator is exact, and stays."""
     targets: tuple[str, ...] | None
     """The targets on which the operator varies; None: on all."""
+    eager: bool = True
+    """Whether the eager fallback takes the operator too."""
     pass_name: str = ""
 
     @property
@@ -132,6 +134,7 @@ def replaces(
     source: str,
     unless: Callable[..., bool] | None = None,
     targets: Iterable[str] | None = None,
+    eager: bool = True,
 ) -> Callable[[Replacement], Replacement]:
     """Mark a function of a `Pass` as the replacement of `operators` (overloads, or their names `ns.packet.overload`).
 
@@ -140,11 +143,12 @@ def replaces(
         source: where that is known from.
         unless: a predicate of the operator's arguments; where it is true the operator is exact and stays as it is.
         targets: the targets on which the operator varies (default: all).
+        eager: whether the eager fallback takes the operator too.
     """
 
     def mark(fn: Replacement) -> Replacement:
         on = tuple(targets) if targets is not None else None
-        entries = [Entry(str(op), fn, why, source, unless, on) for op in operators]
+        entries = [Entry(str(op), fn, why, source, unless, on, eager) for op in operators]
         fn._bi_entries = [*getattr(fn, "_bi_entries", []), *entries]  # type: ignore[attr-defined]
         return fn
 
@@ -180,7 +184,9 @@ class Pass:
             raise TableError(f"the pass {cls.__qualname__} has no name: give it `name = \"...\"`")
         found: list[Entry] = []
         for attribute in vars(cls).values():
-            found += [dataclasses.replace(e, pass_name=cls.name) for e in getattr(attribute, "_bi_entries", ())]
+            # a list holds functions that were made from a list of names
+            for fn in attribute if isinstance(attribute, list) else [attribute]:
+                found += [dataclasses.replace(e, pass_name=cls.name) for e in getattr(fn, "_bi_entries", ())]
         cls.entries = tuple(found)
 
 

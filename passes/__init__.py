@@ -8,6 +8,7 @@
     attention         scaled dot product attention
     matmul_allreduce  products fused with a collective, and the collectives that add up
     matmul            products
+    pointwise         functions that a CPU computes differently by an element's place in memory
 """
 
 from .add_rms_norm import AddRmsNorm
@@ -15,10 +16,11 @@ from .attention import Attention
 from .layer_norm import LayerNorm
 from .matmul import Matmul
 from .matmul_allreduce import MatmulAllreduce
+from .pointwise import Pointwise
 from .reductions import Reductions
 from .rms_norm import RmsNorm
 from .softmax import Softmax
 
-PASSES = (AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul)
+PASSES = (AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, Pointwise)
 
 __all__ = ["PASSES", *(p.__name__ for p in PASSES)]  # noqa: PLE0604

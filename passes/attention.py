@@ -1,5 +1,8 @@
 """Scaled dot product attention."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,6 +24,12 @@ def _none(x: Tensor, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return x.new_zeros(shape, dtype=dtype)
 
 
+def _four_d(x: Tensor, lead: Sequence[int]) -> Tensor:
+    """[..., L, D] as [batch, heads, L, D], its leading dimensions broadcast to `lead` = (..., heads)."""
+    x = x if x.shape[:-2] == torch.Size(lead) else x.expand(*lead, *x.shape[-2:])
+    return x if len(lead) == 2 else x.reshape(math.prod(lead[:-1]), lead[-1] if lead else 1, *x.shape[-2:])
+
+
 class Attention(Pass):
     """Attention whose sums over the keys do not follow the batch."""
 
@@ -32,12 +41,16 @@ class Attention(Pass):
         *, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         _no_dropout(dropout_p)
-        batch = query.shape[:-3]
-        four = [x.reshape(-1, *x.shape[-3:]) if x.dim() != 4 else x for x in (query, key, value)]
-        mask = attn_mask
-        if attn_mask is not None and query.dim() != 4:
-            mask = attn_mask.expand(*query.shape[:-1], key.shape[-2]).reshape(-1, *query.shape[-3:-1], key.shape[-2])
-        return ops.scaled_dot_product_attention(*four, mask, is_causal, scale=scale)[0].reshape(*batch, *query.shape[-3:-1], value.shape[-1])
+        batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+        heads = [x.shape[-3:-2] for x in (query, key, value)]
+        if not enable_gqa:
+            heads = [torch.broadcast_shapes(*heads)] * 3
+        four = [_four_d(x, (*batch, *h)) for x, h in zip((query, key, value), heads, strict=True)]
+        mask, lead = attn_mask, (*batch, *heads[0])
+        if attn_mask is not None and len(lead) != 2:
+            mask = _four_d(attn_mask.expand(*attn_mask.shape[:-2], query.shape[-2], key.shape[-2]), lead)
+        out = ops.scaled_dot_product_attention(*four, mask, is_causal, scale=scale)[0]
+        return out.reshape(*lead, query.shape[-2], value.shape[-1])
 
     @replaces(aten._scaled_dot_product_flash_attention_for_cpu.default, why=WHY, source=SOURCE)
     def flash_for_cpu(
@@ -81,4 +94,5 @@ class Attention(Pass):
         query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
         return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        return Attention.cudnn(query, key, value, attn_bias, True, dropout_p, is_causal, return_debug_mask, scale=scale)
+        out, lse, *rest = Attention.cudnn(query, key, value, attn_bias, True, dropout_p, is_causal, return_debug_mask, scale=scale)
+        return out, lse.squeeze(-1), *rest

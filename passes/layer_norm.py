@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bi_compile import ops
 from bi_compile.table import Group, Pass, replaces
@@ -16,6 +17,15 @@ SOURCE = "aten/src/ATen/native/cuda/layer_norm_kernel.cu; Inductor lowers it to 
 def _layer_norm(x: Tensor, eps: float) -> Tensor:
     variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(variance + eps)
+
+
+def _statistic(input: Tensor, *params: Tensor | None) -> torch.dtype:
+    """The dtype that PyTorch gives mean and rstd: the input's, or float32 beside parameters that are wider.
+
+    PyTorch's fake implementation knows nothing of the latter, and what was traced with it expects the input's dtype.
+    """
+    mixed = any(p is not None and p.dtype != input.dtype for p in params)
+    return torch.float32 if mixed and not isinstance(input, FakeTensor) else input.dtype
 
 
 class LayerNorm(Pass):
@@ -40,6 +50,9 @@ class LayerNorm(Pass):
         flat = input.reshape(*input.shape[: input.dim() - k], math.prod(normalized_shape))
         y, mean, rstd = ops.layer_norm(flat, *(p if p is None else p.reshape(-1) for p in (weight, bias)), eps)
         stat = (*input.shape[: input.dim() - k], *[1] * k)
+        if input.device.type == "cpu":  # elsewhere they stay in float32
+            dtype = _statistic(input, weight, bias)
+            mean, rstd = mean.to(dtype), rstd.to(dtype)
         return y.view(input.shape), mean.view(stat), rstd.view(stat)
 
     @replaces(aten.native_group_norm.default, why="a group's statistics are summed in an order that follows the number of rows", source=SOURCE)
@@ -47,4 +60,5 @@ class LayerNorm(Pass):
         input: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, group: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, rstd = ops.group_norm(input, weight, bias, group, eps)
-        return y, mean.to(input.dtype), rstd.to(input.dtype)
+        dtype = _statistic(input, weight, bias)
+        return y, mean.to(dtype), rstd.to(dtype)

@@ -58,6 +58,8 @@ class Matmul(Pass):
 
     @replaces(aten.linear.default, unless=_exact, why=WHY, source=SOURCE)
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.dim() == 1:  # PyTorch then takes no bias
+            return Matmul.matmul(input, weight)
         x = _rows(input)
         y = ops.mm(x, weight.t()) if bias is None else ops.addmm(bias, x, weight.t())
         return y.view(*input.shape[:-1], weight.shape[0])

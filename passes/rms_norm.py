@@ -35,7 +35,8 @@ class RmsNorm(Pass):
     def fused_rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
         k = len(normalized_shape)
         flat = input.reshape(*input.shape[: input.dim() - k], math.prod(normalized_shape))
-        eps = torch.finfo(input.dtype).eps if eps is None else eps
+        # PyTorch's default is that of the dtype in which it computes
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps if eps is None else eps
         y, rstd = ops.rms_norm(flat, weight if weight is None else weight.reshape(-1), eps)
         return y.view(input.shape), rstd.view(*input.shape[: input.dim() - k], *[1] * k)
 

@@ -3,12 +3,13 @@
     python -m bi_compile.demo.requests '{"model": "DIR", "dtype": "bfloat16", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
 
 Prints one line `RESULT {json}`: for each batch size, of how many requests the logprobs and the tokens differ from those
-that the request got alone; and the tokens per second of the largest batch. Prefix caching is off unless asked for: with
+that the request got alone, and the tokens per second; with "bits" a digest of what the requests got alone. Prefix caching is off unless asked for: with
 it on, the second run would read the first one's keys and values.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
@@ -16,7 +17,7 @@ import time
 from typing import Any
 
 #: keys of a plan that are not vLLM's
-PLAN: dict[str, Any] = {"requests": 16, "batches": [16], "prompt": [5, 60], "tokens": 16, "seed": 0}
+PLAN: dict[str, Any] = {"requests": 16, "batches": [16], "prompt": [5, 60], "tokens": 16, "seed": 0, "bits": False}
 
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
 
     alone = [llm.generate([p], greedy, use_tqdm=False)[0].outputs[0] for p in prompts]
     result: dict[str, Any] = {"requests": len(prompts), "batches": {}}
+    if own["bits"]:
+        result["bits"] = hashlib.sha256(repr([bits(a) for a in alone]).encode()).hexdigest()
     for size in own["batches"]:
         start = time.perf_counter()
         together = [

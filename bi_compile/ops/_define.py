@@ -20,6 +20,8 @@ import torch
 NAMESPACE = "bi_compile"
 #: device -> (dispatch key, module whose `register(library)` gives every operator its implementation under that key)
 KERNELS = {"cpu": ("CPU", "bi_compile.kernels.cpu"), "cuda": ("CUDA", "bi_compile.kernels.triton")}
+#: operators written with other operators, so the same on every device
+COMPOSITE: dict[str, Callable[..., Any]] = {}
 #: every operator of this package by name
 OPERATORS: dict[str, torch._ops.OpOverload] = {}
 
@@ -47,6 +49,8 @@ def load_kernels(device: str) -> None:
     library = torch.library.Library(NAMESPACE, "IMPL")
     try:
         importlib.import_module(module).register(library)
+        for name, implementation in COMPOSITE.items():
+            library.impl(name, implementation, key)
     except BaseException:
         library._destroy()
         _lazy[device] = torch.library.Library(NAMESPACE, "IMPL")
@@ -62,6 +66,16 @@ def _register_first_call(device: str, name: str) -> None:
         return OPERATORS[name](*args, **kwargs)
 
     _lazy[device].impl(name, run, KERNELS[device][0])
+
+
+def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The decorated function computes the operator `name` on every device, with other operators."""
+
+    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        COMPOSITE[name] = implementation
+        return implementation
+
+    return register
 
 
 def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

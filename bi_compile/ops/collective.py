@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives  # registers _c10d_functional
 from torch import Tensor
 
-from ._define import operator
+from ._define import composite, operator
 
 REDUCE_OPS = ("sum", "avg")
 
@@ -53,27 +54,18 @@ def _in_rank_order(parts: Tensor, reduce_op: str) -> Tensor:
     return total.to(dtype).contiguous()
 
 
-def _group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
-
-
+@composite("all_reduce")
 def _all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     _check("all_reduce", reduce_op)
-    group = _group(group_name)
-    x = x.contiguous()
-    parts = x.new_empty([group.size() * x.numel()])
-    dist.all_gather_into_tensor(parts, x.view(-1), group=group)
-    return _in_rank_order(parts.view(group.size(), *x.shape), reduce_op)
+    size = dist.distributed_c10d._resolve_process_group(group_name).size()
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.reshape(1, -1), size, group_name)
+    return _in_rank_order(torch.ops._c10d_functional.wait_tensor(gathered).view(size, *x.shape), reduce_op)
 
 
+@composite("reduce_scatter")
 def _reduce_scatter(x: Tensor, reduce_op: str, group_size: int, group_name: str) -> Tensor:
     _check("reduce_scatter", reduce_op)
-    group = _group(group_name)
-    x = x.contiguous()
-    parts = torch.empty_like(x)
-    dist.all_to_all_single(parts, x, group=group)
-    return _in_rank_order(parts.view(group_size, x.shape[0] // group_size, *x.shape[1:]), reduce_op)
-
-
-#: written with other operators, so the same on every device: each kernel module registers them as they are
-IMPLEMENTATIONS = {"all_reduce": _all_reduce, "reduce_scatter": _reduce_scatter}
+    share = x.shape[0] // group_size
+    splits = [share] * group_size
+    exchanged = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), splits, splits, group_name)
+    return _in_rank_order(torch.ops._c10d_functional.wait_tensor(exchanged).view(group_size, share, *x.shape[1:]), reduce_op)

@@ -22,6 +22,12 @@ class Target:
     """Settings of Inductor (`torch._inductor.config`) that the guarantee needs."""
 
 
+def _targets() -> dict[str, Target]:
+    from . import cpu, cuda
+
+    return {t.name: t for t in (cpu.TARGET, cpu.EAGER, cuda.TARGET)}
+
+
 def get_target(name: str) -> Target:
     """The target called `name`.
 
@@ -29,13 +35,14 @@ def get_target(name: str) -> Target:
         OptionError: there is none; the message lists those that there are.
     """
     from ..errors import OptionError
-    from . import cpu, cuda
 
-    targets = {module.TARGET.name: module.TARGET for module in (cpu, cuda)}
+    targets = _targets()
     if name not in targets:
         raise OptionError(f"unknown target {name!r}: known are {', '.join(sorted(targets))}")
     return targets[name]
 
 
-def target_names() -> list[str]:
-    return ["cpu", "cuda"]
+def for_device(device: str, compiled: bool) -> Target:
+    """The target of a device ("cpu", "cuda"), with Inductor as its compiler or without a compiler."""
+    eager = f"{device}_eager"
+    return get_target(eager if not compiled and eager in _targets() else device)

@@ -11,3 +11,6 @@ TARGET = Target(
         "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
     },
 )
+
+#: the same device without a compiler: PyTorch's own kernels run one by one
+EAGER = Target(name="cpu_eager", device="cpu", trusted=TARGET.trusted)

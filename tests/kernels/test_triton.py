@@ -44,7 +44,10 @@ def test_in_the_interpreter() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def matrix_units() -> Iterator[None]:
-    """The interpreter leaves `tl.dot` to a BLAS, whose order follows the tile, and reads bfloat16 as integers."""
+    """The interpreter leaves `tl.dot` to a BLAS, whose order follows the tile, and reads bfloat16 as integers.
+
+    Instead K is added up in ascending order, in float64: what the order costs in digits is tested on a GPU.
+    """
     if CUDA or not INTERPRETED:
         yield
         return
@@ -55,13 +58,13 @@ def matrix_units() -> Iterator[None]:
     def wide(handle: Any) -> Any:
         if handle.dtype.scalar == tl.bfloat16:
             return (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return handle.data.astype(np.float32)
+        return handle.data
 
     def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        total, left, right = d.data, wide(a), wide(b)
+        total, left, right = (x.astype(np.float64) for x in (d.data, wide(a), wide(b)))
         for k in range(left.shape[1]):
             total = total + left[:, k : k + 1] * right[k : k + 1]
-        return interpreter.TensorHandle(total, d.dtype.scalar)
+        return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
@@ -99,11 +102,16 @@ def bits(x: Tensor) -> Tensor:
 
 
 def weight(x: Tensor, seed: int) -> Tensor:
-    return draw(x.shape[-1], dtype=x.dtype, seed=seed)
+    return parameter(x, x.shape[-1], seed=seed)
 
 
 def matrix(x: Tensor, columns: int = 40) -> Tensor:
-    return draw(columns, x.shape[-1], dtype=x.dtype, seed=3).t()
+    return parameter(x, columns, x.shape[-1], seed=3).t()
+
+
+def parameter(x: Tensor, *shape: int, seed: int) -> Tensor:
+    """Numbers of bfloat16, so that they are the same in each dtype."""
+    return draw(*shape, dtype=torch.bfloat16, seed=seed).to(x.dtype)
 
 
 #: operator -> a call whose outputs all have x's rows as dimension 0
@@ -139,7 +147,7 @@ CASES = [(name, length) for name in ROW_CALLS for length in lengths(name)]
 
 
 @here
-@pytest.mark.parametrize("dtype", FLOATS if CUDA else (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", FLOATS if CUDA else (torch.float32,))
 @pytest.mark.parametrize(("name", "length"), CASES)
 def test_a_row_keeps_its_bits_among_others(name: str, length: int, dtype: torch.dtype) -> None:
     run = ROW_CALLS[name]
@@ -196,31 +204,42 @@ def shapes_like_the_fake(name: str, real: Tensor | Outputs, *args: Any, **kwargs
 
 
 def check(name: str, reference: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """No further from `reference` in float64 than `reference` in the operands' dtype is, and of the fake's layout."""
+    """Of the fake's layout, and about as near to `reference` in float64 as `reference` in the operands' dtype is.
+
+    Few numbers: the room is a unit in the last place of what the sums would be without cancellation.
+    """
     ours = call(name, *args, **kwargs)
     shapes_like_the_fake(name, ours, *args, **kwargs)
-    theirs = reference(*args)
-    exact = reference(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
-    for o, t, e in zip(outputs(ours), outputs(theirs), outputs(exact), strict=True):
-        no_worse(o, t.reshape(o.shape), e.reshape(o.shape))
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    exact, largest = outputs(reference(*wide)), outputs(reference(*map(magnitude, wide)))
+    for o, t, e, a in zip(outputs(ours), outputs(reference(*args)), exact, largest, strict=True):
+        scale = a.nan_to_num(0, 0, 0).abs().max().item() + root_mean_square(e) if e.numel() else 0.0
+        unit = torch.finfo(o.dtype).eps * {torch.float32: 1, torch.float64: 32}.get(o.dtype, 0.25)
+        no_worse(o, t.reshape(o.shape), e.reshape(o.shape), unit * scale)
 
 
-def no_worse(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
-    """Root mean square of the error, with room for chance and a unit in the last place (in float64, nothing is exact)."""
+def magnitude(a: Any) -> Any:
+    return a.abs() if isinstance(a, Tensor) and a.is_floating_point() else a
+
+
+def root_mean_square(x: Tensor) -> float:
+    return x.double().where(x.isfinite(), 0).square().mean().sqrt().item()
+
+
+def no_worse(ours: Tensor, theirs: Tensor, exact: Tensor, room: float = 0.0) -> None:
+    """Root mean square of the error."""
     if exact.numel() == 0:
         return
-    finite = exact.isfinite()
-    assert same(ours.double().where(~finite, 0).nan_to_num(7.0), exact.where(~finite, 0).nan_to_num(7.0))
-    unit = {torch.float32: 2.0**-23, torch.float64: 2.0**-48}.get(theirs.dtype, 0.0)
-    ours, theirs, exact = (t.double().where(finite, 0) for t in (ours, theirs, exact))
-    error, allowed = ((t - exact).square().mean().sqrt().item() for t in (ours, theirs))
-    assert error <= 1.1 * allowed + unit * exact.square().mean().sqrt().item(), (error, allowed)
+    finite = exact.isfinite() & theirs.isfinite()
+    torch.testing.assert_close(ours.where(~finite, 0), theirs.where(~finite, 0), rtol=0, atol=0, equal_nan=True)
+    error, allowed = (root_mean_square((t.double() - exact).where(finite, 0)) for t in (ours, theirs))
+    assert error <= 1.1 * allowed + room, (error, allowed, room)
 
 
 @here
 @pytest.mark.parametrize("dtype", ROUNDED)
-@pytest.mark.parametrize("length", [0, 1, 7, 127, 128, 1031, 12288] if CUDA else [0, 1, 7, 64, 129])
-@pytest.mark.parametrize("rows", [0, 1, 5, 67])
+@pytest.mark.parametrize("length", [0, 1, 7, 127, 128, 1031, 12288] if CUDA else [0, 1, 65])
+@pytest.mark.parametrize("rows", [0, 1, 5, 67] if CUDA else [0, 1, 35])
 def test_products_are_right(rows: int, length: int, dtype: torch.dtype) -> None:
     for columns in (1, 40, 0):
         a, b = draw(rows, length, dtype=dtype), draw(columns, length, dtype=dtype, seed=1).t()
@@ -271,6 +290,32 @@ def test_maps_along_a_dimension_are_right(shape: tuple[int, ...], name: str, dty
         check(name, getattr(torch, name), draw(*shape, dtype=dtype, scale=3), dim)
 
 
+#: operator -> what PyTorch computes for the same x [R, C]
+THEIRS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mm": lambda x: x @ matrix(x),
+    "sum": lambda x: x.sum(1),
+    "mean": lambda x: x.mean(1),
+    "var_mean": lambda x: x.var(1),
+    "logsumexp": lambda x: x.logsumexp(1),
+    "softmax": lambda x: x.softmax(1),
+    "log_softmax": lambda x: x.log_softmax(1),
+    "cumsum": lambda x: x.cpu().cumsum(1).to(x.device),  # one after the other, as promised; CUDA's is a tree
+    "rms_norm": lambda x: functional.rms_norm(x, x.shape[1:], weight(x, 1), 1e-6),
+    "layer_norm": lambda x: functional.layer_norm(x, x.shape[1:], weight(x, 1), weight(x, 2), 1e-5),
+}
+
+
+@here
+@pytest.mark.parametrize("dtype", [t for t in ROUNDED if t != torch.float64])
+@pytest.mark.parametrize("length", [128, 1000, 8191] if CUDA else [129])
+@pytest.mark.parametrize("name", THEIRS)
+def test_no_less_exact_than_pytorch(name: str, length: int, dtype: torch.dtype) -> None:
+    x = draw(256 if CUDA else 64, length, dtype=dtype)
+    ours, theirs, exact = outputs(ROW_CALLS[name](x))[0], THEIRS[name](x), THEIRS[name](x.double())
+    room = 0.25 * torch.finfo(torch.float32).eps * root_mean_square(exact)
+    no_worse(ours.reshape(theirs.shape), theirs, exact, room)
+
+
 @here
 def test_dtype_is_applied_before_the_sum() -> None:
     x = draw(3, 65, scale=100)
@@ -289,8 +334,9 @@ def test_infinite_and_nan_rows() -> None:
     for name in ("softmax", "log_softmax"):
         torch.testing.assert_close(call(name, x, 1), getattr(torch, name)(x, 1), equal_nan=True)
     torch.testing.assert_close(call("logsumexp", x, [1]), torch.logsumexp(x, 1), equal_nan=True)
-    for a, b in zip(call("var_mean", x, [1]), torch.var_mean(x, 1), strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True)
+    var, mean = call("var_mean", x, [1])
+    torch.testing.assert_close(var, torch.var(x, 1), equal_nan=True)
+    torch.testing.assert_close(mean, torch.mean(x, 1), equal_nan=True)
 
 
 def rms(x: Tensor, w: Tensor | None, eps: float) -> Outputs:
@@ -459,7 +505,7 @@ def test_keys_behind_the_last_seen_one_do_not_matter() -> None:
 
 
 @here
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", FLOATS if CUDA else HALVES)
 @pytest.mark.parametrize("dim", [64, 128, 256] if CUDA else [16])
 def test_every_tile_of_attention_gives_the_same_bits(dim: int, dtype: torch.dtype) -> None:
     from bi_compile.kernels.triton.attention import attention
@@ -467,12 +513,12 @@ def test_every_tile_of_attention_gives_the_same_bits(dim: int, dtype: torch.dtyp
 
     length, keys = (70, 150) if CUDA else (20, 70)
     q, k, v = (heads(1, count, n, dim, dtype, n) for count, n in ((4, length), (2, keys), (2, keys)))
-    table = ATTENTION["cuda"][2]
+    table = ATTENTION["cuda"][dtype.itemsize]
     for causal in (False, True):
-        for mask in (None, draw(length, keys) > -1, draw(length, keys)):
+        for mask in (None, draw(length, keys) > -1, draw(length, keys, dtype=dtype)):
             results = []
             for _, tile in table:
-                outs = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+                outs = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=statistic(q))
                 results.append(attention(q, k, v, mask, causal, None, outs, tile))
             for (_, tile), result in zip(table, results, strict=True):
                 assert same(result, results[0]), tile

@@ -2,10 +2,10 @@
 
 The order of the sums, which depends on the reduced length and the dtype alone:
 
-- Products: K in blocks of 1024, ascending; in a block 16 partial sums in float32, lane j taking the elements k = j mod
-  16 in ascending order, each one fused multiply-add, then the tree of adjacent pairs over the lanes. float16 is widened; so is bfloat16, except where the
-  processor has a dot product for it (AVX512_BF16): there lane j takes the pairs k = 2j, 2j+1 mod 32. float64: 8 lanes of
-  doubles. A missing end of K counts as zeros, which change nothing.
+- Products: K in blocks of 1024, ascending; in a block 16 partial sums in float32, lane j taking the elements
+  k = j mod 16 in ascending order, each one fused multiply-add, then the tree of adjacent pairs over the lanes. float16
+  is widened; so is bfloat16, except where the processor has a dot product for it (AVX512_BF16): there lane j takes the
+  pairs k = 2j, 2j+1 mod 32. float64: 8 lanes of doubles. A missing end of K counts as zeros, which change nothing.
 - Reductions and statistics of float32, bfloat16 and float16: 16 partial sums in double, lane j taking the elements
   c = j mod 16, and the same tree. float64: blocks of 1024 in 8 such lanes, added by recursive halving.
 - cumsum: one after another, in double, each result rounded once.
@@ -27,13 +27,20 @@ from pathlib import Path
 
 import torch
 
-from bi_compile.ops.collective import IMPLEMENTATIONS
-
 _HERE = Path(__file__).parent
 _SOURCES = [_HERE / name for name in ("matmul.cpp", "attention.cpp", "reduce.cpp", "norm.cpp")]
 _NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 #: -ffp-contract=off: only what the source calls fma is fused, in every instance of a template alike
-_FLAGS = ["-O3", "-std=c++20", _NATIVE, "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    _NATIVE,
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fopenmp",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
 
 
 def _processor() -> str:
@@ -84,7 +91,7 @@ def _compile(name: str, folder: Path) -> None:
 
 
 def _load() -> None:
-    """Load the C++ operators. The first process compiles them, others wait for it; later ones find the finished build."""
+    """Load the C++ operators. The first process compiles them, the others wait; later ones find the build."""
     name = _name()
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     folder = Path(root) / name
@@ -108,5 +115,3 @@ def register(library: torch.library.Library) -> None:
         RuntimeError: there is no C++ compiler or no ninja, or the compiler failed.
     """
     _load()
-    for name, function in IMPLEMENTATIONS.items():
-        library.impl(name, function, "CPU")

@@ -89,19 +89,25 @@ std::pair<double, S> exps(S* score, int64_t n) {
 
 // sums[r][j] = sum of p[r][s] * v[s][j].
 template <class T>
-void weigh(const Acc<T>* p, int64_t ldp, const T* v, int64_t ldv, int64_t rows, int64_t n, int64_t width, Acc<T>* sums, int64_t ld) {
+void weigh(const Acc<T>* p, int64_t ldp, const T* v, int64_t ldv, int64_t rows, int64_t n, int64_t width, Acc<T>* sums,
+           int64_t ld) {
   using Op = Fma<T>;
   constexpr int64_t W = Op::W;
-  for (int64_t j = 0; j < width; j += W) {
-    const T* panel = v + j;
-    int64_t ldb = ldv;
-    if (width - j < W) {
-      T* packed = scratch<Values, T>(n * W);
-      for (int64_t s = 0; s < n; ++s) Op::pack(packed + s * W, panel, ldv, s, n, width - j);
-      panel = packed, ldb = W;
+  int64_t s = 0;
+  do {
+    int64_t keys = std::min(BLOCK_K, n - s);
+    for (int64_t j = 0; j < width; j += W) {
+      const T* panel = v + s * ldv + j;
+      int64_t ldb = ldv;
+      if (width - j < W) {
+        T* packed = scratch<Values, T>(keys * W);
+        for (int64_t i = 0; i < keys; ++i) Op::pack(packed + i * W, panel, ldv, i, keys, width - j);
+        panel = packed, ldb = W;
+      }
+      column_block<Op>(p + s, ldp, panel, ldb, rows, keys, s == 0, sums + j, ld);
     }
-    column_block<Op>(p, ldp, panel, ldb, rows, n, sums + j, ld);
-  }
+    s += keys;
+  } while (s < n);
 }
 
 // Rows l0 .. l0 + rows of head h of batch b.

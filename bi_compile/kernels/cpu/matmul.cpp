@@ -1,6 +1,6 @@
 // mm, addmm, bmm, baddbmm. The order of the sums stands in product.h; here is only how the work is cut.
 //
-// A task is up to 64 columns by all rows (by 48 rows where there are few columns): the columns of b come from memory once
+// A task is a block of columns by all rows (by 48 rows where there are few columns): the columns of b come from memory once
 // and stay in cache while the rows pass by, in blocks of 48. K is never split between tasks.
 
 #include "product.h"
@@ -8,7 +8,7 @@
 namespace bi {
 namespace {
 
-constexpr int64_t BLOCK_M = 48, BLOCK_N = 64;
+constexpr int64_t BLOCK_M = 48;
 
 // Strides in elements; bias is nullptr where it is not read.
 struct Problem {
@@ -42,65 +42,64 @@ void finish(const Problem& p, const Acc<T>* sums, int64_t ld, int64_t batch, int
   }
 }
 
-// One block of rows by up to BLOCK_N columns, b contiguous along K.
+// sums = a's `rows` rows times columns n .. n + cols of b, which is contiguous along K.
 template <class Op>
 struct Dot {
-  const typename Op::B* b;
-  const Problem& p;
-  Dot(const Problem& p, int64_t batch, int64_t n, int64_t) : b(static_cast<const typename Op::B*>(p.b) + batch * p.b_batch + n * p.b_n), p(p) {}
-  void operator()(const typename Op::A* a, int64_t rows, int64_t cols, typename Op::Sum* sums) const {
-    dot_block<Op>(a, p.a_m, b, p.b_n, rows, cols, p.K, sums, BLOCK_N);
+  static constexpr int64_t COLUMNS = 64;
+  static void run(const Problem& p, const typename Op::A* a, const typename Op::B* b, int64_t rows, int64_t cols,
+                  typename Op::Sum* sums) {
+    dot_block<Op>(a, p.a_m, b, p.b_n, rows, cols, p.K, sums, COLUMNS);
   }
 };
 
-// The same, b contiguous along N. Rows of b are packed in panels of W columns, unless they are read just once as they are.
+// The same where b is contiguous along N. A block of K at a time is packed in panels of W columns: read as it lies, with N
+// a power of two, the rows of b would drive each other out of the cache.
 template <class Op>
 struct Column {
-  using P = typename Op::P;
-  static constexpr int64_t W = Op::W;
-  const P* panels;
-  int64_t ld, next;  // between a panel's rows; between panels
-  const Problem& p;
-  Column(const Problem& p, int64_t batch, int64_t n, int64_t cols) : p(p) {
-    auto b = static_cast<const typename Op::B*>(p.b) + batch * p.b_batch + n;
-    int64_t steps = ceil_div(p.K, Op::PER_STEP), count = ceil_div(cols, W);
-    if constexpr (std::is_same_v<P, typename Op::B>)
-      if (p.M <= MAX_ROWS && cols % W == 0) {
-        panels = b, ld = p.b_k, next = W;
-        return;
-      }
+  static constexpr int64_t COLUMNS = 64 * Op::PER_STEP;
+  static void run(const Problem& p, const typename Op::A* a, const typename Op::B* b, int64_t rows, int64_t cols,
+                  typename Op::Sum* sums) {
+    using P = typename Op::P;
     struct Panels;
-    P* to = scratch<Panels, P>(count * steps * W);
-    for (int64_t s = 0; s < steps; ++s)
-      for (int64_t j = 0; j < count; ++j) Op::pack(to + (j * steps + s) * W, b + j * W, p.b_k, s, p.K, cols - j * W);
-    panels = to, ld = W, next = steps * W;
-  }
-  void operator()(const typename Op::A* a, int64_t rows, int64_t cols, typename Op::Sum* sums) const {
-    for (int64_t j = 0; j * W < cols; ++j)
-      column_block<Op>(a, p.a_m, panels + j * next, ld, rows, p.K, sums + j * W, BLOCK_N);
+    constexpr int64_t W = Op::W;
+    int64_t k = 0;
+    do {
+      int64_t kn = std::min(BLOCK_K, p.K - k), steps = ceil_div(kn, Op::PER_STEP), count = ceil_div(cols, W);
+      int64_t panel = (steps + 3) * W;  // no power of two apart, or the panels would meet in the same lines of the cache
+      P* panels = scratch<Panels, P>(count * panel);
+      for (int64_t s = 0; s < steps; ++s)
+        for (int64_t j = 0; j < count; ++j)
+          Op::pack(panels + j * panel + s * W, b + k * p.b_k + j * W, p.b_k, s, kn, cols - j * W);
+      for (int64_t j = 0; j < count; ++j)
+        column_block<Op>(a + k, p.a_m, panels + j * panel, W, rows, kn, k == 0, sums + j * W, COLUMNS);
+      k += kn;
+    } while (k < p.K);
   }
 };
 
 template <class Op, class T, template <class> class Kernel>
 void run_tasks(const Problem& p) {
+  constexpr int64_t COLUMNS = Kernel<Op>::COLUMNS;
   int64_t threads = at::get_num_threads();
-  // fewer columns to a task where 64 would not occupy every thread, but whole panels of them
-  int64_t block_n = std::clamp<int64_t>(ceil_div(ceil_div(p.N * p.batch, 2 * threads), 16) * 16, 16, BLOCK_N);
+  // fewer columns to a task where that many would not occupy every thread, but whole panels of them
+  int64_t block_n = std::clamp<int64_t>(ceil_div(ceil_div(p.N * p.batch, 2 * threads), 16) * 16, 16, COLUMNS);
   int64_t n_tasks = ceil_div(p.N, block_n), m_blocks = ceil_div(p.M, BLOCK_M);
   int64_t m_tasks = p.batch * n_tasks >= 2 * threads ? 1 : m_blocks;
   int64_t block_m = ceil_div(ceil_div(p.M, m_blocks), MAX_ROWS) * MAX_ROWS;
   int64_t rows_of_task = m_tasks == 1 ? p.M : block_m;
-  parallel_rows(p.batch * n_tasks * m_tasks, std::min(p.M, rows_of_task) * block_n * p.K / 8, [&](int64_t begin, int64_t end) {
+  int64_t cost = std::min(p.M, rows_of_task) * block_n * p.K / 8;
+  parallel_rows(p.batch * n_tasks * m_tasks, cost, [&](int64_t begin, int64_t end) {
+    alignas(64) typename Op::Sum sums[BLOCK_M * COLUMNS];
     for (int64_t task = begin; task < end; ++task) {
-      int64_t batch = task / (n_tasks * m_tasks), n = task / m_tasks % n_tasks * block_n, m = task % m_tasks * rows_of_task;
-      int64_t cols = std::min(block_n, p.N - n), m_end = std::min(p.M, m + rows_of_task);
+      int64_t batch = task / (n_tasks * m_tasks), n = task / m_tasks % n_tasks * block_n;
+      int64_t m = task % m_tasks * rows_of_task, m_end = std::min(p.M, m + rows_of_task);
+      int64_t cols = std::min(block_n, p.N - n);
       auto a = static_cast<const typename Op::A*>(p.a) + batch * p.a_batch;
-      alignas(64) typename Op::Sum sums[BLOCK_M * BLOCK_N];
-      Kernel<Op> kernel(p, batch, n, cols);
+      auto b = static_cast<const typename Op::B*>(p.b) + batch * p.b_batch + n * p.b_n;
       for (; m < m_end; m += block_m) {
         int64_t rows = std::min(block_m, m_end - m);
-        kernel(a + m * p.a_m, rows, cols, sums);
-        finish<T>(p, sums, BLOCK_N, batch, m, n, rows, cols);
+        Kernel<Op>::run(p, a + m * p.a_m, b, rows, cols, sums);
+        finish<T>(p, sums, COLUMNS, batch, m, n, rows, cols);
       }
     }
   });

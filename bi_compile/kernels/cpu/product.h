@@ -35,7 +35,9 @@ struct Fma {
   static V spread_last(const A* a, int64_t k, int64_t) { return V{} + a[k]; }
   // W columns of row k of b, zeros behind the first n
   static void pack(P* to, const B* b, int64_t ld, int64_t k, int64_t, int64_t n) {
-    for (int64_t j = 0; j < W; ++j) to[j] = j < n ? b[k * ld + j] : P(0.f);
+    if (n >= W) return void(std::memcpy(to, b + k * ld, W * sizeof(P)));
+    std::memcpy(to, b + k * ld, n * sizeof(P));
+    for (int64_t j = n; j < W; ++j) to[j] = P(0.f);
   }
 };
 
@@ -208,19 +210,15 @@ inline void column_rows(int64_t rows, Args... args) {
   if constexpr (MR > 1) column_rows<Op, MR - 1>(rows, args...);
 }
 
-// out[m * ldo + j] for all m < M and the W columns j of a panel.
+// out[m * ldo + j] for all m < M and the W columns j of a panel, over the K elements of one block of K.
 template <class Op>
 void column_block(const typename Op::A* a, int64_t lda, const typename Op::P* b, int64_t ldb, int64_t M, int64_t K,
-                  typename Op::Sum* out, int64_t ldo) {
-  int64_t tiles = ceil_div(M, MAX_ROWS), k = 0;
-  do {
-    int64_t kn = std::min(BLOCK_K, K - k);
-    for (int64_t i = 0; i < tiles; ++i) {
-      int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m;
-      column_rows<Op>(rows, a + m * lda + k, lda, b + k / Op::PER_STEP * ldb, ldb, kn, k == 0, out + m * ldo, ldo);
-    }
-    k += kn;
-  } while (k < K);
+                  bool first, typename Op::Sum* out, int64_t ldo) {
+  int64_t tiles = ceil_div(M, MAX_ROWS);
+  for (int64_t i = 0; i < tiles; ++i) {
+    int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m;
+    column_rows<Op>(rows, a + m * lda, lda, b, ldb, K, first, out + m * ldo, ldo);
+  }
 }
 
 }  // namespace bi

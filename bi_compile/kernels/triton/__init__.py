@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from bi_compile.ops import collective
-
 try:
     import triton as _triton  # noqa: F401
 except ImportError as error:
@@ -31,7 +29,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     **reduce.IMPLEMENTATIONS,
     **norm.IMPLEMENTATIONS,
     **attention.IMPLEMENTATIONS,
-    **collective.IMPLEMENTATIONS,
 }
 
 

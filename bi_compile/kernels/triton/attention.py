@@ -11,17 +11,27 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .reduce import divide, exp
-from .tiles import ATTENTION, Tile, accumulator, aligned, choose, launch, target
+from .reduce import divide, exp, fold
+from .tiles import ATTENTION, Tile, accumulator, choose, fitting, launch, target
 
 
 @triton.jit
 def _dot(a, b, acc):
     """acc + a @ b. In float64, which `tl.dot` does not take everywhere, the sum of the broadcast products."""
     if a.dtype == tl.float64:
-        result = acc + tl.sum(a[:, :, None] * b[None, :, :], 1)
+        result = acc + fold(a[:, :, None] * b[None, :, :])
     else:
         result = tl.dot(a, b, acc, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def _weight(x, HALF: tl.constexpr):
+    """e**x; by the hardware's exponential where the result is rounded to 16 bits anyway."""
+    if HALF:
+        result = tl.exp(x)
+    else:
+        result = exp(x)
     return result
 
 
@@ -30,14 +40,17 @@ def _attention(
     q, k, v, mask, out, lse, tiles, heads, group, L, S, D, DV,
     q_batch, q_head, q_row, q_col, k_batch, k_head, k_row, k_col, v_batch, v_head, v_row, v_col,
     mask_batch, mask_head, mask_row, mask_col,
-    SCALE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
+    SCALE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the keys in blocks of BLOCK_N, ascending, with a running maximum, sum and output in float32.
 
-    Row r of a key head's queries is query r // group of its head r % group. Scores: sum over D by one dot. A block none
-    of whose keys a row sees leaves the row's numbers as they are, so it does not matter whether it is skipped, as causal
-    blocks behind the tile's last query are. MASK: 0 none, 1 bool, 2 float.
+    The sum of the weights: lane j of BLOCK_N adds up the keys j, j + BLOCK_N, ... ascending, then `fold`. The output:
+    one dot after the other. In float64 a dot is a `fold` of the products.
+
+    Row r of a key head's queries is query r // group of its head r % group. A block none of whose keys a row sees
+    leaves the row's numbers as they are, so it does not matter whether it is skipped, as causal blocks behind the
+    tile's last query are. MASK: 0 none, 1 bool, 2 float.
     """
     place = (tl.program_id(0) // tiles).to(tl.int64)
     batch = place // heads
@@ -60,14 +73,15 @@ def _attention(
         mask_tile += keys[None, :] * mask_col
 
     peak = tl.full((BLOCK_M,), float("-inf"), ACC)
-    total = tl.zeros((BLOCK_M,), ACC)
+    lanes = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
     end = S
     if CAUSAL:
         end = tl.minimum(S, (first + BLOCK_M - 1) // group + 1)
     for start in range(0, end, BLOCK_N):
         k_block = tl.load(k_tile, mask=(keys < S - start)[None, :] & (ds < D)[:, None], other=0.0)
-        scores = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC)) * tl.full((BLOCK_M, BLOCK_N), SCALE, ACC)
+        scores = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
+        scale = tl.full((BLOCK_M, BLOCK_N), SCALE, ACC)
         seen = valid[:, None] & (keys < S - start)[None, :]
         if CAUSAL:
             seen = seen & (start + keys[None, :] <= query[:, None])
@@ -76,23 +90,25 @@ def _attention(
         if MASK == 2:
             addend = tl.load(mask_tile, mask=seen, other=float("-inf")).to(ACC)
             seen = seen & (addend != float("-inf"))
-            scores += addend
+            scores = tl.fma(scores, scale, addend)
+        else:
+            scores = scores * scale
         scores = tl.where(seen, scores, float("-inf"))
 
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = exp(scores - base[:, None])
-        shrink = exp(peak - base)
+        weights = _weight(scores - base[:, None], HALF)
+        shrink = _weight(peak - base, HALF)
         v_block = tl.load(v_tile, mask=(keys < S - start)[:, None] & (dvs < DV)[None, :], other=0.0)
-        new_total = tl.fma(total, shrink, tl.sum(weights, 1))
+        new_lanes = tl.fma(lanes, tl.broadcast_to(shrink[:, None], BLOCK_M, BLOCK_N), weights)
         new_acc = _dot(weights.to(v.dtype.element_ty), v_block, acc * shrink[:, None])
         if CAUSAL or MASK:
             # 0 * NaN is NaN: a block of which a row sees nothing must not bring it a NaN of v
             any_seen = tl.max(seen.to(tl.int32), 1) > 0
-            total = tl.where(any_seen, new_total, total)
+            lanes = tl.where(any_seen[:, None], new_lanes, lanes)
             acc = tl.where(any_seen[:, None], new_acc, acc)
         else:
-            total = new_total
+            lanes = new_lanes
             acc = new_acc
         peak = new_peak
         k_tile += BLOCK_N * k_row
@@ -100,6 +116,7 @@ def _attention(
         if MASK:
             mask_tile += BLOCK_N * mask_col
 
+    total = tl.reshape(fold(lanes[:, :, None]), (BLOCK_M,))
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
     acc = divide(acc, tl.broadcast_to(total[:, None], BLOCK_M, BLOCK_DV))
@@ -128,18 +145,16 @@ def attention(
     if outs[1].numel() == 0:
         return outs
     kind, mask, mask_strides = _mask(mask, [batches, q_heads, length, keys])
-    if query.dtype in (torch.float32, torch.float64):
-        # without matrix units a sum's layout may follow the strides of what is read: let there be one
-        query, key, value = (aligned(t.contiguous()) for t in (query, key, value))
     group = q_heads // heads
-    tile = tile or choose(ATTENTION[target(query)][query.element_size()], length * group)
+    width = max(16, triton.next_power_of_2(max(dim, value_dim)))
+    tile = fitting(tile or choose(ATTENTION[target(query)][query.element_size()], length * group), width)
     tiles = triton.cdiv(length * group, tile.height)
     launch(
         _attention, batches * heads * tiles, query, query, key, value, mask, *outs,
         tiles, heads, group, length, keys, dim, value_dim,
         *query.stride(), *key.stride(), *value.stride(), *mask_strides,
         SCALE=1 / math.sqrt(dim) if scale is None and dim else float(scale or 0), MASK=kind, CAUSAL=causal,
-        ACC=accumulator(query.dtype), BLOCK_M=tile.height, BLOCK_N=tile.width,
+        HALF=query.element_size() == 2, ACC=accumulator(query.dtype), BLOCK_M=tile.height, BLOCK_N=tile.width,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

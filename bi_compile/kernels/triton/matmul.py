@@ -31,12 +31,14 @@ def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.const
 def _product(
     a, b, bias, out, M, N, K,
     a_batch, a_row, a_col, b_batch, b_row, b_col, bias_batch, bias_row, bias_col, alpha, beta,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, INDEX: tl.constexpr,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, CHAINED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out = alpha * (a @ b) + beta * bias, K in blocks of BLOCK_K, ascending, in one float32 accumulator per element.
 
-    Ragged blocks are filled with zeros. The epilogue is fma(beta, bias, alpha * acc), rounded once to out's dtype.
+    If CHAINED, a block's products are added to the accumulator one after the other (or as the matrix unit does it); if
+    not, to a sum of their own, which is then added to the accumulator: less error, as float32 needs it. Ragged blocks
+    are filled with zeros. The epilogue is fma(beta, bias, alpha * acc), rounded once to out's dtype.
     """
     batch, row, col = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
@@ -48,7 +50,12 @@ def _product(
     for k in range(0, K, BLOCK_K):
         left = tl.load(a_tile, mask=(rows < M)[:, None] & (ks < K - k)[None, :], other=0.0)
         right = tl.load(b_tile, mask=(ks < K - k)[:, None] & (cols < N)[None, :], other=0.0)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+        if CHAINED:
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+        else:
+            part = tl.dot(left, right, input_precision="ieee")
+            # not acc + part: the compiler turns that into the chain
+            acc = tl.fma(part, tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32), acc)
         a_tile += BLOCK_K * a_col
         b_tile += BLOCK_K * b_row
     inside = (rows < M)[:, None] & (cols < N)[None, :]
@@ -66,21 +73,24 @@ def _product(
 @triton.jit(do_not_specialize=["M"])
 def _product64(
     a, b, out, M, N, K, a_batch, a_row, a_col, b_batch, b_row, b_col,
-    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """out = a @ b in float64, one element of K after the other in ascending order, by fused multiply-adds."""
+    """out = a @ b in float64: K in blocks of BLOCK_K, ascending, each block's products added up one after the other."""
     batch, row, col = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
     cols = (col + tl.arange(0, BLOCK_N)).to(INDEX)
     left = a + batch * a_batch + rows[:, None] * a_row
     right = b + batch * b_batch + cols[None, :] * b_col
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
-    for _ in range(0, K):
-        x = tl.load(left, mask=(rows < M)[:, None], other=0.0)
-        y = tl.load(right, mask=(cols < N)[None, :], other=0.0)
-        acc = tl.fma(tl.broadcast_to(x, BLOCK_M, BLOCK_N), tl.broadcast_to(y, BLOCK_M, BLOCK_N), acc)
-        left += a_col
-        right += b_row
+    for start in range(0, K, BLOCK_K):
+        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
+        for _ in range(start, tl.minimum(start + BLOCK_K, K)):
+            x = tl.load(left, mask=(rows < M)[:, None], other=0.0)
+            y = tl.load(right, mask=(cols < N)[None, :], other=0.0)
+            part = tl.fma(tl.broadcast_to(x, BLOCK_M, BLOCK_N), tl.broadcast_to(y, BLOCK_M, BLOCK_N), part)
+            left += a_col
+            right += b_row
+        acc += part
     out_tile = out + batch * M * N + rows[:, None] * N + cols[None, :]
     tl.store(out_tile, acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
 
@@ -91,7 +101,7 @@ def _float64(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, beta: float
     programs = count * triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width)
     launch(
         _product64, programs, a, a, b, out, m, n, a.shape[2], *a.stride(), *b.stride(), INDEX=index_type(a, b, out),
-        BLOCK_M=tile.height, BLOCK_N=tile.width, GROUP_M=GROUP, num_warps=tile.warps,
+        BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][8], GROUP_M=GROUP, num_warps=tile.warps,
     )  # fmt: skip
     if alpha != 1:
         out.mul_(alpha)
@@ -111,7 +121,7 @@ def product(
     """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; `tile` in place of the table's.
 
     a, b and bias may have any strides; nothing is copied.
-    K in blocks of `PRODUCT_K`, ascending, accumulated in float32 and rounded once; float64 see `_product64`.
+    K in blocks of `PRODUCT_K`, ascending: `_product`, for float64 `_product64`.
     """
     count, m, n = out.shape
     size = out.element_size()
@@ -127,7 +137,7 @@ def product(
     launch(
         _product, programs, a, a, b, bias, out, m, n, a.shape[2],
         *a.stride(), *b.stride(), *((0, 0, 0) if bias is None else bias.stride()), float(alpha), float(beta),
-        SCALED=alpha != 1, BIASED=bias is not None, INDEX=index_type(a, b, bias, out),
+        SCALED=alpha != 1, BIASED=bias is not None, CHAINED=size == 2, INDEX=index_type(a, b, bias, out),
         BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size], GROUP_M=GROUP,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -74,7 +74,7 @@ def _layer_norm(
     EPS: tl.constexpr, GROUPED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y = (x - mean) * rstd * weight + bias: the mean, then the squared distances to it, both sums in `_sum`'s order."""
+    """y = (x - mean) * rstd * weight + bias: the mean, then the squared distances to it, two sums in `_sum`'s order."""
     rows = this_rows(BLOCK_R)
     center = row_mean(x, stride, rows, R, C, C, BLOCK_R, BLOCK_C, ACC)
     count = tl.full((BLOCK_R,), C, ACC)

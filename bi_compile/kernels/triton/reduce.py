@@ -22,7 +22,7 @@ from .tiles import SCAN_ROWS, accumulator, as_rows, launch, row_stride, rows_met
 
 @triton.jit
 def exp(x):
-    """e**x for x <= 0, NaN or -inf. In float32 correct to about one unit in the last place at any x.
+    """e**x for x <= 0, infinite or NaN. In float32 correct to about one unit in the last place at any x.
 
     The hardware's exponential is 2**(x * log2(e)), and the product's rounding error grows with x: so the whole powers
     of two are taken out first, exactly.
@@ -30,7 +30,8 @@ def exp(x):
     if x.dtype == tl.float64:
         result = tl.exp(x)
     else:
-        bounded = tl.where(x < -150.0, -150.0, x)
+        bounded = tl.where(x < -150.0, -150.0, x)  # where, not maximum, which may drop a NaN
+        bounded = tl.where(bounded > 150.0, 150.0, bounded)
         powers = tl.floor(tl.fma(bounded, 1.4426950408889634, 0.5))
         rest = tl.fma(powers, -0.693359375, bounded)  # the two constants add up to -log(2); the first has few digits
         rest = tl.fma(powers, 2.12194440e-4, rest)
@@ -46,6 +47,18 @@ def divide(x, y):
     else:
         result = tl.div_rn(x, y)
     return result
+
+
+@triton.jit
+def fold(x):
+    """Sum of x [A, B, C] over B, a power of two: its halves added, then the halves of that sum, and so on.
+
+    The order is the same in any layout of the elements over threads, which that of a `tl.sum` is not.
+    """
+    for _ in tl.static_range(16):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2, x.shape[2])), 1)
+    return tl.reshape(x, (x.shape[0], x.shape[2]))
 
 
 @triton.jit
@@ -176,7 +189,7 @@ def _cumsum(x, out, row, col, R, C, BLOCK_R: tl.constexpr, ACC: tl.constexpr):
     source = x + rows * row
     sink = out + rows * C
     total = tl.zeros((BLOCK_R,), ACC)
-    for _ in range(0, C):
+    for _ in range(C):
         total += tl.load(source, mask=rows < R, other=0.0).to(ACC)
         tl.store(sink, total.to(out.dtype.element_ty), mask=rows < R)
         source += col

@@ -35,21 +35,20 @@ PRODUCT: dict[str, dict[int, list[tuple[int, Tile]]]] = {
         2: [
             (16, Tile(16, 32, 4, 6)),
             (32, Tile(32, 32, 4, 6)),
-            (64, Tile(64, 32, 4, 6)),
-            (256, Tile(128, 64, 4, 4)),
+            (128, Tile(64, 32, 4, 6)),
+            (256, Tile(64, 64, 4, 5)),
             (512, Tile(128, 128, 8, 4)),
-            (INT32_MAX, Tile(128, 256, 8, 3)),
+            (INT32_MAX, Tile(256, 128, 8, 3)),
         ],
         4: [(16, Tile(16, 64, 4, 3)), (INT32_MAX, Tile(64, 64, 4, 3))],
         8: [(INT32_MAX, Tile(32, 32, 4, 1))],
     }
 }
 #: target -> bytes per element -> how many elements of K one step takes: part of the sum's order, never follows the rows
-PRODUCT_K: dict[str, dict[int, int]] = {"cuda": {2: 64, 4: 32, 8: 1}}
+PRODUCT_K: dict[str, dict[int, int]] = {"cuda": {2: 64, 4: 32, 8: 32}}
 
 #: target -> bytes per element -> (up to this many rows, tile) of attention; rows are the queries of all heads that
-#: share a key head. 16 rows to a warp, so that every height gives a warp whole rows and the row sum one order. The width is
-#: the number of keys that one step takes and must not follow the rows.
+#: share a key head. The width is the number of keys that one step takes and must not follow the rows.
 ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
     "cuda": {
         2: [
@@ -58,7 +57,7 @@ ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
             (64, Tile(64, 64, 4, 3)),
             (INT32_MAX, Tile(128, 64, 8, 3)),
         ],
-        4: [(INT32_MAX, Tile(32, 32, 4, 1))],
+        4: [(16, Tile(16, 32, 4, 1)), (INT32_MAX, Tile(32, 32, 4, 1))],
         8: [(INT32_MAX, Tile(4, 16, 4, 1))],
     }
 }
@@ -77,6 +76,13 @@ def target(x: Tensor) -> str:
 def choose(table: list[tuple[int, Tile]], rows: int) -> Tile:
     """The first tile whose limit holds `rows`."""
     return next(tile for limit, tile in table if rows <= limit)
+
+
+def fitting(tile: Tile, head: int) -> Tile:
+    """The tile of attention, with fewer stages and rows where heads of `head` elements would overflow shared memory."""
+    height = tile.height if head <= 256 else min(tile.height, 16)
+    warps = max(1, tile.warps * height // tile.height)
+    return Tile(height, tile.width, warps, max(1, min(tile.stages, 512 // head)))
 
 
 def rows_meta(x: Tensor, length: int) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""What batch invariance costs on this machine: each number is a ratio of two timings of one run, above 1 is faster than the peer.
+
+    python -m bi_compile.bench [product] [engine] [compile]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+
+def interleaved(functions: list[Callable[[], Any]], seconds: float = 0.4) -> list[float]:
+    """The median time of each function, in seconds; calls take turns, so that a slow moment of the machine hits all."""
+    for f in functions:
+        f()
+    times: list[list[float]] = [[] for _ in functions]
+    end = time.perf_counter() + seconds * len(functions)
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for f, t in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            f()
+            t.append(time.perf_counter() - start)
+    return [statistics.median(t) for t in times]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return statistics.geometric_mean(list(values))
+
+
+def product() -> None:
+    """x[M, K] @ w[N, K]^T: bi_compile::mm against torch.mm."""
+    from . import ops
+
+    ops.load_kernels("cpu")
+    table = Table("dtype", "K = N", "M", "torch ms", "bi_compile ms", "ratio", "torch varies", title=f"Product on the CPU, {torch.get_num_threads()} threads")
+    ratios = []
+    for dtype, k in itertools.product((torch.float32, torch.bfloat16), (1024, 4096)):
+        torch.manual_seed(0)
+        w = torch.randn(k, k).to(dtype).t()
+        first = torch.randn(256, k).to(dtype)
+        alone = {"torch": torch.mm(first[:1], w), "ours": ops.mm(first[:1], w)}
+        for m in (1, 4, 16, 64, 256):
+            x = first[:m].contiguous()
+            assert torch.equal(ops.mm(x, w)[:1], alone["ours"]), "bi_compile::mm varies"
+            varies = not torch.equal(torch.mm(x, w)[:1], alone["torch"])
+            theirs, ours = interleaved([lambda x=x, w=w: torch.mm(x, w), lambda x=x, w=w: ops.mm(x, w)])  # type: ignore[misc]
+            ratios.append(theirs / ours)
+            table.add_row(str(dtype)[6:], str(k), str(m), f"{theirs * 1e3:.3f}", f"{ours * 1e3:.3f}", f"{theirs / ours:.2f}", "yes" if varies else "no")
+    console.print(table)
+    console.print(f"product: geometric mean of the ratios {geometric_mean(ratios):.2f}\n")
+
+
+def engine() -> None:
+    """vLLM tokens per second with the pass against without, engines taking turns."""
+    from .demo.models import make
+
+    table = Table("dtype", "requests", "without, tok/s", "with, tok/s", "ratio", "differ without", "differ with", title="vLLM on the CPU, Qwen3-shaped, end to end")
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = make("qwen3", Path(folder) / "qwen3")
+        for dtype in ("float32", "bfloat16"):
+            plan = {"model": str(model), "dtype": dtype, "batches": [1, 4, 16, 16, 16], "tokens": 32}
+            without, ours = (_engine({**plan, "compilation_config": c}) for c in ({}, {"custom_passes": ["bi_ascend"]}))
+            for size in ("1", "4", "16"):
+                a, b = without["batches"][size], ours["batches"][size]
+                ratios.append(b["tokens_per_second"] / a["tokens_per_second"])
+                table.add_row(dtype, size, f"{a['tokens_per_second']:.0f}", f"{b['tokens_per_second']:.0f}", f"{ratios[-1]:.2f}", str(a["logprobs"]), str(b["logprobs"]))
+    console.print(table)
+    console.print(f"engine: geometric mean of the ratios {geometric_mean(ratios):.2f}\n")
+
+
+def _engine(plan: dict[str, Any]) -> dict[str, Any]:
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-m", "bi_compile.demo.requests", json.dumps(plan)], capture_output=True, text=True, env=env, check=False)
+    line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        raise SystemExit(f"the engine failed:\n{(run.stdout + run.stderr)[-4000:]}")
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def compilation() -> None:
+    """The time of passes and audit against the whole compilation, and over the number of layers."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    from .backend import compile_graph
+    from .options import Options
+    from .pipeline import Pipeline
+
+    table = Table("layers", "nodes", "compilation s", "passes and audit s", "share", "ms a node", title="Compilation, Qwen3-shaped, Inductor, cold caches")
+    for layers in (28, 112):
+        config = Qwen3Config(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            vocab_size=128, max_position_embeddings=128, use_cache=False,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        pipeline = Pipeline(Options())
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=lambda gm, inputs, p=pipeline: compile_graph(p, gm, inputs))
+        with tempfile.TemporaryDirectory() as cache, torch.no_grad():
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+            start = time.perf_counter()
+            compiled(torch.zeros(2, 8, dtype=torch.int64))
+            whole = time.perf_counter() - start
+        s = pipeline.summary
+        table.add_row(str(layers), str(s.nodes), f"{whole:.1f}", f"{s.seconds:.2f}", f"{s.seconds / whole:.1%}", f"{s.seconds / s.nodes * 1e3:.3f}")
+    console.print(table)
+
+
+BENCHES: dict[str, Callable[[], None]] = {"product": product, "engine": engine, "compile": compilation}
+
+
+def main(names: list[str]) -> None:
+    unknown = [n for n in names if n not in BENCHES]
+    if unknown:
+        raise SystemExit(f"unknown benchmark {', '.join(unknown)}: known are {', '.join(BENCHES)}")
+    for name in names or list(BENCHES):
+        BENCHES[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

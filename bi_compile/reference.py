@@ -1,0 +1,110 @@
+"""What `bi-compile passes` prints: the tables in `passes/` as a reference, and as docs/operators.md."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from .ops import NAMESPACE, OPERATORS
+from .passes import PASSES
+from .table import Entry, Pass
+
+_HEAD = """\
+# Operators
+
+What is replaced, by what, and why. Generated from the passes' tables by `bi-compile passes --markdown`; `make docs` writes
+it anew.
+
+An operator's `.out` and in-place forms are replaced with it and not listed. "Stays where" names the arguments for which
+the operator is exact in every order and is left alone. A *group* is a form that an earlier stage of the compiler has taken
+apart; it is found by its nodes.
+"""
+
+
+def called(fn: Any) -> list[str]:
+    """The operators of this package that a replacement calls, read from its source; the empty list if it only refuses."""
+    found: list[str] = []
+    todo, seen = [fn], set()
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        source = inspect.getsource(current)
+        found += [f"{NAMESPACE}::{name}" for name in re.findall(r"\bops\.(\w+)", source) if name in OPERATORS]
+        # a replacement may lean on that of another pass
+        for owner, name in re.findall(r"\b([A-Z]\w+)\.(\w+)\(", source):
+            cls = getattr(inspect.getmodule(current), owner, None)
+            if isinstance(cls, type) and issubclass(cls, Pass) and inspect.isfunction(vars(cls).get(name)):
+                todo.append(vars(cls)[name])
+    return list(dict.fromkeys(found))
+
+
+def by_what(entry: Entry) -> str:
+    names = ", ".join(called(entry.replacement))
+    if names:
+        return names
+    return "refused" if "raise NotImplementedError" in inspect.getsource(entry.replacement) else "row-local operators"
+
+
+def stays_where(entry: Entry) -> str:
+    if entry.unless is None:
+        return ""
+    said = inspect.getdoc(entry.unless) or entry.unless.__name__.strip("_").replace("_", " ")
+    return said.splitlines()[0].rstrip(".")
+
+
+def rows(p: type[Pass]) -> Iterator[tuple[list[str], str, str, str, str]]:
+    """Operators of which the same is said, by what, why, stays where, source."""
+    same: dict[tuple[str, str, str, str], list[str]] = {}
+    for e in p.entries:
+        on = f" (on {', '.join(e.targets)})" if e.targets is not None else ""
+        same.setdefault((by_what(e), e.why + on, stays_where(e), e.source), []).append(e.operator)
+    for said, operators in same.items():
+        yield operators, *said
+
+
+def groups(p: type[Pass]) -> Iterator[tuple[str, str]]:
+    """Group, by what."""
+    for g in p.groups:
+        yield g.name, ", ".join(called(g.replace)) or f"{NAMESPACE}::{g.name}"
+
+
+def tables() -> Iterator[Table]:
+    """For a terminal: a table for each pass."""
+    for p in PASSES:
+        title = f"{p.name}: {_doc(p)}"
+        table = Table("operator", "by", "why", "stays where", "source", title=escape(title), title_justify="left", show_lines=True)
+        for operators, *said in rows(p):
+            table.add_row(*map(escape, ("\n".join(operators), *said)))
+        for name, by in groups(p):
+            table.add_row(f"group {escape(name)}", escape(by), "as above, taken apart", "", "")
+        yield table
+
+
+def _doc(p: type[Pass]) -> str:
+    return (inspect.getdoc(p) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def markdown() -> str:
+    """docs/operators.md."""
+    parts = [_HEAD]
+    for p in PASSES:
+        lines = [f"## {p.name}\n", _doc(p) + "\n", "| operator | by | why | stays where | source |", "|---|---|---|---|---|"]
+        lines += [_row(", ".join(f"`{op}`" for op in ops), _code(by), why, stays, source) for ops, by, why, stays, source in rows(p)]
+        lines += [_row(f"group *{name}*", _code(by), "as above, taken apart", "", "") for name, by in groups(p)]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _code(names: str) -> str:
+    return ", ".join(f"`{n}`" for n in names.split(", ")) if "::" in names else names
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

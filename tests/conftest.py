@@ -1,0 +1,20 @@
+"""Every test starts from the same seed, without graphs that another one compiled, and with PyTorch's own operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bi_compile import eager
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    for fallback in list(eager._installed):
+        fallback.remove()
+    torch._dynamo.reset()

@@ -1,0 +1,56 @@
+"""The README's one-liners run, and say what it claims; the generated page is what the passes say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = [b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if b.startswith('python -c "')]
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process less to start; the example does not need it
+}
+
+
+def name(block: str) -> str:
+    return next(n for n in ("vllm", "dump_dir", "torch.compile", "invariant") if n in block)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=name)
+def test_one_liner(block: str, tmp_path: Path) -> None:
+    if "vllm" in block:
+        pytest.importorskip("vllm")
+        pytest.importorskip("transformers")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        ["bash", "-e", "-c", block], cwd=tmp_path, env=os.environ | QUIET | {"PATH": path}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "dump_dir" in block:
+        assert "graph_001_final" in done.stdout and "invariant" in done.stdout
+    else:
+        assert "equal bits alone and together: True" in done.stdout, done.stdout + done.stderr
+
+
+def test_there_is_a_one_liner_for_each_face() -> None:
+    assert sorted(map(name, BLOCKS)) == ["dump_dir", "invariant", "torch.compile", "vllm"]
+
+
+def test_operators_page_is_up_to_date() -> None:
+    from bi_compile.reference import markdown
+
+    assert (ROOT / "docs" / "operators.md").read_text() == markdown(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target

@@ -1,0 +1,449 @@
+"""Where the rows are, which nodes mix them, and a verdict with its reason on every node."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import captured, graph_of, knowledge, pipeline, rand, rewrite_all, traced
+from torch import Tensor, fx
+
+from bi_compile import AuditError, OptionError, ops
+from bi_compile.audit import Finding, Report, Verdict, audit
+from bi_compile.passes import Matmul, Softmax
+from bi_compile.rows import batch_dimensions, batch_symbols
+
+aten = torch.ops.aten
+ROWS = 6
+Function = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operators() -> Iterator[None]:
+    """Operators of a library of somebody's."""
+    library = torch.library.Library("somebody", "DEF")
+    library.define("mystery(Tensor x) -> Tensor")
+    library.define("fill(Tensor(a!) x) -> ()")
+    library.impl("mystery", lambda x: x * 2, "CompositeExplicitAutograd")
+    library.impl("fill", lambda x: None, "CompositeExplicitAutograd")
+    yield
+    library._destroy()
+
+
+def last(graph: fx.Graph) -> fx.Node:
+    """The node of the (first) result."""
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    return output.all_input_nodes[0]
+
+
+def judged(f: Function, *inputs: Tensor, named: dict[str, int] | None = None, trust: dict[str, str] | None = None, dynamic: bool = True) -> Report:
+    gm = traced(f, *inputs, dynamic=dynamic and named is None)
+    return audit(gm.graph, knowledge(trust=trust), named)
+
+
+def verdicts(report: Report) -> list[Verdict]:
+    return [f.verdict for f in report.findings]
+
+
+# -- where the rows are -----------------------------------------------------------------------------------------------
+
+X = rand(ROWS, 4, 10)
+TOKENS = torch.arange(ROWS)
+#: a function of x [6, 4, 10] with rows along 0, and the batch dimensions of its result
+FOLLOWED: dict[str, tuple[Function, set[int]]] = {
+    "pointwise": (lambda x: x.relu() + 1, {0}),
+    "broadcast from the right": (lambda x: torch.ones(3, 1, 1, 10) * x, {1}),
+    "merged with the next": (lambda x: x.view(ROWS * 4, 10), {0}),
+    "merged with all": (lambda x: x.view(-1), {0}),
+    "merged and split again": (lambda x: x.view(ROWS * 4, 10).view(ROWS, 2, 20), {0}),
+    "others merged": (lambda x: x.view(ROWS, 40), {0}),
+    "others split": (lambda x: x.view(ROWS, 2, 2, 5, 2), {0}),
+    "ones put in": (lambda x: x.view(1, ROWS, 1, 40), {1}),
+    "unsqueezed": (lambda x: x.unsqueeze(0), {1}),
+    "unsqueezed behind": (lambda x: x.unsqueeze(-1), {0}),
+    "squeezed": (lambda x: x.unsqueeze(0).squeeze(0), {0}),
+    "permuted": (lambda x: x.permute(2, 0, 1), {1}),
+    "transposed": (lambda x: x.transpose(0, 2), {2}),
+    "t": (lambda x: x.view(ROWS, 40).t(), {1}),
+    "summed over another": (lambda x: x.sum(1), {0}),
+    "summed and kept": (lambda x: x.sum((1, 2), keepdim=True), {0}),
+    "summed behind a transpose": (lambda x: x.transpose(0, 1).sum(0), {0}),
+    "maximum": (lambda x: x.transpose(0, 2).amax(0), {1}),
+    "mm": (lambda x: x.view(ROWS, 40) @ torch.ones(40, 3), {0}),
+    "mm, rows as columns": (lambda x: torch.ones(3, 40) @ x.view(ROWS, 40).t(), {1}),
+    "bmm": (lambda x: x @ torch.ones(ROWS, 10, 3), {0}),
+    "bmm, rows within": (lambda x: torch.bmm(x.transpose(0, 1), torch.ones(4, 10, 3)), {1}),
+    "addmm": (lambda x: torch.addmm(torch.ones(3), x.view(ROWS, 40), torch.ones(40, 3)), {0}),
+    "expanded": (lambda x: x.unsqueeze(1).expand(ROWS, 7, 4, 10), {0}),
+    "expanded in front": (lambda x: x.expand(3, ROWS, 4, 10), {1}),
+    "another dimension selected": (lambda x: x[:, 1], {0}),
+    "a row selected": (lambda x: x[2], set()),
+    "sliced": (lambda x: x[:, :2], {0}),
+    "cat over another": (lambda x: torch.cat([x, x], 1), {0}),
+    "cloned": (lambda x: x.clone(), {0}),
+    "softmax over another": (lambda x: x.softmax(-1), {0}),
+    "forgotten": (lambda x: torch.ones(ROWS, 4), set()),
+}
+
+
+@pytest.mark.parametrize("how", ["named", "symbolic"])
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_batch_dimension_is_followed(name: str, how: str) -> None:
+    """Through views, permutations, reductions, products, selections: by its symbol, or from input to input by name."""
+    f, want = FOLLOWED[name]
+    if how == "named":
+        gm = traced(f, X)
+        assert batch_dimensions(gm.graph, {"x_1": 0})[last(gm.graph)] == want
+        return
+    sizes = f.__code__.co_names
+    if "ROWS" in sizes:  # a number in the program is no symbol
+        f = _with_symbol(f)
+    gm = traced(f, X, dynamic=True)
+    assert batch_dimensions(gm.graph)[last(gm.graph)] == want or name == "forgotten"
+
+
+def _with_symbol(f: Function) -> Function:
+    """`f` with the number of rows of its argument in ROWS's place."""
+
+    def g(x: Tensor) -> Any:
+        return type(f)(f.__code__, {**f.__globals__, "ROWS": x.shape[0]}, "g", f.__defaults__, f.__closure__)(x)
+
+    return g
+
+
+def test_rows_come_from_the_tokens_of_an_embedding() -> None:
+    gm = traced(lambda ids, w: torch.nn.functional.embedding(ids, w), TOKENS, rand(9, 5))
+    assert batch_dimensions(gm.graph, {"ids_1": 0})[last(gm.graph)] == {0}
+    assert batch_dimensions(gm.graph, {"w_1": 0})[last(gm.graph)] == set()
+
+
+def test_two_inputs_with_rows_along_different_dimensions() -> None:
+    gm = traced(lambda a, b: a + b.t(), rand(ROWS, 4), rand(4, ROWS))
+    assert batch_dimensions(gm.graph, {"a_1": 0, "b_1": -1})[last(gm.graph)] == {0}
+
+
+def test_the_first_symbolic_dimension_of_an_input_is_the_batch() -> None:
+    """A second one (a length) is not."""
+    gm, _, _ = graph_of((aten.relu.default, (rand(ROWS, 11, 4),), {}), dynamic=[ROWS, 11])
+    (x,) = (n for n in gm.graph.nodes if n.op == "placeholder")
+    assert {str(s) for s in batch_symbols(gm.graph)} == {str(x.meta["val"].shape[0])}
+    assert batch_dimensions(gm.graph)[x] == {0}
+
+
+@pytest.mark.parametrize("named", [{"y": 0}, {"x_1": 3}, {"x_1": -4}])
+def test_a_batch_dimension_that_does_not_exist_is_refused(named: dict[str, int]) -> None:
+    gm = traced(lambda x: x + 1, X)
+    with pytest.raises(OptionError, match=r"batch=.*has no input .* with a dimension .*its inputs are x_1"):
+        batch_dimensions(gm.graph, named)
+
+
+# -- rows that are mixed ----------------------------------------------------------------------------------------------
+
+MIXING: dict[str, Function] = {
+    "sum": lambda x: x.sum(0),
+    "sum of all": lambda x: x.sum(),
+    "sum of several": lambda x: x.sum((-1, 0)),
+    "mean": lambda x: x.mean(0, keepdim=True),
+    "amax": lambda x: x.amax(0),
+    "argmax": lambda x: x.argmax(0),
+    "var": lambda x: x.var(0),
+    "softmax": lambda x: x.softmax(0),
+    "log_softmax": lambda x: x.log_softmax(0),
+    "cumsum": lambda x: x.cumsum(0),
+    "sort": lambda x: x.sort(0)[0],
+    "topk": lambda x: x.topk(2, 0)[0],
+    "logsumexp": lambda x: x.logsumexp(0),
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=0),
+    "mm": lambda x: torch.mm(x.t(), x),
+    "addmm": lambda x: torch.addmm(x.new_ones(10), x.t(), x),
+    "bmm": lambda x: torch.bmm(x.t()[None], x[None]),
+    "negative dimension": lambda x: x.sum(-2),
+    "behind a transpose": lambda x: x.t().softmax(-1),
+    "bi_compile.sum": lambda x: ops.sum(x, [0]),
+    "bi_compile.sum of all": lambda x: ops.sum(x, []),
+    "bi_compile.mean": lambda x: ops.mean(x, [-2]),
+    "bi_compile.softmax": lambda x: ops.softmax(x, 0),
+    "bi_compile.log_softmax": lambda x: ops.log_softmax(x, -2),
+    "bi_compile.var_mean": lambda x: ops.var_mean(x, [0])[0],
+    "bi_compile.logsumexp": lambda x: ops.logsumexp(x, [0]),
+    "bi_compile.cumsum": lambda x: ops.cumsum(x, 0),
+    "bi_compile.mm": lambda x: ops.mm(x.t(), x),
+    "bi_compile.addmm": lambda x: ops.addmm(x.new_ones(10), x.t(), x),
+    "bi_compile.bmm": lambda x: ops.bmm(x.t()[None], x[None]),
+    "bi_compile.rms_norm": lambda x: ops.rms_norm(x.t(), None, 1e-6)[0],
+    "bi_compile.layer_norm": lambda x: ops.layer_norm(x.t(), None, None, 1e-6)[0],
+    "bi_compile.add_rms_norm": lambda x: ops.add_rms_norm(x.t(), x.t(), None, 1e-6)[0],
+    "bi_compile.group_norm": lambda x: ops.group_norm(x.t()[None], None, None, 2, 1e-6)[0],
+}
+KEEPING: dict[str, Function] = {
+    "sum": lambda x: x.sum(1),
+    "sum of a transpose": lambda x: x.t().sum(0),
+    "mean": lambda x: x.mean(-1, keepdim=True),
+    "softmax": lambda x: x.softmax(-1),
+    "cumsum": lambda x: x.cumsum(1),
+    "sort": lambda x: x.sort(-1)[0],
+    "mm": lambda x: torch.mm(x, x.new_ones(10, 3)),
+    "mm, rows as columns": lambda x: torch.mm(x.new_ones(3, 10), x.t()),
+    "addmm": lambda x: torch.addmm(x.new_ones(3), x, x.new_ones(10, 3)),
+    "the larger of two": lambda x: torch.maximum(x, x + 1),
+    "norms": lambda x: torch.nn.functional.layer_norm(x, [10]),
+    "bi_compile.sum": lambda x: ops.sum(x, [1]),
+    "bi_compile.softmax": lambda x: ops.softmax(x, -1),
+    "bi_compile.mm": lambda x: ops.mm(x, x.new_ones(10, 3)),
+    "bi_compile.rms_norm": lambda x: ops.rms_norm(x, None, 1e-6)[0],
+    "bi_compile.group_norm": lambda x: ops.group_norm(x, None, None, 2, 1e-6)[0],
+}
+TABLE = rand(ROWS, 10)
+
+
+@pytest.mark.parametrize("named", [None, {"x_1": 0}], ids=["symbolic", "named"])
+@pytest.mark.parametrize("name", MIXING)
+def test_a_reduction_over_the_batch_mixes_rows(name: str, named: dict[str, int] | None) -> None:
+    found = [f for f in judged(MIXING[name], TABLE, named=named).findings if f.verdict is Verdict.MIXES_ROWS]
+    assert len(found) == 1
+    assert "combines the rows along the batch dimension" in found[0].reason and "depends on the others by its meaning" in found[0].reason
+
+
+@pytest.mark.parametrize("named", [None, {"x_1": 0}], ids=["symbolic", "named"])
+@pytest.mark.parametrize("name", KEEPING)
+def test_a_reduction_over_another_dimension_does_not(name: str, named: dict[str, int] | None) -> None:
+    assert Verdict.MIXES_ROWS not in verdicts(judged(KEEPING[name], TABLE, named=named))
+
+
+def test_a_mean_over_rows_is_found_after_rewriting() -> None:
+    """An invariant operator in its place does not make it one."""
+    gm = captured(lambda x: x - x.mean(0), TABLE, dynamic=True)
+    rewrite_all(gm.graph)
+    (objection,) = audit(gm.graph, knowledge()).objections
+    assert (objection.operator, objection.verdict) == ("bi_compile.mean.default", Verdict.MIXES_ROWS)
+
+
+def test_static_shapes_without_a_named_batch_have_no_rows() -> None:
+    gm = traced(lambda x: x.sum(0), TABLE)
+    assert Verdict.MIXES_ROWS not in verdicts(audit(gm.graph, knowledge()))
+
+
+# -- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def of(report: Report, operator: str) -> Finding:
+    (found,) = [f for f in report.findings if f.operator == operator]
+    return found
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.relu(x) * 2 + x.exp(),
+        lambda x: x.transpose(0, 1).reshape(-1)[2:].view(-1, 2),
+        lambda x: torch.cat([x, x.new_zeros(x.shape)]).clone(),
+        lambda x: x.amax(-1) + x.argmax(-1) + x.sort(-1)[0][:, 0],
+        lambda x: x[torch.arange(3)],
+        lambda x: torch.where(x > 0, x, x.to(torch.float64)),
+        lambda x: x.masked_fill(x > 1, 0.0).tril(),
+        lambda x: x.to(torch.int64).sum(-1),
+    ],
+)
+def test_pointwise_views_and_moves_are_row_local(f: Function) -> None:
+    report = judged(f, TABLE)
+    assert set(verdicts(report)) == {Verdict.ROW_LOCAL} and not report.objections
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.ops.prims.sum(x, [1]),
+        lambda x: torch.ops.prims.var(x, [1], 1),
+        lambda x: torch.ops.prims.prod(x, [1]),
+        lambda x: torch.ops.prims.fft_r2c(x, dim=[1], onesided=True),
+        lambda x: torch.cumprod(x, 1),
+        lambda x: torch.prod(x, 1),
+        lambda x: torch.fft.rfft(x),
+        lambda x: torch.nn.functional.conv1d(x[:, None], x.new_ones(1, 1, 3)),
+        lambda x: torch.linalg.inv(x @ x.t()),
+    ],
+    ids=["prims.sum", "prims.var", "prims.prod", "prims.fft", "cumprod", "prod", "fft", "conv", "inverse"],
+)
+def test_what_adds_up_and_stands_in_no_table_is_unproven(f: Function) -> None:
+    report = judged(f, TABLE, dynamic=False)
+    assert Verdict.UNPROVEN in verdicts(report)
+
+
+def test_a_primitive_that_is_pointwise_is_row_local() -> None:
+    report = judged(lambda x: torch.ops.prims.mul(torch.ops.prims.exp(x), torch.ops.prims.sqrt(x)), TABLE, dynamic=False)
+    assert set(verdicts(report)) == {Verdict.ROW_LOCAL}
+
+
+def test_an_unknown_operator_is_unproven_with_name_line_and_remedy() -> None:
+    gm, _, _ = graph_of((torch.ops.somebody.mystery.default, (TABLE,), {}))
+    report = audit(gm.graph, knowledge())
+    (objection,) = report.objections
+    assert objection.verdict is Verdict.UNPROVEN and objection.where == "model.py, line 7, in forward"
+    assert "nothing is known about somebody.mystery.default" in objection.reason
+    assert 'trust={"somebody::mystery": "the reason"}' in objection.reason and "replace it in a pass of yours" in objection.reason
+    with pytest.raises(AuditError, match=r"not known to be batch-invariant:\n  mystery_default \(somebody.mystery.default\) unproven: .*model.py, line 7"):
+        report.raise_objections()
+
+
+@pytest.mark.parametrize("name", ["somebody::mystery", "somebody.mystery.default"])
+def test_a_trusted_operator_keeps_its_reason(name: str) -> None:
+    report = judged(lambda x: torch.ops.somebody.mystery(x), TABLE, trust={name: "it doubles"})
+    finding = of(report, "somebody.mystery.default")
+    assert (finding.verdict, finding.reason) == (Verdict.TRUSTED, "it doubles") and not report.objections
+
+
+def test_trust_reaches_no_other_operator() -> None:
+    report = judged(lambda x: torch.ops.somebody.mystery(x).cumprod(1), TABLE, trust={"somebody::mystery": "it doubles", "aten::cumpro": "no"})
+    assert [f.operator for f in report.objections] == ["aten.cumprod.default"]
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.rand_like(x),
+        lambda x: torch.bernoulli(x.abs().clamp(0, 1)),
+        lambda x: torch.nn.functional.dropout(x, 0.5, True),
+        lambda x: torch.multinomial(x.abs(), 1),
+        lambda x: torch.randn(x.shape),
+        lambda x: x + torch.ops.prims.inductor_random([3, 4], torch.ops.prims.inductor_seed(x.device), "rand").sum(),
+    ],
+    ids=["rand_like", "bernoulli", "dropout", "multinomial", "randn", "inductor_random"],
+)
+def test_random_numbers_are_unproven(f: Function) -> None:
+    import torch._inductor.inductor_prims  # noqa: F401 - registers inductor_random
+
+    objections = judged(f, TABLE, dynamic=False).objections
+    assert any(o.verdict is Verdict.UNPROVEN and "draws random numbers" in o.reason for o in objections)
+
+
+def test_writes_that_add_up_are_unproven_and_others_are_not() -> None:
+    index, values = torch.tensor([0, 0, 2]), rand(3, 10)
+    for accumulate, want in ((True, Verdict.UNPROVEN), (False, Verdict.ROW_LOCAL)):
+        report = judged(functools.partial(torch.index_put, indices=(index,), values=values, accumulate=accumulate), TABLE, dynamic=False)
+        assert of(report, "aten.index_put.default").verdict is want
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.index_add(x, 0, torch.tensor([0, 0]), x[:2]),
+        lambda x: torch.scatter_add(x, 0, torch.zeros(2, 10, dtype=torch.int64), x[:2]),
+        lambda x: torch.scatter_reduce(x, 0, torch.zeros(2, 10, dtype=torch.int64), x[:2], "sum"),
+        lambda x: torch.scatter(x, 0, torch.zeros(2, 10, dtype=torch.int64), x[:2], reduce="add"),
+    ],
+    ids=["index_add", "scatter_add", "scatter_reduce", "scatter reduce"],
+)
+def test_scatters_that_add_up_are_unproven(f: Function) -> None:
+    assert [o.verdict for o in judged(f, TABLE, dynamic=False).objections] == [Verdict.UNPROVEN]
+
+
+def test_a_variant_operator_names_the_pass_to_add() -> None:
+    gm = traced(lambda x: x.softmax(-1) @ x.t(), TABLE)
+    rewrite_all(gm.graph, Matmul)
+    report = audit(gm.graph, knowledge(Matmul))
+    (objection,) = report.objections
+    assert (objection.operator, objection.verdict) == ("aten._softmax.default", Verdict.VARIANT)
+    assert objection.reason.endswith("add the pass 'softmax'")
+    assert of(report, "bi_compile.mm.default").verdict is Verdict.REPLACED
+
+
+def test_an_operator_that_a_pass_should_have_replaced_is_variant() -> None:
+    gm = traced(lambda x: x.softmax(-1), TABLE)
+    (objection,) = audit(gm.graph, knowledge(Softmax)).objections
+    assert objection.reason.endswith("the pass 'softmax' should have replaced it")
+
+
+def test_exact_sums_are_row_local() -> None:
+    report = judged(lambda x: x.long().sum(1) + (x.long() @ x.long().t())[:, 0], TABLE, dynamic=False)
+    assert not report.objections and of(report, "aten.mm.default").reason == "exact for these arguments in every order"
+
+
+def test_a_rewritten_model_has_no_objections() -> None:
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        h = torch.nn.functional.layer_norm(torch.nn.functional.linear(x, w), [10])
+        q = h.view(-1, 2, 1, 5)
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q).flatten(1).softmax(-1)
+
+    gm = captured(model, TABLE, rand(10, 10), dynamic=True)
+    rewrite_all(gm.graph)
+    report = audit(gm.graph, knowledge())
+    assert not report.objections, report.objections
+    assert report.counts()["replaced"] == 4
+
+
+def test_higher_order_operators() -> None:
+    """A mutable operator made functional is judged by its own name; graphs within graphs are judged by themselves; others are unproven."""
+    from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+    def call(target: Any, *args: Any) -> fx.Graph:
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        with torch._subclasses.FakeTensorMode() as mode:
+            x.meta["val"] = mode.from_tensor(TABLE)
+        node = graph.call_function(target, args, {"x": x} if target is auto_functionalized else {})
+        node.meta["val"] = (x.meta["val"],)
+        graph.output(node)
+        return graph
+
+    fill = torch.ops.somebody.fill.default
+    (unproven,) = audit(call(auto_functionalized, fill), knowledge()).objections
+    assert unproven.verdict is Verdict.UNPROVEN and "somebody::fill" in unproven.reason
+    assert not audit(call(auto_functionalized, fill), knowledge(trust={"somebody::fill": "fills"})).objections
+    assert not audit(call(torch.ops.higher_order.cond), knowledge()).objections
+    (unproven,) = audit(call(torch.ops.higher_order.associative_scan), knowledge()).objections
+    assert unproven.verdict is Verdict.UNPROVEN
+
+
+def test_an_audit_changes_nothing() -> None:
+    gm = captured(lambda x: x.softmax(-1) @ x.t(), TABLE, dynamic=True)
+    before = (str(gm.graph), [dict(n.meta) for n in gm.graph.nodes])
+    audit(gm.graph, knowledge())
+    audit(gm.graph, knowledge(Matmul), {"arg0_1": 0} if "arg0_1" in str(gm.graph) else None)
+    assert (str(gm.graph), [dict(n.meta) for n in gm.graph.nodes]) == before
+
+
+def test_a_report_lists_every_node() -> None:
+    gm = captured(lambda x: x.softmax(-1), TABLE)
+    report = audit(gm.graph, knowledge())
+    data = report.to_json()
+    assert [n["node"] for n in data["nodes"]] == [n.name for n in gm.graph.nodes]
+    assert sum(data["counts"].values()) == len(data["nodes"]) and data["target"] == "cpu"
+    assert all(n["reason"] for n in data["nodes"])
+
+
+# -- what is done about it --------------------------------------------------------------------------------------------
+
+
+def two_unknowns() -> fx.GraphModule:
+    return traced(lambda x: torch.ops.somebody.mystery(torch.ops.somebody.mystery(x)).cumprod(1), TABLE)
+
+
+def test_error_lists_every_objection() -> None:
+    with pytest.raises(AuditError) as error:
+        pipeline(on_unproven="error").audit(two_unknowns().graph)
+    assert str(error.value).count("nothing is known about somebody.mystery.default") == 2
+    assert str(error.value).count("nothing is known about aten.cumprod.default") == 1
+
+
+def test_warn_says_it_once_for_each_operator() -> None:
+    done = pipeline(on_unproven="warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            report = done.audit(two_unknowns().graph)
+    said = [str(w.message) for w in caught if "not batch-invariant" in str(w.message)]
+    assert len(report.objections) == 3
+    assert sorted(s.split("(")[1].split(")")[0] for s in said) == ["aten.cumprod.default", "somebody.mystery.default"]
+
+
+def test_the_summary_counts_what_was_left() -> None:
+    done = pipeline(on_unproven="warn", trust={"aten::cumprod": "one by one"})
+    gm = two_unknowns()
+    with pytest.warns(UserWarning, match="somebody.mystery"):
+        done.audit(gm.graph)
+    assert done.summary.left == {"somebody.mystery.default": 2} and done.summary.trusted == {"aten.cumprod.default": "one by one"}
+    assert "left 2 somebody.mystery.default" in done.summary.line() and "1 graphs" in done.summary.line()

@@ -1,0 +1,78 @@
+"""Real vLLM engines on the CPU: a request's logprobs and tokens are the same bits alone and in every batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .engines import PASS, python, requests
+
+Model = Callable[[str], Path]
+LONG = {"requests": 32, "batches": [2, 5, 16, 32], "prompt": [5, 300], "tokens": 8}
+
+
+def differing(result: dict[str, Any]) -> int:
+    return sum(b["logprobs"] + b["tokens"] for b in result["batches"].values())
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("qwen3", "float32"), ("qwen3", "bfloat16"), ("llama", "bfloat16"), ("gemma2", "float32"), ("opt", "bfloat16")],
+)
+def test_requests_are_equal_alone_and_together(model: Model, tmp_path: Path, family: str, dtype: str) -> None:
+    """Prompts of up to 300 tokens, so that a batch of 32 is prefilled in several chunks."""
+    result, said = requests(model(family), tmp_path, dtype=dtype, **PASS, **LONG)
+    assert differing(result) == 0, result
+    assert "left none" in said
+
+
+def test_without_the_key_they_differ_and_nothing_is_changed(model: Model, tmp_path: Path) -> None:
+    result, said = requests(model("qwen3"), tmp_path, dtype="bfloat16", **LONG)
+    assert differing(result) > 0, "this test bench no longer shows the fault"
+    assert "bi_compile" not in said
+
+
+def test_eager_mode(model: Model, tmp_path: Path) -> None:
+    """The eager fallback alone (no graph is compiled)."""
+    result, said = requests(model("qwen3"), tmp_path, dtype="bfloat16", enforce_eager=True, **PASS, **LONG)
+    assert differing(result) == 0, result
+    assert "no graph was compiled here" in said
+
+
+def test_prefix_caching_and_a_start_from_warm_caches_change_no_bit(model: Model, tmp_path: Path) -> None:
+    plan = {"dtype": "bfloat16", "enable_prefix_caching": True, "bits": True, **PASS, **LONG}
+    cold, _ = requests(model("llama"), tmp_path, **plan)
+    warm, _ = requests(model("llama"), tmp_path, **plan)
+    plain, _ = requests(model("llama"), tmp_path, **{**plan, "enable_prefix_caching": False})
+    assert differing(cold) == differing(warm) == differing(plain) == 0
+    assert cold["bits"] == warm["bits"] == plain["bits"]
+
+
+MYSTERY = """
+import sys, torch
+lib = torch.library.Library("testlib", "DEF")
+lib.define("mystery(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+lib.impl("mystery", lambda x: x * 2, "CPU")
+torch.library.register_fake("testlib::mystery", lambda x: torch.empty_like(x), lib=lib)
+from vllm.model_executor.models import llama
+plain = llama.LlamaMLP.forward
+def forward(self, x):
+    return plain(self, torch.ops.testlib.mystery(x))  # the line to find
+llama.LlamaMLP.forward = forward
+import bi_compile.demo.requests as r
+print("RESULT", r.run({"model": sys.argv[1], "dtype": "bfloat16", "requests": 2, "batches": [2], "tokens": 2,
+      "compilation_config": {"custom_passes": ["bi_ascend"]}, "additional_config": {"bi_compile": {"on_unproven": sys.argv[2]}}}))
+"""
+
+
+@pytest.mark.parametrize("on_unproven", ["error", "warn"])
+def test_an_operator_that_nobody_knows(model: Model, tmp_path: Path, on_unproven: str) -> None:
+    """"error" stops before any request, with the operator, the source line and what to do; "warn" runs and says so."""
+    program = tmp_path / "mystery.py"
+    program.write_text(MYSTERY)
+    run = python([str(program), str(model("llama")), on_unproven], VLLM_CACHE_ROOT=str(tmp_path))
+    said = run.stdout + run.stderr
+    assert "testlib.mystery.default" in said, said[-3000:]
+    assert "mystery.py" in said and 'trust={"testlib::mystery"' in said
+    assert (run.returncode == 0 and "RESULT" in run.stdout) == (on_unproven == "warn"), said[-3000:]
