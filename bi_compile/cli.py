@@ -1,7 +1,7 @@
 """The command line: `bi-compile demo | inspect DIR | doctor | passes`.
 
-Exit codes: 0 all is well; 1 the demonstration or the doctor found something else than it should; 2 a command that cannot
-be carried out, with one sentence that says why.
+Exit codes: 0 all is well; 1 the demonstration or the doctor found something else than it should; 2 a command that
+cannot be carried out, with one sentence that says why.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def demo() -> None:
 
 @app.command()
 @_sentences
-def inspect(folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that the option dump_dir named")]) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that the option dump_dir named")],
+) -> None:
     """Print a dump: the graphs, what each pass did, what is left or trusted, and why."""
     from . import inspection
 

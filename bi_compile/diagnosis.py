@@ -54,11 +54,17 @@ def versions() -> Iterator[Line]:
     from packaging.version import Version
 
     python = platform.python_version()
-    yield Line(OK if sys.version_info >= (3, 10) else MISSING, "Python", python, "" if sys.version_info >= (3, 10) else "Python 3.10 or newer")
+    recent = sys.version_info >= (3, 10)
+    yield Line(OK if recent else MISSING, "Python", python, "" if recent else "Python 3.10 or newer")
     new = Version(torch.__version__) >= Version("2.10")
     yield Line(OK if new else MISSING, "torch", torch.__version__, "" if new else "pip install 'torch>=2.10'")
     ours = installed("bi-compile")
-    yield Line(OK if ours else MISSING, "bi-compile", ours or "not installed", "" if ours else "pip install -e . (entry points need it)")
+    yield Line(
+        OK if ours else MISSING,
+        "bi-compile",
+        ours or "not installed",
+        "" if ours else "pip install -e . (entry points need it)",
+    )
     for name, remedy in _OPTIONAL.items():
         version = installed(name)
         if version:
@@ -90,12 +96,22 @@ def plugins() -> Iterator[Line]:
     for group, name, use in _ENTRY_POINTS:
         found = next((e for e in metadata.entry_points(group=group) if e.name == name), None)
         if found is None:
-            yield Line(MISSING, f"entry point {group}", f"{name} not found", f"{use} needs it: install bi-compile again (pip install -e .)")
+            yield Line(
+                MISSING,
+                f"entry point {group}",
+                f"{name} not found",
+                f"{use} needs it: install bi-compile again (pip install -e .)",
+            )
             continue
         try:
             found.load()
         except Exception as error:  # a broken installation must not break its own diagnosis
-            yield Line(MISSING, f"entry point {group}", f"{found.value} cannot be imported ({error})", "install bi-compile again")
+            yield Line(
+                MISSING,
+                f"entry point {group}",
+                f"{found.value} cannot be imported ({error})",
+                "install bi-compile again",
+            )
         else:
             yield Line(OK, f"entry point {group}", found.value)
 
@@ -129,16 +145,23 @@ def vllm() -> Iterator[Line]:
     for setting, (value, why) in ENVIRONMENT["cpu"].items() if on_cpu else ():
         given = os.environ.get(setting)
         good = given in (None, value)
-        yield Line(OK if good else MISSING, setting, given or f"not set (the plugin sets {value})", "" if good else f"{why}: unset it")
+        yield Line(
+            OK if good else MISSING,
+            setting,
+            given or f"not set (the plugin sets {value})",
+            "" if good else f"{why}: unset it",
+        )
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
-        yield Line(NOTE, "VLLM_BATCH_INVARIANT", os.environ["VLLM_BATCH_INVARIANT"], "vLLM's own mode: with custom_passes one of the two is enough")
+        given = os.environ["VLLM_BATCH_INVARIANT"]
+        yield Line(NOTE, "VLLM_BATCH_INVARIANT", given, "vLLM's own mode; the two together were not tried")
 
 
 def _vllm_plugins() -> Line:
     given = os.environ.get("VLLM_PLUGINS")
     if given is None or "bi_compile" in given.split(","):
         return Line(OK, "VLLM_PLUGINS", given if given is not None else "not set: every plugin is called")
-    return Line(MISSING, "VLLM_PLUGINS", repr(given), "it leaves bi_compile out: add it, VLLM_PLUGINS=" + ",".join(filter(None, [*given.split(","), "bi_compile"])))
+    wanted = ",".join(filter(None, [*given.split(","), "bi_compile"]))
+    return Line(MISSING, "VLLM_PLUGINS", repr(given), f"it leaves bi_compile out: set VLLM_PLUGINS={wanted}")
 
 
 def passes() -> Iterator[Line]:
@@ -157,6 +180,8 @@ def show(console: Any) -> bool:
         lines = [line for check in CHECKS for line in check()]
     table = Table("", "what", "found", "remedy", title="bi-compile doctor", title_justify="left")
     for line in lines:
-        table.add_row(f"[{_COLOURS[line.state]}]{line.state}[/]", escape(line.what), escape(line.found), escape(line.remedy))
+        table.add_row(
+            f"[{_COLOURS[line.state]}]{line.state}[/]", escape(line.what), escape(line.found), escape(line.remedy)
+        )
     console.print(table)
     return all(line.state != MISSING for line in lines)

@@ -61,7 +61,11 @@ def read(folder: Path) -> list[DumpedGraph]:
 def _read_graph(path: Path) -> DumpedGraph:
     programs = sorted(path.glob("[0-9][0-9]_*.py"))
     return DumpedGraph(
-        path.name, _calls(programs[0]), _calls(programs[-1]), _json(path / "changes.json") or [], _json(path / "audit.json")
+        path.name,
+        _calls(programs[0]),
+        _calls(programs[-1]),
+        _json(path / "changes.json") or [],
+        _json(path / "audit.json"),
     )
 
 
@@ -83,7 +87,9 @@ def _calls(program: Path) -> int:
         raise OptionError(f"{str(program)!r} is no program ({error}): make the dump again") from error
     forward = next((f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == "forward"), None)
     # `x = None` only frees a value
-    return sum(isinstance(s, ast.Assign) and not isinstance(s.value, ast.Constant) for s in (forward.body if forward else ()))
+    return sum(
+        isinstance(s, ast.Assign) and not isinstance(s.value, ast.Constant) for s in (forward.body if forward else ())
+    )
 
 
 def tables(folder: Path) -> Iterator[Table]:
@@ -91,8 +97,12 @@ def tables(folder: Path) -> Iterator[Table]:
     graphs = read(folder)
     yield _graphs(graphs)
     yield _passes(graphs)
-    yield _verdicts("Left: what keeps a graph from being batch-invariant", [(g.name, n) for g in graphs for n in g.objections])
-    yield _verdicts("Trusted: native operators that are declared invariant", [(g.name, n) for g in graphs for n in g.trusted])
+    yield _verdicts(
+        "Left: what keeps a graph from being batch-invariant", [(g.name, n) for g in graphs for n in g.objections]
+    )
+    yield _verdicts(
+        "Trusted: native operators that are declared invariant", [(g.name, n) for g in graphs for n in g.trusted]
+    )
 
 
 def _graphs(graphs: list[DumpedGraph]) -> Table:
@@ -101,11 +111,16 @@ def _graphs(graphs: list[DumpedGraph]) -> Table:
         table.add_column(name, justify="right")
     for g in graphs:
         if g.audit is None:
-            target, verdict = "", "not judged (it is handed on)" if g.name.endswith("_captured") else "not judged (compilation stopped)"
+            target, verdict = (
+                "",
+                "not judged (it is handed on)" if g.name.endswith("_captured") else "not judged (compilation stopped)",
+            )
         else:
             target, verdict = g.audit["target"], "[red]not invariant[/]" if g.objections else "[green]invariant[/]"
         replaced = sum(len(step["changes"]) for step in g.steps)
-        table.add_row(g.name, target, verdict, *map(str, (g.before, g.after, replaced, len(g.trusted), len(g.objections))))
+        table.add_row(
+            g.name, target, verdict, *map(str, (g.before, g.after, replaced, len(g.trusted), len(g.objections)))
+        )
     return table
 
 
@@ -118,7 +133,12 @@ def _passes(graphs: list[DumpedGraph]) -> Table:
             counts = Counter((c["operator"], tuple(c["by"])) for c in step["changes"])
             for i, ((operator, by), n) in enumerate(counts.items()):
                 table.add_row(
-                    g.name, step["pass"], operator, ", ".join(_counted(by)), str(n), f"{step['seconds'] * 1e3:.1f}" if i == 0 else ""
+                    g.name,
+                    step["pass"],
+                    operator,
+                    ", ".join(_counted(by)),
+                    str(n),
+                    f"{step['seconds'] * 1e3:.1f}" if i == 0 else "",
                 )
     if not table.row_count:
         table.caption = "nothing was replaced"

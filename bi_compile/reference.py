@@ -17,17 +17,17 @@ from .table import Entry, Pass
 _HEAD = """\
 # Operators
 
-What is replaced, by what, and why. Generated from the passes' tables by `bi-compile passes --markdown`; `make docs` writes
-it anew.
+What is replaced, by what, and why. Generated from the passes' tables by `bi-compile passes --markdown`; `make docs`
+writes it anew.
 
 An operator's `.out` and in-place forms are replaced with it and not listed. "Stays where" names the arguments for which
-the operator is exact in every order and is left alone. A *group* is a form that an earlier stage of the compiler has taken
-apart; it is found by its nodes.
+the operator is exact in every order and is left alone. A *group* is a form that an earlier stage of the compiler has
+taken apart; it is found by its nodes.
 """
 
 
 def called(fn: Any) -> list[str]:
-    """The operators of this package that a replacement calls, read from its source; the empty list if it only refuses."""
+    """The operators of this package that a replacement calls, read from its source; none if it only refuses."""
     found: list[str] = []
     todo, seen = [fn], set()
     while todo:
@@ -55,8 +55,9 @@ def by_what(entry: Entry) -> str:
 def stays_where(entry: Entry) -> str:
     if entry.unless is None:
         return ""
-    said = inspect.getdoc(entry.unless) or entry.unless.__name__.strip("_").replace("_", " ")
-    return said.splitlines()[0].rstrip(".")
+    name = entry.unless.__name__
+    plain = "see the pass" if name == "<lambda>" else name.strip("_").replace("_", " ")
+    return (inspect.getdoc(entry.unless) or plain).splitlines()[0].rstrip(".")
 
 
 def rows(p: type[Pass]) -> Iterator[tuple[list[str], str, str, str, str]]:
@@ -79,7 +80,9 @@ def tables() -> Iterator[Table]:
     """For a terminal: a table for each pass."""
     for p in PASSES:
         title = f"{p.name}: {_doc(p)}"
-        table = Table("operator", "by", "why", "stays where", "source", title=escape(title), title_justify="left", show_lines=True)
+        table = Table(
+            "operator", "by", "why", "stays where", "source", title=escape(title), title_justify="left", show_lines=True
+        )
         for operators, *said in rows(p):
             table.add_row(*map(escape, ("\n".join(operators), *said)))
         for name, by in groups(p):
@@ -95,8 +98,16 @@ def markdown() -> str:
     """docs/operators.md."""
     parts = [_HEAD]
     for p in PASSES:
-        lines = [f"## {p.name}\n", _doc(p) + "\n", "| operator | by | why | stays where | source |", "|---|---|---|---|---|"]
-        lines += [_row(", ".join(f"`{op}`" for op in ops), _code(by), why, stays, source) for ops, by, why, stays, source in rows(p)]
+        lines = [
+            f"## {p.name}\n",
+            _doc(p) + "\n",
+            "| operator | by | why | stays where | source |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            _row(", ".join(f"`{op}`" for op in ops), _code(by), why, stays, source)
+            for ops, by, why, stays, source in rows(p)
+        ]
         lines += [_row(f"group *{name}*", _code(by), "as above, taken apart", "", "") for name, by in groups(p)]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass, replaces
+from bi_compile.table import Pass, find_operator, replaces
 
 aten = torch.ops.aten
 WHY = "vector and scalar code round differently, and which one computes an element follows the number of elements, strides and threads"
@@ -15,6 +15,11 @@ SOURCE = "measured: rows of 65 functions alone and among others, torch 2.13, AVX
 EAGER = ("cpu_eager",)
 SMALL = "a tensor of one or two elements is computed by scalar code, which rounds differently"
 SMALL_SOURCE = "measured under Inductor, torch 2.13: 30 functions of 1, 2, 3, 7 and 15 elements against 600"
+SMALL_FUNCTIONS = (
+    *(f"{name}.default" for name in "acos acosh asin asinh atan atanh atan2 cos cosh erf erfc exp exp2 expm1 log log10 log1p log2".split()),
+    *(f"{name}.default" for name in "sigmoid sin sinh tan tanh".split()),
+    *(f"pow.{overload}" for overload in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")),
+)
 
 
 def _not_float(*args: Any, **kwargs: Any) -> bool:
@@ -25,37 +30,39 @@ def _plain_sum(self: Tensor, other: Any, *, alpha: float = 1) -> bool:
     return alpha == 1 or not isinstance(other, Tensor) or torch.result_type(self, other) not in (torch.bfloat16, torch.float16)
 
 
-def _whole_vectors(self: Tensor, *args: Any) -> bool:
-    """Inductor computes three or more elements in vector code, tails masked."""
-    return _not_float(self, *args) or math.prod(n for n in self.shape if isinstance(n, int)) >= 4
+def _small(self: Any, *args: Any) -> bool:
+    """Whether a tensor may hold one or two elements (a symbolic size counts as one): there Inductor writes scalar code."""
+    sizes = [n for a in (self, *args) if isinstance(a, Tensor) for n in a.shape if isinstance(n, int)]
+    return not _not_float(self, *args) and math.prod(sizes) < 4
 
 
-ON_SMALL: Any = {"unless": _whole_vectors, "why": SMALL, "source": SMALL_SOURCE, "targets": ("cpu",)}
+def _in_a_vector(name: str) -> Any:
+    """The function of eight equal elements, of which one is kept: eight are computed in vector code."""
+    op = find_operator(name)
+
+    @replaces(name, unless=lambda *args: not _small(*args), why=SMALL, source=SMALL_SOURCE, targets=("cpu",))
+    def function(*args: Any) -> Tensor:
+        return ops.first(op(*(ops.spread(a, 8) if isinstance(a, Tensor) else a for a in args)))
+
+    return function
 
 
-def _unary(targets: tuple[str, ...], unless: Any, why: str, source: str, packets: str) -> list[Any]:
-    def one(name: str) -> Any:
-        @replaces(name, unless=unless, why=why, source=source, targets=targets)
-        def function(self: Tensor) -> Tensor:
-            return ops.pointwise(name, [self])
+def _unary(name: str) -> Any:
+    @replaces(name, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
+    def function(self: Tensor) -> Tensor:
+        return ops.pointwise(name, [self])
 
-        return function
-
-    return [one(f"aten.{packet}.default") for packet in packets.split()]
+    return function
 
 
-def _binary(*names: str) -> list[Any]:
-    def one(name: str) -> Any:
-        @replaces(name, **ON_SMALL)
-        @replaces(name, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
-        def function(self: Tensor, other: Tensor) -> Tensor:
-            # the dispatcher hands a Python number on as one
-            a, b = (x if isinstance(x, Tensor) else y.new_tensor(x) for x, y in ((self, other), (other, self)))
-            return ops.pointwise(name, [a, b])
+def _binary(name: str) -> Any:
+    @replaces(name, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
+    def function(self: Tensor, other: Tensor) -> Tensor:
+        # the dispatcher hands a Python number on as one
+        a, b = (x if isinstance(x, Tensor) else y.new_tensor(x) for x, y in ((self, other), (other, self)))
+        return ops.pointwise(name, [a, b])
 
-        return function
-
-    return [one(name) for name in names]
+    return function
 
 
 class Pointwise(Pass):
@@ -63,9 +70,9 @@ class Pointwise(Pass):
 
     name = "pointwise"
 
-    unary = _unary(EAGER, _not_float, WHY, SOURCE, "atanh cosh exp2 mish rsqrt sigmoid silu sinh")
-    binary = _binary("aten.pow.Tensor_Tensor", "aten.atan2.default", "aten.logaddexp.default", "aten.hypot.default")
-    small = _unary(("cpu",), _whole_vectors, SMALL, SMALL_SOURCE, " ".join(n for n in ops.UNARY if n != "rsqrt"))
+    small = [_in_a_vector(f"aten.{name}") for name in SMALL_FUNCTIONS]
+    unary = [_unary(f"aten.{name}.default") for name in "atanh cosh exp2 mish rsqrt sigmoid silu sinh".split()]
+    binary = [_binary(f"aten.{name}") for name in "pow.Tensor_Tensor atan2.default logaddexp.default hypot.default".split()]
 
     @replaces(aten.gelu.default, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
     def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:
@@ -83,12 +90,10 @@ class Pointwise(Pass):
     def elu(self: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
         return ops.pointwise("aten.elu.default", [self], [alpha, scale, input_scale])
 
-    @replaces(aten.pow.Tensor_Scalar, **ON_SMALL)
     @replaces(aten.pow.Tensor_Scalar, unless=lambda self, exponent: _not_float(self) or exponent == 2, why=WHY, source=SOURCE, targets=EAGER)
     def pow_scalar(self: Tensor, exponent: float) -> Tensor:
         return ops.pointwise("aten.pow.Tensor_Scalar", [self], [exponent])
 
-    @replaces(aten.pow.Scalar, **{**ON_SMALL, "unless": lambda self, exponent: _whole_vectors(exponent)})
     @replaces(aten.pow.Scalar, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
     def scalar_pow(self: float, exponent: Tensor) -> Tensor:
         return ops.pointwise("aten.pow.Scalar", [exponent], [self])

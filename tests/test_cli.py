@@ -29,7 +29,14 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_inspect_shows_graphs_passes_and_counts(dump: Path) -> None:
     result = runner.invoke(app, ["inspect", str(dump)])
     assert result.exit_code == 0, result.output
-    for word in ("graph_000_captured", "graph_001_final", "softmax", "matmul", "bi_compile.softmax.default", "invariant"):
+    for word in (
+        "graph_000_captured",
+        "graph_001_final",
+        "softmax",
+        "matmul",
+        "bi_compile.softmax.default",
+        "invariant",
+    ):
         assert word in result.output, result.output
     assert "not invariant" not in result.output
 
@@ -41,12 +48,29 @@ def test_inspect_shows_what_is_left_with_reason_and_line(dump: Path, tmp_path: P
         (tmp_path / "graph_000_final" / source.name).write_bytes(source.read_bytes())
     path = tmp_path / "graph_000_final" / "audit.json"
     report = json.loads(path.read_text())
-    report["nodes"][0] |= {"operator": "my.op.default", "verdict": "unproven", "reason": "nothing is known [of it]", "where": "m.py, line 7"}
-    report["nodes"][1] |= {"operator": "my.other.default", "verdict": "trusted", "reason": "row by row", "where": "m.py, line 8"}
+    report["nodes"][0] |= {
+        "operator": "my.op.default",
+        "verdict": "unproven",
+        "reason": "nothing is known [of it]",
+        "where": "m.py, line 7",
+    }
+    report["nodes"][1] |= {
+        "operator": "my.other.default",
+        "verdict": "trusted",
+        "reason": "row by row",
+        "where": "m.py, line 8",
+    }
     path.write_text(json.dumps(report))
     result = runner.invoke(app, ["inspect", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    for word in ("not invariant", "my.op.default", "nothing is known [of it]", "m.py, line 7", "my.other.default", "row by row"):
+    for word in (
+        "not invariant",
+        "my.op.default",
+        "nothing is known [of it]",
+        "m.py, line 7",
+        "my.other.default",
+        "row by row",
+    ):
         assert word in result.output, result.output
 
 
@@ -60,7 +84,9 @@ def test_inspect_of_a_folder_that_is_no_dump(tmp_path: Path) -> None:
 
 def test_inspect_of_a_damaged_dump(dump: Path, tmp_path: Path) -> None:
     (tmp_path / "graph_000_final").mkdir()
-    (tmp_path / "graph_000_final" / "00_before.py").write_bytes(next(dump.glob("graph_001_final/00_before.py")).read_bytes())
+    (tmp_path / "graph_000_final" / "00_before.py").write_bytes(
+        next(dump.glob("graph_001_final/00_before.py")).read_bytes()
+    )
     (tmp_path / "graph_000_final" / "changes.json").write_text("{")
     result = runner.invoke(app, ["inspect", str(tmp_path)])
     assert result.exit_code == 2 and "changes.json" in result.output
@@ -77,7 +103,11 @@ def test_doctor_finds_a_working_installation(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("setting", "value", "remedy"),
-    [("VLLM_PLUGINS", "other", "other,bi_compile"), ("VLLM_TARGET_DEVICE", "cpu", "unset"), ("VLLM_CPU_ATTN_SPLIT_KV", "1", "unset")],
+    [
+        ("VLLM_PLUGINS", "other", "other,bi_compile"),
+        ("VLLM_TARGET_DEVICE", "cpu", "unset"),
+        ("VLLM_CPU_ATTN_SPLIT_KV", "1", "unset"),
+    ],
 )
 def test_doctor_finds_a_setting_that_takes_the_guarantee_away(
     setting: str, value: str, remedy: str, monkeypatch: pytest.MonkeyPatch
@@ -105,7 +135,9 @@ def test_every_replacement_says_by_what() -> None:
     from bi_compile import reference
     from bi_compile.passes import PASSES
 
-    assert reference.called(next(e for e in PASSES[1].entries if e.operator.startswith("aten.")).replacement) == ["bi_compile::rms_norm"]
+    assert reference.called(next(e for e in PASSES[1].entries if e.operator.startswith("aten.")).replacement) == [
+        "bi_compile::rms_norm"
+    ]
     assert all(reference.by_what(e) for p in PASSES for e in p.entries)
 
 

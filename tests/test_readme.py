@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = [b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if b.startswith('python -c "')]
+BLOCKS = [
+    b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if b.startswith('python -c "')
+]
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -31,7 +33,12 @@ def test_one_liner(block: str, tmp_path: Path) -> None:
         pytest.importorskip("transformers")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(
-        ["bash", "-e", "-c", block], cwd=tmp_path, env=os.environ | QUIET | {"PATH": path}, capture_output=True, text=True, timeout=500
+        ["bash", "-e", "-c", block],
+        cwd=tmp_path,
+        env=os.environ | QUIET | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     if "dump_dir" in block:

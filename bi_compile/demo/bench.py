@@ -2,8 +2,8 @@
 
     python -m bi_compile.demo.bench
 
-Every request gets 64 tokens after a prompt of 5 to 60; the time of a whole set of requests counts, prompts included. The
-engine is the small model of the demonstration, so read the ratio, and only for this machine.
+Every request gets 64 tokens after a prompt of 5 to 60; the time of a whole set of requests counts, prompts included.
+The model is the small one of the demonstration, so read the ratio, and only for this machine.
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ BATCHES = [1, 4, 16]
 def throughput(plan: dict[str, Any]) -> dict[str, float]:
     """Tokens per second by batch size."""
     command = [sys.executable, "-m", "bi_compile.demo.requests", json.dumps(plan)]
-    done = subprocess.run(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     line = next((text for text in reversed(done.stdout.splitlines()) if text.startswith("RESULT ")), None)
     if line is None:
-        raise SystemExit(f"{' '.join(command)}\nexit code {done.returncode}\n" + "\n".join(done.stdout.splitlines()[-40:]))
-    return {size: found["tokens_per_second"] for size, found in json.loads(line.removeprefix("RESULT "))["batches"].items()}
+        raise SystemExit(
+            f"{' '.join(command)}\nexit code {done.returncode}\n" + "\n".join(done.stdout.splitlines()[-40:])
+        )
+    return {
+        size: found["tokens_per_second"] for size, found in json.loads(line.removeprefix("RESULT "))["batches"].items()
+    }
 
 
 def main() -> None:
@@ -47,7 +53,9 @@ def main() -> None:
             without = throughput(plan)
             with_ = throughput(plan | {"compilation_config": {"custom_passes": ["bi_ascend"]}})
             for size in map(str, BATCHES):
-                table.add_row(dtype, size, f"{without[size]:.0f}", f"{with_[size]:.0f}", f"{with_[size] / without[size]:.2f}")
+                table.add_row(
+                    dtype, size, f"{without[size]:.0f}", f"{with_[size]:.0f}", f"{with_[size] / without[size]:.2f}"
+                )
     Console().print(table)
 
 

@@ -2,8 +2,8 @@
 
     python -m bi_compile.demo.compiled '{"model": "encoder", "backend": "bi_ascend", "dynamic": null}'
 
-Prints one line `RESULT {json}`: for each batch size, how many rows differ in any bit from what they were alone. Every row is
-padded to the same length, so that the batch size is all that changes.
+Prints one line `RESULT {json}`: for each batch size, how many rows differ in any bit from what they were alone. Every
+row is padded to the same length, so that the batch size is all that changes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: keys of a plan. dynamic: as torch.compile takes it (null: static at first, symbolic where a size changes). model: "encoder", a BERT
-#: sentence encoder with its real weights, or "qwen3", a decoder with random weights. folder: where the decoder is kept.
-PLAN: dict[str, Any] = {"model": "encoder", "backend": "inductor", "dynamic": None, "rows": 32, "batches": [2, 7, 32], "folder": None}
+#: keys of a plan. model: "encoder", a BERT sentence encoder with its real weights, or "qwen3", a decoder with random
+#: weights. dynamic: as torch.compile takes it (null: static at first, symbolic where a size changes). folder: where the
+#: decoder is kept.
+PLAN: dict[str, Any] = {
+    "model": "encoder",
+    "backend": "inductor",
+    "dynamic": None,
+    "rows": 32,
+    "batches": [2, 7, 32],
+    "folder": None,
+}
 
-# short ones: on the x86 processor that this was written on, PyTorch's float32 products vary where there are under 12 rows alone
-_WHO = ("the doctor", "my neighbour", "a child", "the old sailor", "our teacher", "the engineer", "a stranger", "the cook")
+# short ones: on the x86 processor that this was written on, PyTorch's float32 products vary where a row alone has fewer
+# than 12 tokens
+_WHO = (
+    "the doctor",
+    "my neighbour",
+    "a child",
+    "the old sailor",
+    "our teacher",
+    "the engineer",
+    "a stranger",
+    "the cook",
+)
 _WHAT = ("opened the window", "lost a key", "is late again", "wrote a long letter")
 SENTENCES = tuple(f"{who.capitalize()} {what}." for who in _WHO for what in _WHAT)
 
@@ -78,7 +96,12 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
 
     with torch.no_grad():
         alone = [batch(i, 1)[0] for i in range(rows)]
-        result: dict[str, Any] = {"rows": rows, "length": inputs[0].shape[1], "threads": torch.get_num_threads(), "batches": {}}
+        result: dict[str, Any] = {
+            "rows": rows,
+            "length": inputs[0].shape[1],
+            "threads": torch.get_num_threads(),
+            "batches": {},
+        }
         for size in plan["batches"]:
             differs = set()
             for i in range(0, rows, size):

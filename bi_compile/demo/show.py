@@ -1,18 +1,19 @@
-"""What `bi-compile demo` shows: how many requests, or rows, get other bits among others than alone; without the pass and with it.
+"""What `bi-compile demo` shows: how many requests, or rows, get other bits among others than alone.
 
-Each case runs in a process of its own, one after another: vLLM's engine through `requests`, torch.compile through `compiled`.
+Each case runs without the pass and with it, in a process of its own, one after another: vLLM's engine through
+`requests`, torch.compile through `compiled`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,9 @@ class Outcome:
 
 def cases(folder: Path) -> list[Case]:
     """The table's lines. `folder` keeps the models."""
-    from .models import make
-
     from transformers.utils import logging
+
+    from .models import make
 
     logging.disable_progress_bar()  # there is one bar already
     model = str(make("qwen3", folder / "qwen3"))
@@ -77,9 +78,9 @@ def cases(folder: Path) -> list[Case]:
     shapes = {None: "shapes as torch.compile chooses", False: "static shapes"}
     for name, title in names.items():
         for dynamic, how in shapes.items():
-            plan = {"model": name, "dynamic": dynamic, "folder": str(folder)}
+            rows: dict[str, Any] = {"model": name, "dynamic": dynamic, "folder": str(folder)}
             what = f"{title}, float32, {how}: 32 rows alone and in batches of 2, 7, 32"
-            found.append(Case("torch.compile", what, "bi_compile.demo.compiled", plan, plan | {"backend": "bi_ascend"}))
+            found.append(Case("torch.compile", what, "bi_compile.demo.compiled", rows, rows | {"backend": "bi_ascend"}))
     return found
 
 
@@ -89,7 +90,12 @@ def measure(module: str, plan: dict[str, Any]) -> Outcome:
     start = time.perf_counter()
     try:
         done = subprocess.run(
-            command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT
+            command,
+            env=os.environ | ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT,
         )
         output, status = done.stdout, f"exit code {done.returncode}"
     except subprocess.TimeoutExpired as error:
@@ -121,13 +127,18 @@ def run(console: Any) -> bool:
     Raises:
         HostError: something that the demonstration needs is not installed.
     """
-    missing = [name for module, name in NEEDS.items() if importlib.util.find_spec(module) is None]
+    missing = [name for module, name in NEEDS.items() if find_spec(module) is None]
     if missing:
-        raise HostError(f"the demonstration needs {', '.join(missing)}, which cannot be imported here: run `make demo` in a checkout")
+        raise HostError(
+            f"the demonstration needs {', '.join(missing)}, which cannot be imported: run `make demo` in a checkout"
+        )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     start = time.perf_counter()
     rows: list[tuple[Case, Outcome, Outcome]] = []
-    with tempfile.TemporaryDirectory(prefix="bi_compile_demo_") as folder, Progress(*columns, console=console) as progress:
+    with (
+        tempfile.TemporaryDirectory(prefix="bi_compile_demo_") as folder,
+        Progress(*columns, console=console) as progress,
+    ):
         task = progress.add_task("making the models and kernels", total=None)
         # once, before the clock of any case runs
         from ..ops import load_kernels
@@ -151,7 +162,10 @@ def run(console: Any) -> bool:
     wrong = faults(rows)
     for sentence in wrong:
         console.print(f"[red]{escape(sentence)}[/]")
-    console.print(f"{time.perf_counter() - start:.0f} s in all. " + ("" if wrong else "As claimed: with the pass nothing differs."))
+    console.print(
+        f"{time.perf_counter() - start:.0f} s in all. "
+        + ("" if wrong else "As claimed: with the pass nothing differs.")
+    )
     return not wrong
 
 
@@ -168,7 +182,11 @@ def table(rows: list[tuple[Case, Outcome, Outcome]]) -> Table:
 
 def faults(rows: list[tuple[Case, Outcome, Outcome]]) -> list[str]:
     """What is not as claimed."""
-    found = [f"{case.part}: {case.what}: a process failed, see above" for case, *outcomes in rows if any(o.error for o in outcomes)]
+    found = [
+        f"{case.part}: {case.what}: a process failed, see above"
+        for case, *outcomes in rows
+        if any(o.error for o in outcomes)
+    ]
     found += [f"{case.part}: {case.what}: with the pass {with_.text} differ" for case, _, with_ in rows if with_.differ]
     for part in dict.fromkeys(case.part for case, *_ in rows):
         if not any(without.differ for case, without, _ in rows if case.part == part):

@@ -9,11 +9,11 @@ from .attention import scaled_dot_product_attention
 from .collective import REDUCE_OPS, all_reduce, reduce_scatter
 from .matmul import addmm, baddbmm, bmm, mm
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
-from .pointwise import UNARY, pointwise
+from .pointwise import first, pointwise, spread
 from .reduce import cumsum, log_softmax, logsumexp, mean, softmax, sum, var_mean
 
 __all__ = [
-    "KERNELS", "NAMESPACE", "OPERATORS", "REDUCE_OPS", "UNARY", "load_kernels",
-    "add_rms_norm", "addmm", "all_reduce", "baddbmm", "bmm", "cumsum", "group_norm", "layer_norm", "log_softmax",
-    "logsumexp", "mean", "mm", "pointwise", "reduce_scatter", "rms_norm", "scaled_dot_product_attention", "softmax", "sum", "var_mean",
+    "KERNELS", "NAMESPACE", "OPERATORS", "REDUCE_OPS", "load_kernels",
+    "add_rms_norm", "addmm", "all_reduce", "baddbmm", "bmm", "cumsum", "first", "group_norm", "layer_norm", "log_softmax",
+    "logsumexp", "mean", "mm", "pointwise", "reduce_scatter", "rms_norm", "scaled_dot_product_attention", "softmax", "spread", "sum", "var_mean",
 ]  # fmt: skip

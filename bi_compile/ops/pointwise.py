@@ -16,14 +16,13 @@ from torch import Tensor
 
 from ._define import composite, operator
 
-#: functions of one tensor alone
-UNARY = (
-    "acos acosh asin asinh atan atanh cos cosh erf erfc exp exp2 expm1 log log10 log1p log2 mish rsqrt sigmoid silu sin sinh tan tanh"
-).split()
 #: operator -> how it is called with (tensors, numbers, word)
 CALLS: dict[str, Callable[[Any, Sequence[Tensor], Sequence[float], str | None], Tensor]] = {
     **dict.fromkeys(
-        (f"aten.{name}.default" for name in (*UNARY, "softplus", "elu", "logit", "atan2", "logaddexp", "hypot")),
+        (
+            f"aten.{name}.default"
+            for name in "atanh cosh exp2 mish rsqrt sigmoid silu sinh softplus elu logit atan2 logaddexp hypot".split()
+        ),
         lambda op, tensors, numbers, word: op(*tensors, *numbers),
     ),
     "aten.pow.Tensor_Scalar": lambda op, tensors, numbers, word: op(*tensors, *numbers),
@@ -61,3 +60,25 @@ def _in_whole_vectors(name: str, tensors: Sequence[Tensor], numbers: Sequence[fl
     parts = [_call(name, [t[i : i + CHUNK] for t in flat], numbers, word) for i in range(0, max(n, 1), CHUNK)]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return whole[:n].reshape(shape).contiguous()
+
+
+@operator("spread(Tensor x, int n) -> Tensor")
+def spread(x: Tensor, n: int) -> Tensor:
+    """n copies of every element: [..., n], contiguous. Opaque, so that a compiler sees n elements and not one."""
+    return x.new_empty([*x.shape, n])
+
+
+@composite("spread")
+def _spread(x: Tensor, n: int) -> Tensor:
+    return x.unsqueeze(-1).expand(*x.shape, n).clone(memory_format=torch.contiguous_format)
+
+
+@operator("first(Tensor x) -> Tensor")
+def first(x: Tensor) -> Tensor:
+    """x[..., 0], contiguous. Opaque, so that a compiler computes all of x and not the one element that is kept."""
+    return x.new_empty(x.shape[:-1])
+
+
+@composite("first")
+def _first(x: Tensor) -> Tensor:
+    return x[..., 0].clone(memory_format=torch.contiguous_format)

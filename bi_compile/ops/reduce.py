@@ -75,5 +75,5 @@ def log_softmax(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Ten
 
 @operator("cumsum(Tensor x, int dim, *, ScalarType? dtype=None) -> Tensor")
 def cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Running sum along `dim`, element after element in ascending order, accumulated in float32 (float64 for float64)."""
+    """Running sum along `dim`, element after element in ascending order, accumulated in float32 or wider, each result rounded once."""
     return x.new_empty(x.shape, dtype=_float("cumsum", x, dtype))

@@ -220,11 +220,4 @@ inline F16 scale(F16 v, double by) {
 }
 inline D8 scale(D8 v, double by) { return v * by; }
 
-template <class V>
-inline double vector_max(V v, double m) {
-  constexpr int W = sizeof(V) / sizeof(v[0]);
-  for (int j = 0; j < W; ++j) m = v[j] > m ? v[j] : m;
-  return m;
-}
-
 }  // namespace bi

@@ -1,0 +1,189 @@
+"""Dumps: a folder for each graph, programs that run by themselves, what changed, and the verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import captured, pipeline, python, rand, traced
+from torch import Tensor, fx
+
+from bi_compile import Pipeline
+from bi_compile.dump import program
+
+
+def model(x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    h = torch.nn.functional.layer_norm(x @ w, [8])[ids]
+    return h.softmax(-1) * (ids > 0)[:, None]
+
+
+INPUTS = (rand(6, 4), rand(4, 8), torch.tensor([0, 2, 1, 5, 3]))
+
+
+def ran(done: Pipeline, stage: str = "captured", dynamic: bool = False) -> fx.GraphModule:
+    """One graph through the pipeline, audit included."""
+    gm = captured(model, *INPUTS, dynamic=dynamic)
+    done.rewrite(gm.graph, stage)
+    done.audit(gm.graph)
+    return gm
+
+
+def programs(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+def run(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=path.parent, timeout=120, check=False)
+
+
+def test_a_folder_for_each_graph(tmp_path: Path) -> None:
+    done = pipeline(dump_dir=str(tmp_path))
+    ran(done)
+    ran(done, "final")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["graph_000_captured", "graph_001_final"]
+    assert sorted(p.name for p in (tmp_path / "graph_000_captured").iterdir()) == [
+        "00_before.py", "01_layer_norm.py", "02_softmax.py", "03_matmul.py", "audit.json", "changes.diff", "changes.json",
+    ]  # fmt: skip
+
+
+def test_the_folder_is_made(tmp_path: Path) -> None:
+    ran(pipeline(dump_dir=str(tmp_path / "a" / "b")))
+    assert (tmp_path / "a" / "b" / "graph_000_captured" / "audit.json").exists()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_every_program_runs_by_itself(tmp_path: Path, dynamic: bool) -> None:
+    """And prints the sizes that the model gives."""
+    ran(pipeline(dump_dir=str(tmp_path)), dynamic=dynamic)
+    first, *_, final = programs(tmp_path)
+    for path in (first, final):
+        done = run(path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.split("\n")[0] == "0 (5, 8) torch.float32"
+
+
+def test_every_program_computes_what_its_graph_does(tmp_path: Path) -> None:
+    ran(pipeline(dump_dir=str(tmp_path)), dynamic=True)
+    paths = programs(tmp_path)
+    assert len(paths) == 4
+    for path in paths:
+        space: dict[str, Any] = {"__name__": "dumped"}
+        exec(compile(path.read_text(), str(path), "exec"), space)
+        inputs = [make() for make in space["INPUTS"]]
+        given = iter(INPUTS)
+        inputs = [next(given) if isinstance(i, Tensor) else i for i in inputs]
+        (out,) = space["forward"](*inputs)
+        torch.testing.assert_close(out, model(*INPUTS))
+
+
+def test_programs_with_unusual_inputs_and_constants(tmp_path: Path) -> None:
+    """Booleans, integers, half precision, strides, 0-d, empty, infinite numbers, a constant of the module."""
+    constant = rand(4)
+
+    def f(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(a, b.t().float(), float("-inf")).amax(-1) + c + constant.sum(), torch.cat([d, e])
+
+    inputs = (rand(6, 4) > 0, rand(4, 6, dtype=torch.bfloat16), rand(), torch.empty(0, 3, dtype=torch.int32), torch.ones(2, 3, dtype=torch.int32))
+    gm = traced(f, *inputs[:4], inputs[4]) if False else _real(f, *inputs)
+    path = tmp_path / "p.py"
+    path.write_text(program(gm.graph, "A title.", "p.py"))
+    done = run(path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "0 (6,) torch.float32\n1 (2, 3) torch.int32\n"
+
+
+def _real(f: Any, *inputs: Tensor) -> fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(f, tracing_mode="real")(*inputs)
+
+
+def test_a_program_names_the_library_that_it_needs() -> None:
+    library = torch.library.Library("elsewhere", "DEF")
+    library.define("op(Tensor x) -> Tensor")
+    library.impl("op", lambda x: x + 1, "CompositeExplicitAutograd")
+    text = program(traced(lambda x: torch.ops.elsewhere.op(x), rand(3)).graph, "A title.", "p.py")
+    library._destroy()
+    assert "It needs the operators of elsewhere registered." in text and "A title." in text
+
+
+def test_the_difference_is_from_first_to_last(tmp_path: Path) -> None:
+    ran(pipeline(dump_dir=str(tmp_path)))
+    diff = (tmp_path / "graph_000_captured" / "changes.diff").read_text()
+    removed = [line for line in diff.splitlines() if line.startswith("-") and "torch.ops" in line]
+    added = [line for line in diff.splitlines() if line.startswith("+") and "torch.ops" in line]
+    assert diff.startswith("--- before\n+++ after\n")
+    assert {re.search(r"ops\.(\S+?)\(", line)[1] for line in removed} >= {"aten.mm.default", "aten._softmax.default", "aten.native_layer_norm.default"}  # type: ignore[index]
+    assert any("bi_compile.softmax" in line for line in added) and not any("bi_compile" in line for line in removed)
+
+
+def test_what_each_pass_did_is_data(tmp_path: Path) -> None:
+    ran(pipeline(dump_dir=str(tmp_path)))
+    steps = json.loads((tmp_path / "graph_000_captured" / "changes.json").read_text())
+    assert [s["pass"] for s in steps] == ["layer_norm", "softmax", "matmul"]
+    assert all(s["seconds"] >= 0 for s in steps)
+    (change,) = steps[1]["changes"]
+    assert (change["operator"], change["pass_name"], change["by"]) == ("aten._softmax.default", "softmax", ["bi_compile.softmax.default"])
+
+
+def test_the_verdicts_are_data(tmp_path: Path) -> None:
+    gm = ran(pipeline(dump_dir=str(tmp_path)))
+    report = json.loads((tmp_path / "graph_000_captured" / "audit.json").read_text())
+    assert [n["node"] for n in report["nodes"]] == [n.name for n in gm.graph.nodes]
+    assert report["counts"]["replaced"] == 3
+
+
+def test_a_graph_without_changes_is_dumped_too(tmp_path: Path) -> None:
+    done = pipeline(dump_dir=str(tmp_path))
+    gm = captured(lambda x: x + 1, rand(3))
+    done.rewrite(gm.graph, "captured")
+    (folder,) = tmp_path.iterdir()
+    assert [p.name for p in programs(folder)] == ["00_before.py"]
+    assert json.loads((folder / "changes.json").read_text()) == [] and not (folder / "changes.diff").read_text().strip()
+
+
+def test_the_audit_of_a_refused_graph_is_written(tmp_path: Path) -> None:
+    """It is what tells why."""
+    done = pipeline(dump_dir=str(tmp_path))
+    gm = captured(lambda x: x.cumprod(1), rand(3, 4))
+    done.rewrite(gm.graph, "captured")
+    with pytest.raises(Exception, match="cumprod"):
+        done.audit(gm.graph)
+    report = json.loads((tmp_path / "graph_000_captured" / "audit.json").read_text())
+    assert report["counts"]["unproven"] == 1
+
+
+TWO = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_dump import pipeline, ran
+done = pipeline(dump_dir=sys.argv[1])
+for _ in range(3):
+    ran(done)
+"""
+
+
+def test_processes_share_a_folder(tmp_path: Path) -> None:
+    """Each graph keeps a folder of its own, with its own audit."""
+    here = str(Path(__file__).parent)
+    started = [
+        subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path), here], env=os.environ.copy(), stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for process in started:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 6 and all((f / "audit.json").exists() and len(programs(f)) == 4 for f in folders)
+
+
+def test_a_later_process_counts_on(tmp_path: Path) -> None:
+    ran(pipeline(dump_dir=str(tmp_path)))
+    python(TWO, str(tmp_path), str(Path(__file__).parent))
+    assert [p.name[:9] for p in sorted(tmp_path.iterdir())] == [f"graph_{i:03d}" for i in range(4)]

@@ -1,0 +1,190 @@
+"""Options: malformed ones are refused in a sentence, and a digest of them keys the caches."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import graph_of, python, rand, targets
+
+from bi_compile import OptionError, Options, Pipeline
+from bi_compile.options import pass_names, read_options, resolve_passes
+from bi_compile.passes import PASSES, Softmax
+
+NAMES = [p.name for p in PASSES]
+MINE = '''
+import torch
+from bi_compile import Pass, replaces
+
+class Mine(Pass):
+    name = "mine"
+
+    @replaces(torch.ops.aten.cumprod.default, why="a test", source="a test")
+    def cumprod(self, dim, *, dtype=None):
+        return torch.exp(torch.log(self) {more})
+
+OTHER = 3
+'''
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no mapping": ([1], r"the options of bi_compile are a mapping, got \[1\]"),
+    "unknown key": ({"pases": ["softmax"]}, r"unknown option 'pases': bi_compile knows passes, on_unproven, dump_dir, target, inner, trust, batch"),
+    "two unknown keys": ({"a": 1, "b": 2}, r"unknown option 'a', 'b'"),
+    "passes a string": ({"passes": "softmax"}, r'passes=\'softmax\': it is a list of names, as in \["bi_ascend"\]'),
+    "passes a number": ({"passes": 3}, r"passes=3: it is a list of names"),
+    "passes of numbers": ({"passes": [3]}, r"passes=\[3\]: it is a list of names"),
+    "unknown pass": ({"passes": ["softmaxx"]}, r"unknown pass 'softmaxx': known are bi_ascend, " + ", ".join(NAMES)),
+    "on_unproven": ({"on_unproven": "ignore"}, r"on_unproven='ignore': it is 'error' or 'warn'"),
+    "on_unproven a number": ({"on_unproven": 1}, r"on_unproven=1: it is"),
+    "target": ({"target": "tpu"}, r"unknown target 'tpu': known are cpu.*cuda"),
+    "target a number": ({"target": 1}, r"(unknown target 1|target=1: it is)"),
+    "inner a number": ({"inner": 1}, r"inner=1: it is a str"),
+    "inner unknown": ({"inner": "inductr"}, r"inner='inductr': known are inductor"),
+    "trust a list": ({"trust": ["ns::op"]}, r"trust=\['ns::op'\]: it maps an operator to the reason why it is invariant"),
+    "trust without a reason": ({"trust": {"ns::op": ""}}, r"trust=.*it maps an operator to the reason"),
+    "trust with a flag": ({"trust": {"ns::op": True}}, r"trust=.*it maps an operator to the reason"),
+    "trust of no operator": ({"trust": {3: "why"}}, r"trust=.*it maps an operator to the reason"),
+    "batch a number": ({"batch": 0}, r"batch=0: it maps an input of the graph to its batch dimension"),
+    "batch by name": ({"batch": {"x": "rows"}}, r"batch=.*it maps an input"),
+    "batch a flag": ({"batch": {"x": True}}, r"batch=.*it maps an input"),
+    "dump_dir a number": ({"dump_dir": 3}, r"dump_dir=3"),
+    "pass of no module": ({"passes": ["no_such_module:Mine"]}, r"the pass 'no_such_module:Mine' cannot be imported \(No module named 'no_such_module'\): known are bi_ascend"),
+    "pass of no attribute": ({"passes": ["bi_compile:Mine"]}, r"the pass 'bi_compile:Mine' cannot be imported .*known are"),
+    "pass that is none": ({"passes": ["bi_compile.passes:PASSES"]}, r"'bi_compile.passes:PASSES' is .* which is no subclass of bi_compile.Pass"),
+    "pass without an attribute": ({"passes": ["bi_compile:"]}, r"'bi_compile:'"),
+    "pass without a module": ({"passes": [":Mine"]}, r"the pass ':Mine' cannot be imported"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_malformed_option_is_refused_in_a_sentence(name: str) -> None:
+    """That names it and what is known."""
+    given, message = BAD[name]
+    with pytest.raises(OptionError, match=message):
+        read_options(given)
+
+
+def test_an_option_error_is_a_value_error() -> None:
+    assert issubclass(OptionError, ValueError)
+
+
+def test_options_that_are_set_elsewhere_are_unknown() -> None:
+    with pytest.raises(OptionError, match=r"unknown option 'passes': bi_compile knows on_unproven"):
+        read_options({"passes": ["softmax"]}, passes=["matmul"])
+
+
+@pytest.mark.parametrize("given", [None, {}])
+def test_without_options_every_pass_runs_and_nothing_is_let_through(given: Any) -> None:
+    options = read_options(given)
+    assert resolve_passes(options.passes) == list(PASSES) and options.on_unproven == "error" and options.inner == "inductor"
+
+
+def test_well_formed_options_are_read(tmp_path: Path) -> None:
+    options = read_options(
+        {"passes": ["softmax"], "on_unproven": "warn", "dump_dir": tmp_path, "target": "cpu", "inner": "eager", "trust": {"a::b": "c"}, "batch": {"x": 0}}
+    )
+    assert options == Options(("softmax",), "warn", str(tmp_path), "cpu", "eager", {"a::b": "c"}, {"x": 0})
+
+
+@pytest.mark.parametrize(
+    ("names", "want"),
+    [(["bi_ascend"], NAMES), (["softmax"], ["softmax"]), (["matmul", "softmax"], ["matmul", "softmax"]), (["softmax", "softmax"], ["softmax"]), ([], [])],
+)
+def test_passes_come_in_the_order_given_each_once(names: list[str], want: list[str]) -> None:
+    assert [p.name for p in resolve_passes(names)] == want
+
+
+def test_every_name_is_known() -> None:
+    assert pass_names() == ["bi_ascend", *NAMES]
+    assert resolve_passes(["softmax", "bi_ascend"])[0] is Softmax and len(resolve_passes(["softmax", "bi_ascend"])) == len(PASSES)
+
+
+# -- a pass of the user's ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a pass in a module of the user's."""
+    (tmp_path / "users_module_of_options.py").write_text(MINE.format(more=".cumsum(dim)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "users_module_of_options:Mine"
+    sys.modules.pop("users_module_of_options", None)
+
+
+def test_a_users_pass_is_used(mine: str) -> None:
+    pipeline = Pipeline(Options(passes=("bi_ascend", mine)))
+    gm, (x,), _ = graph_of((torch.ops.aten.cumprod.default, (rand(3, 4).abs(), 1), {}))
+    pipeline.rewrite(gm.graph, "captured")
+    assert "aten.cumprod.default" not in targets(gm.graph)
+    pipeline.rewrite(gm.graph, "captured")  # what a later pass leaves an earlier one takes the next time
+    gm.recompile()
+    torch.testing.assert_close(gm(x)[0], x.cumprod(1))
+
+
+def test_a_users_module_without_that_pass_is_refused(mine: str) -> None:
+    module = mine.split(":")[0]
+    with pytest.raises(OptionError, match=rf"the pass '{module}:Nothing' cannot be imported"):
+        Options(passes=(f"{module}:Nothing",))
+    with pytest.raises(OptionError, match=rf"'{module}:OTHER' is 3, which is no subclass of bi_compile.Pass"):
+        Options(passes=(f"{module}:OTHER",))
+
+
+def test_a_users_module_that_fails_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users_module_that_fails.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(OptionError, match=r"the pass 'users_module_that_fails:Mine' cannot be imported \(division by zero\)"):
+        Options(passes=("users_module_that_fails:Mine",))
+
+
+# -- the dump's folder ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(OptionError, match=r"dump_dir='.*file/dumps' cannot be written \(.*\): name a folder that can"):
+        Options(dump_dir=str(file / "dumps"))
+    with pytest.raises(OptionError, match=r"dump_dir='.*file' cannot be written"):
+        Options(dump_dir=str(file))
+
+
+def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    Options(dump_dir=str(tmp_path / "new" / "folder"))
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+# -- the digest -------------------------------------------------------------------------------------------------------
+
+
+def uuid(**options: Any) -> str:
+    return Pipeline(Options(**options)).uuid()
+
+
+def test_the_digest_tells_options_apart(tmp_path: Path) -> None:
+    sets: list[dict[str, Any]] = [
+        {}, {"passes": ("softmax",)}, {"passes": ("softmax", "matmul")}, {"passes": ("matmul", "softmax")}, {"on_unproven": "warn"}, {"target": "cpu"},
+        {"inner": "eager"}, {"trust": {"a::b": "c"}}, {"trust": {"a::b": "d"}}, {"batch": {"x": 0}}, {"batch": {"x": 1}},
+    ]  # fmt: skip
+    assert len({uuid(**s) for s in sets}) == len(sets)
+    assert all(uuid(**s) == uuid(**s) for s in sets)
+
+
+def test_the_digest_does_not_follow_where_dumps_go_nor_the_order_of_keys(tmp_path: Path) -> None:
+    assert uuid(dump_dir=str(tmp_path)) == uuid()
+    assert uuid(trust={"a::b": "c", "d::e": "f"}) == uuid(trust={"d::e": "f", "a::b": "c"})
+
+
+def test_the_digest_follows_a_users_pass(mine: str, tmp_path: Path) -> None:
+    before = uuid(passes=(mine,))
+    sys.modules.pop("users_module_of_options")
+    (tmp_path / "users_module_of_options.py").write_text(MINE.format(more=".cumsum(dim) * 1"))
+    assert uuid(passes=(mine,)) != before
+
+
+def test_the_digest_is_the_same_in_another_process() -> None:
+    program = "from bi_compile import Options, Pipeline; print(Pipeline(Options(passes=('softmax',), trust={'a::b': 'c', 'd::e': 'f'})).uuid())"
+    for seed in ("1", "2"):
+        assert python(program, PYTHONHASHSEED=seed).strip() == uuid(passes=("softmax",), trust={"a::b": "c", "d::e": "f"})
