@@ -87,12 +87,7 @@ def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline | No
 
 
 def _other(options: Options) -> Callable[..., Compiled]:
-    from torch._dynamo.backends.registry import list_backends, lookup_backend
-
-    from .errors import OptionError
-
-    if options.inner not in list_backends(exclude_tags=()):
-        raise OptionError(f"inner={options.inner!r}: known are {', '.join(['inductor', *list_backends(exclude_tags=())])}")
+    from torch._dynamo.backends.registry import lookup_backend
 
     def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline | None) -> Compiled:
         if pipeline is not None:

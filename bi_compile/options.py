@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,13 @@ class Options:
             raise OptionError(f"on_unproven={self.on_unproven!r}: it is {' or '.join(map(repr, ON_UNPROVEN))}")
         if self.target is not None:
             get_target(self.target)
-        if not isinstance(self.trust, Mapping) or not all(isinstance(v, str) and v for v in self.trust.values()):
+        if not isinstance(self.trust, Mapping) or not all(isinstance(s, str) and s for item in self.trust.items() for s in item):
             raise OptionError(f'trust={self.trust!r}: it maps an operator to the reason why it is invariant, as in {{"ns::op": "reason"}}')
-        if self.batch is not None and not (isinstance(self.batch, Mapping) and all(isinstance(v, int) for v in self.batch.values())):
+        if self.batch is not None and not (isinstance(self.batch, Mapping) and all(type(v) is int for v in self.batch.values())):
             raise OptionError(f'batch={self.batch!r}: it maps an input of the graph to its batch dimension, as in {{"x": 0}}')
         resolve_passes(self.passes)
+        if self.inner != "inductor":
+            _check_inner(self.inner)
         if self.dump_dir is not None:
             _check_writable(Path(self.dump_dir))
 
@@ -70,6 +73,8 @@ def read_options(given: Mapping[str, Any] | None, **fixed: Any) -> Options:
     if "passes" in values:
         values["passes"] = _names(values["passes"])
     if values.get("dump_dir") is not None:
+        if not isinstance(values["dump_dir"], (str, Path)):
+            raise OptionError(f"dump_dir={values['dump_dir']!r}: it is the name of a folder")
         values["dump_dir"] = str(values["dump_dir"])
     for key, kind in (("on_unproven", str), ("inner", str)):
         if key in values and not isinstance(values[key], kind):
@@ -116,18 +121,24 @@ def _users_pass(name: str) -> type[Pass]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a user's module does at import
         raise OptionError(f"the pass {name!r} cannot be imported ({error}): known are {', '.join(pass_names())}, or \"package.module:object\"") from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise OptionError(f"{name!r} is {found!r}, which is no subclass of bi_compile.Pass")
     return found
 
 
+def _check_inner(name: str) -> None:
+    from torch._dynamo.backends.registry import list_backends
+
+    known = list_backends(exclude_tags=())
+    if name not in known:
+        raise OptionError(f"inner={name!r}: known are {', '.join(['inductor', *(b for b in known if b != 'inductor')])}")
+
+
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".bi_compile"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # a name of its own: several processes may look at once
     except OSError as error:
         raise OptionError(f"dump_dir={str(folder)!r} cannot be written ({error.strerror}): name a folder that can") from error

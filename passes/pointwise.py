@@ -32,8 +32,8 @@ def _plain_sum(self: Tensor, other: Any, *, alpha: float = 1) -> bool:
 
 def _small(self: Any, *args: Any) -> bool:
     """Whether a tensor may hold one or two elements (a symbolic size counts as one): there Inductor writes scalar code."""
-    sizes = [n for a in (self, *args) if isinstance(a, Tensor) for n in a.shape if isinstance(n, int)]
-    return not _not_float(self, *args) and math.prod(sizes) < 4
+    sizes = [math.prod(n for n in a.shape if isinstance(n, int)) for a in (self, *args) if isinstance(a, Tensor)]
+    return not _not_float(self, *args) and max(sizes) < 4
 
 
 def _in_a_vector(name: str) -> Any:

@@ -30,7 +30,12 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 STACK_TRACE = '  File "model.py", line 7, in forward\n    y = layer(x)\n'
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: largest relative and absolute difference between two right results
-TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (2e-2, 2e-2), torch.float16: (3e-3, 3e-3), torch.float64: (1e-9, 1e-9)}
+TOLERANCE = {
+    torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (2e-2, 2e-2),
+    torch.float16: (3e-3, 3e-3),
+    torch.float64: (1e-9, 1e-9),
+}
 BATCHES = (1, 2, 3, 16, 17, 33)
 
 
@@ -70,7 +75,7 @@ def close(a: Any, b: Any) -> None:
 
 
 def rows_equal(f: Callable[[Tensor], Any], rows: Tensor, batches: Iterable[int] = BATCHES) -> bool:
-    """Whether row 0 of `rows` gives the same bits alone, in every batch size and in every place (first, middle, last)."""
+    """Whether row 0 of `rows` gives the same bits alone, and first, in the middle and last in every batch."""
     alone = f(rows[:1])
     for n in batches:
         for at in {0, n // 2, n - 1}:
@@ -82,6 +87,7 @@ def rows_equal(f: Callable[[Tensor], Any], rows: Tensor, batches: Iterable[int] 
 
 
 # -- graphs -----------------------------------------------------------------------------------------------------------
+
 
 def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
@@ -95,7 +101,7 @@ def faked(mode: FakeTensorMode, x: Tensor, name: str = "x", dynamic: Sequence[in
 
 
 def graph_of(*calls: Call, dynamic: Sequence[int] = ()) -> tuple[fx.GraphModule, list[Tensor], list[fx.Node]]:
-    """A graph that makes each call and returns every result, as AOTAutograd would hand it on; its inputs; the calls' nodes.
+    """A graph that makes each call and returns every result; its inputs; the calls' nodes.
 
     dynamic: the sizes that become symbols.
     """
@@ -131,7 +137,9 @@ def traced(f: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> fx.Gra
     return make_fx(f, tracing_mode="symbolic" if dynamic else "fake")(*inputs)
 
 
-def captured(f: Callable[..., Any], *inputs: Any, dynamic: bool = False, decompositions: Mapping[Any, Any] | None = None) -> fx.GraphModule:
+def captured(
+    f: Callable[..., Any], *inputs: Any, dynamic: bool = False, decompositions: Mapping[Any, Any] | None = None
+) -> fx.GraphModule:
     """`f` as AOTAutograd captures it: functional, without dead code; its outputs come as a list."""
     graphs: list[fx.GraphModule] = []
 
@@ -140,7 +148,9 @@ def captured(f: Callable[..., Any], *inputs: Any, dynamic: bool = False, decompo
         return make_boxed_func(gm.forward)
 
     with torch.no_grad():
-        aot_function(f, fw_compiler=grab, inference_compiler=grab, decompositions=dict(decompositions or {}), dynamic=dynamic)(*inputs)
+        aot_function(
+            f, fw_compiler=grab, inference_compiler=grab, decompositions=dict(decompositions or {}), dynamic=dynamic
+        )(*inputs)
     (gm,) = graphs
     return gm
 
@@ -184,6 +194,7 @@ def pipeline(**options: Any) -> Pipeline:
 
 # -- processes --------------------------------------------------------------------------------------------------------
 
+
 def python(program: str, *args: str, **environ: str) -> str:
     """Run `program` in a process of its own; what it printed.
 
@@ -191,7 +202,12 @@ def python(program: str, *args: str, **environ: str) -> str:
         AssertionError: it failed; the message holds its output.
     """
     done = subprocess.run(
-        [sys.executable, "-c", program, *args], capture_output=True, text=True, env=os.environ | environ, timeout=300, check=False
+        [sys.executable, "-c", program, *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | environ,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout

@@ -40,7 +40,9 @@ def programs(folder: Path) -> list[Path]:
 
 
 def run(path: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=path.parent, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, cwd=path.parent, timeout=120, check=False
+    )
 
 
 def test_a_folder_for_each_graph(tmp_path: Path) -> None:
@@ -49,7 +51,8 @@ def test_a_folder_for_each_graph(tmp_path: Path) -> None:
     ran(done, "final")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["graph_000_captured", "graph_001_final"]
     assert sorted(p.name for p in (tmp_path / "graph_000_captured").iterdir()) == [
-        "00_before.py", "01_layer_norm.py", "02_softmax.py", "03_matmul.py", "audit.json", "changes.diff", "changes.json",
+        "00_before.py", "01_layer_norm.py", "02_softmax.py", "03_matmul.py",
+        "audit.json", "changes.diff", "changes.json",
     ]  # fmt: skip
 
 
@@ -90,8 +93,14 @@ def test_programs_with_unusual_inputs_and_constants(tmp_path: Path) -> None:
     def f(a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         return torch.where(a, b.t().float(), float("-inf")).amax(-1) + c + constant.sum(), torch.cat([d, e])
 
-    inputs = (rand(6, 4) > 0, rand(4, 6, dtype=torch.bfloat16), rand(), torch.empty(0, 3, dtype=torch.int32), torch.ones(2, 3, dtype=torch.int32))
-    gm = traced(f, *inputs[:4], inputs[4]) if False else _real(f, *inputs)
+    inputs = (
+        rand(6, 4) > 0,
+        rand(4, 6, dtype=torch.bfloat16),
+        rand(),
+        torch.empty(0, 3, dtype=torch.int32),
+        torch.ones(2, 3, dtype=torch.int32),
+    )
+    gm = _real(f, *inputs)
     path = tmp_path / "p.py"
     path.write_text(program(gm.graph, "A title.", "p.py"))
     done = run(path)
@@ -120,7 +129,11 @@ def test_the_difference_is_from_first_to_last(tmp_path: Path) -> None:
     removed = [line for line in diff.splitlines() if line.startswith("-") and "torch.ops" in line]
     added = [line for line in diff.splitlines() if line.startswith("+") and "torch.ops" in line]
     assert diff.startswith("--- before\n+++ after\n")
-    assert {re.search(r"ops\.(\S+?)\(", line)[1] for line in removed} >= {"aten.mm.default", "aten._softmax.default", "aten.native_layer_norm.default"}  # type: ignore[index]
+    assert {re.search(r"ops\.(\S+?)\(", line)[1] for line in removed} >= {
+        "aten.mm.default",
+        "aten._softmax.default",
+        "aten.native_layer_norm.default",
+    }  # type: ignore[index]
     assert any("bi_compile.softmax" in line for line in added) and not any("bi_compile" in line for line in removed)
 
 
@@ -130,7 +143,11 @@ def test_what_each_pass_did_is_data(tmp_path: Path) -> None:
     assert [s["pass"] for s in steps] == ["layer_norm", "softmax", "matmul"]
     assert all(s["seconds"] >= 0 for s in steps)
     (change,) = steps[1]["changes"]
-    assert (change["operator"], change["pass_name"], change["by"]) == ("aten._softmax.default", "softmax", ["bi_compile.softmax.default"])
+    assert (change["operator"], change["pass_name"], change["by"]) == (
+        "aten._softmax.default",
+        "softmax",
+        ["bi_compile.softmax.default"],
+    )
 
 
 def test_the_verdicts_are_data(tmp_path: Path) -> None:
@@ -174,7 +191,10 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     """Each graph keeps a folder of its own, with its own audit."""
     here = str(Path(__file__).parent)
     started = [
-        subprocess.Popen([sys.executable, "-c", TWO, str(tmp_path), here], env=os.environ.copy(), stderr=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, str(tmp_path), here], env=os.environ.copy(), stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
     ]
     for process in started:
         _, said = process.communicate(timeout=300)

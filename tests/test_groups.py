@@ -119,9 +119,18 @@ WHOLE: dict[str, tuple[Function, list[str]]] = {
     "log_softmax": (lambda x: torch.log_softmax(x, -1), ["log_softmax"]),
     "layer_norm": (lambda x: torch.nn.functional.layer_norm(x, [64]), ["layer_norm"]),
     "rms_norm": (lambda x: torch.nn.functional.rms_norm(x, [64], eps=EPS), ["rms_norm"]),
-    "rms_norm of three dimensions": (lambda x: torch.nn.functional.rms_norm(x.view(2, 3, 64), [64], eps=EPS), ["rms_norm"]),
-    "layer_norm of three dimensions": (lambda x: torch.nn.functional.layer_norm(x.view(2, 3, 64), [64]), ["layer_norm"]),
-    "layer_norm and softmax": (lambda x: torch.softmax(torch.nn.functional.layer_norm(x, [64]), -1), ["layer_norm", "softmax"]),
+    "rms_norm of three dimensions": (
+        lambda x: torch.nn.functional.rms_norm(x.view(2, 3, 64), [64], eps=EPS),
+        ["rms_norm"],
+    ),
+    "layer_norm of three dimensions": (
+        lambda x: torch.nn.functional.layer_norm(x.view(2, 3, 64), [64]),
+        ["layer_norm"],
+    ),
+    "layer_norm and softmax": (
+        lambda x: torch.softmax(torch.nn.functional.layer_norm(x, [64]), -1),
+        ["layer_norm", "softmax"],
+    ),
 }
 
 
@@ -184,18 +193,26 @@ NEAR: dict[str, Function] = {
     "sum instead of mean": lambda x, y: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS),
     "root instead of its inverse": lambda x, y: x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPS),
     "eps scaled": lambda x, y: x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 1.0, alpha=3)),
-    "mean of another dtype": lambda x, y: x * torch.rsqrt(torch.mean(x.pow(2), -1, keepdim=True, dtype=torch.float64) + EPS),
+    "mean of another dtype": lambda x, y: (
+        x * torch.rsqrt(torch.mean(x.pow(2), -1, keepdim=True, dtype=torch.float64) + EPS)
+    ),
     "softmax with a sum of another dtype": lambda x, y: _softmax(x, x, -1, dtype=torch.float64),
     "softmax over rows": lambda x, y: _softmax(x, x, 0),
     "softmax over all": lambda x, y: _softmax(x, x, [0, 1]),
-    "softmax with another divisor": lambda x, y: torch.exp(x - x.amax(-1, keepdim=True)) / torch.exp(y - y.amax(-1, keepdim=True)).sum(-1, keepdim=True),
+    "softmax with another divisor": lambda x, y: (
+        torch.exp(x - x.amax(-1, keepdim=True)) / torch.exp(y - y.amax(-1, keepdim=True)).sum(-1, keepdim=True)
+    ),
     "softmax with another maximum": lambda x, y: _softmax(x, y, -1),
-    "softmax of twos": lambda x, y: torch.exp2(x - x.amax(-1, keepdim=True)) / torch.exp2(x - x.amax(-1, keepdim=True)).sum(-1, keepdim=True),
-    "log_softmax over rows": lambda x, y: (x - x.amax(0, keepdim=True)) - torch.log(torch.exp(x - x.amax(0, keepdim=True)).sum(0, keepdim=True)),
+    "softmax of twos": lambda x, y: (
+        torch.exp2(x - x.amax(-1, keepdim=True)) / torch.exp2(x - x.amax(-1, keepdim=True)).sum(-1, keepdim=True)
+    ),
+    "log_softmax over rows": lambda x, y: (
+        (x - x.amax(0, keepdim=True)) - torch.log(torch.exp(x - x.amax(0, keepdim=True)).sum(0, keepdim=True))
+    ),
     "layer_norm over rows": lambda x, y: _layer_norm(x, 0, 0, True),
     "layer_norm with the unbiased variance": lambda x, y: _layer_norm(x, -1, 1, True),
     "layer_norm not kept": lambda x, y: _layer_norm(x, -1, 0, False),
-}  # fmt: skip
+}
 
 
 def _softmax(x: Tensor, of: Tensor, dim: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -216,7 +233,9 @@ def test_a_near_miss_is_left_to_the_other_passes(name: str, stage: str) -> None:
     gm = graph(f, x, y, stage=stage)
     assert matched(gm, stage) == []
     by = Table(PASSES, "cpu")
-    changes = [c for p in PASSES for c in rewrite(gm.graph, by, p.name, select_decomp_table() if stage == "final" else None)]
+    changes = [
+        c for p in PASSES for c in rewrite(gm.graph, by, p.name, select_decomp_table() if stage == "final" else None)
+    ]
     assert changes
     gm.recompile()
     close(gm(x, y), f(x, y))

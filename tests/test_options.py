@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bi_compile.options import pass_names, read_options, resolve_passes
 from bi_compile.passes import PASSES, Softmax
 
 NAMES = [p.name for p in PASSES]
-MINE = '''
+MINE = """
 import torch
 from bi_compile import Pass, replaces
 
@@ -27,11 +28,14 @@ class Mine(Pass):
         return torch.exp(torch.log(self) {more})
 
 OTHER = 3
-'''
+"""
 
 BAD: dict[str, tuple[Any, str]] = {
     "no mapping": ([1], r"the options of bi_compile are a mapping, got \[1\]"),
-    "unknown key": ({"pases": ["softmax"]}, r"unknown option 'pases': bi_compile knows passes, on_unproven, dump_dir, target, inner, trust, batch"),
+    "unknown key": (
+        {"pases": ["softmax"]},
+        r"unknown option 'pases': bi_compile knows passes, on_unproven, dump_dir, target, inner, trust, batch",
+    ),
     "two unknown keys": ({"a": 1, "b": 2}, r"unknown option 'a', 'b'"),
     "passes a string": ({"passes": "softmax"}, r'passes=\'softmax\': it is a list of names, as in \["bi_ascend"\]'),
     "passes a number": ({"passes": 3}, r"passes=3: it is a list of names"),
@@ -43,7 +47,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "target a number": ({"target": 1}, r"(unknown target 1|target=1: it is)"),
     "inner a number": ({"inner": 1}, r"inner=1: it is a str"),
     "inner unknown": ({"inner": "inductr"}, r"inner='inductr': known are inductor"),
-    "trust a list": ({"trust": ["ns::op"]}, r"trust=\['ns::op'\]: it maps an operator to the reason why it is invariant"),
+    "trust a list": (
+        {"trust": ["ns::op"]},
+        r"trust=\['ns::op'\]: it maps an operator to the reason why it is invariant",
+    ),
     "trust without a reason": ({"trust": {"ns::op": ""}}, r"trust=.*it maps an operator to the reason"),
     "trust with a flag": ({"trust": {"ns::op": True}}, r"trust=.*it maps an operator to the reason"),
     "trust of no operator": ({"trust": {3: "why"}}, r"trust=.*it maps an operator to the reason"),
@@ -51,12 +58,21 @@ BAD: dict[str, tuple[Any, str]] = {
     "batch by name": ({"batch": {"x": "rows"}}, r"batch=.*it maps an input"),
     "batch a flag": ({"batch": {"x": True}}, r"batch=.*it maps an input"),
     "dump_dir a number": ({"dump_dir": 3}, r"dump_dir=3"),
-    "pass of no module": ({"passes": ["no_such_module:Mine"]}, r"the pass 'no_such_module:Mine' cannot be imported \(No module named 'no_such_module'\): known are bi_ascend"),
-    "pass of no attribute": ({"passes": ["bi_compile:Mine"]}, r"the pass 'bi_compile:Mine' cannot be imported .*known are"),
-    "pass that is none": ({"passes": ["bi_compile.passes:PASSES"]}, r"'bi_compile.passes:PASSES' is .* which is no subclass of bi_compile.Pass"),
+    "pass of no module": (
+        {"passes": ["no_such_module:Mine"]},
+        r"the pass 'no_such_module:Mine' cannot be imported \(No module named 'no_such_module'\): known are bi_ascend",
+    ),
+    "pass of no attribute": (
+        {"passes": ["bi_compile:Mine"]},
+        r"the pass 'bi_compile:Mine' cannot be imported .*known are",
+    ),
+    "pass that is none": (
+        {"passes": ["bi_compile.passes:PASSES"]},
+        r"'bi_compile.passes:PASSES' is .* which is no subclass of bi_compile.Pass",
+    ),
     "pass without an attribute": ({"passes": ["bi_compile:"]}, r"'bi_compile:'"),
     "pass without a module": ({"passes": [":Mine"]}, r"the pass ':Mine' cannot be imported"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -79,19 +95,37 @@ def test_options_that_are_set_elsewhere_are_unknown() -> None:
 @pytest.mark.parametrize("given", [None, {}])
 def test_without_options_every_pass_runs_and_nothing_is_let_through(given: Any) -> None:
     options = read_options(given)
-    assert resolve_passes(options.passes) == list(PASSES) and options.on_unproven == "error" and options.inner == "inductor"
+    assert (
+        resolve_passes(options.passes) == list(PASSES)
+        and options.on_unproven == "error"
+        and options.inner == "inductor"
+    )
 
 
 def test_well_formed_options_are_read(tmp_path: Path) -> None:
     options = read_options(
-        {"passes": ["softmax"], "on_unproven": "warn", "dump_dir": tmp_path, "target": "cpu", "inner": "eager", "trust": {"a::b": "c"}, "batch": {"x": 0}}
+        {
+            "passes": ["softmax"],
+            "on_unproven": "warn",
+            "dump_dir": tmp_path,
+            "target": "cpu",
+            "inner": "eager",
+            "trust": {"a::b": "c"},
+            "batch": {"x": 0},
+        }
     )
     assert options == Options(("softmax",), "warn", str(tmp_path), "cpu", "eager", {"a::b": "c"}, {"x": 0})
 
 
 @pytest.mark.parametrize(
     ("names", "want"),
-    [(["bi_ascend"], NAMES), (["softmax"], ["softmax"]), (["matmul", "softmax"], ["matmul", "softmax"]), (["softmax", "softmax"], ["softmax"]), ([], [])],
+    [
+        (["bi_ascend"], NAMES),
+        (["softmax"], ["softmax"]),
+        (["matmul", "softmax"], ["matmul", "softmax"]),
+        (["softmax", "softmax"], ["softmax"]),
+        ([], []),
+    ],
 )
 def test_passes_come_in_the_order_given_each_once(names: list[str], want: list[str]) -> None:
     assert [p.name for p in resolve_passes(names)] == want
@@ -99,7 +133,9 @@ def test_passes_come_in_the_order_given_each_once(names: list[str], want: list[s
 
 def test_every_name_is_known() -> None:
     assert pass_names() == ["bi_ascend", *NAMES]
-    assert resolve_passes(["softmax", "bi_ascend"])[0] is Softmax and len(resolve_passes(["softmax", "bi_ascend"])) == len(PASSES)
+    assert resolve_passes(["softmax", "bi_ascend"])[0] is Softmax and len(
+        resolve_passes(["softmax", "bi_ascend"])
+    ) == len(PASSES)
 
 
 # -- a pass of the user's ---------------------------------------------------------------------------------------------
@@ -135,7 +171,9 @@ def test_a_users_module_without_that_pass_is_refused(mine: str) -> None:
 def test_a_users_module_that_fails_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "users_module_that_fails.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(OptionError, match=r"the pass 'users_module_that_fails:Mine' cannot be imported \(division by zero\)"):
+    with pytest.raises(
+        OptionError, match=r"the pass 'users_module_that_fails:Mine' cannot be imported \(division by zero\)"
+    ):
         Options(passes=("users_module_that_fails:Mine",))
 
 
@@ -156,6 +194,12 @@ def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
     assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
+def test_a_folder_may_be_looked_at_by_many_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: Options(dump_dir=str(tmp_path)).dump_dir, range(400)))) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- the digest -------------------------------------------------------------------------------------------------------
 
 
@@ -165,8 +209,10 @@ def uuid(**options: Any) -> str:
 
 def test_the_digest_tells_options_apart(tmp_path: Path) -> None:
     sets: list[dict[str, Any]] = [
-        {}, {"passes": ("softmax",)}, {"passes": ("softmax", "matmul")}, {"passes": ("matmul", "softmax")}, {"on_unproven": "warn"}, {"target": "cpu"},
-        {"inner": "eager"}, {"trust": {"a::b": "c"}}, {"trust": {"a::b": "d"}}, {"batch": {"x": 0}}, {"batch": {"x": 1}},
+        {}, {"passes": ("softmax",)}, {"passes": ("softmax", "matmul")}, {"passes": ("matmul", "softmax")},
+        {"on_unproven": "warn"}, {"target": "cpu"},
+        {"inner": "eager"}, {"trust": {"a::b": "c"}}, {"trust": {"a::b": "d"}},
+        {"batch": {"x": 0}}, {"batch": {"x": 1}},
     ]  # fmt: skip
     assert len({uuid(**s) for s in sets}) == len(sets)
     assert all(uuid(**s) == uuid(**s) for s in sets)
@@ -185,6 +231,11 @@ def test_the_digest_follows_a_users_pass(mine: str, tmp_path: Path) -> None:
 
 
 def test_the_digest_is_the_same_in_another_process() -> None:
-    program = "from bi_compile import Options, Pipeline; print(Pipeline(Options(passes=('softmax',), trust={'a::b': 'c', 'd::e': 'f'})).uuid())"
+    program = """
+from bi_compile import Options, Pipeline
+print(Pipeline(Options(passes=("softmax",), trust={"a::b": "c", "d::e": "f"})).uuid())
+"""
     for seed in ("1", "2"):
-        assert python(program, PYTHONHASHSEED=seed).strip() == uuid(passes=("softmax",), trust={"a::b": "c", "d::e": "f"})
+        assert python(program, PYTHONHASHSEED=seed).strip() == uuid(
+            passes=("softmax",), trust={"a::b": "c", "d::e": "f"}
+        )

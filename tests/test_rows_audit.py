@@ -40,7 +40,13 @@ def last(graph: fx.Graph) -> fx.Node:
     return output.all_input_nodes[0]
 
 
-def judged(f: Function, *inputs: Tensor, named: dict[str, int] | None = None, trust: dict[str, str] | None = None, dynamic: bool = True) -> Report:
+def judged(
+    f: Function,
+    *inputs: Tensor,
+    named: dict[str, int] | None = None,
+    trust: dict[str, str] | None = None,
+    dynamic: bool = True,
+) -> Report:
     gm = traced(f, *inputs, dynamic=dynamic and named is None)
     return audit(gm.graph, knowledge(trust=trust), named)
 
@@ -205,7 +211,10 @@ TABLE = rand(ROWS, 10)
 def test_a_reduction_over_the_batch_mixes_rows(name: str, named: dict[str, int] | None) -> None:
     found = [f for f in judged(MIXING[name], TABLE, named=named).findings if f.verdict is Verdict.MIXES_ROWS]
     assert len(found) == 1
-    assert "combines the rows along the batch dimension" in found[0].reason and "depends on the others by its meaning" in found[0].reason
+    assert (
+        "combines the rows along the batch dimension" in found[0].reason
+        and "depends on the others by its meaning" in found[0].reason
+    )
 
 
 @pytest.mark.parametrize("named", [None, {"x_1": 0}], ids=["symbolic", "named"])
@@ -274,7 +283,9 @@ def test_what_adds_up_and_stands_in_no_table_is_unproven(f: Function) -> None:
 
 
 def test_a_primitive_that_is_pointwise_is_row_local() -> None:
-    report = judged(lambda x: torch.ops.prims.mul(torch.ops.prims.exp(x), torch.ops.prims.sqrt(x)), TABLE, dynamic=False)
+    report = judged(
+        lambda x: torch.ops.prims.mul(torch.ops.prims.exp(x), torch.ops.prims.sqrt(x)), TABLE, dynamic=False
+    )
     assert set(verdicts(report)) == {Verdict.ROW_LOCAL}
 
 
@@ -284,8 +295,14 @@ def test_an_unknown_operator_is_unproven_with_name_line_and_remedy() -> None:
     (objection,) = report.objections
     assert objection.verdict is Verdict.UNPROVEN and objection.where == "model.py, line 7, in forward"
     assert "nothing is known about somebody.mystery.default" in objection.reason
-    assert 'trust={"somebody::mystery": "the reason"}' in objection.reason and "replace it in a pass of yours" in objection.reason
-    with pytest.raises(AuditError, match=r"not known to be batch-invariant:\n  mystery_default \(somebody.mystery.default\) unproven: .*model.py, line 7"):
+    assert (
+        'trust={"somebody::mystery": "the reason"}' in objection.reason
+        and "replace it in a pass of yours" in objection.reason
+    )
+    with pytest.raises(
+        AuditError,
+        match=r"not known to be batch-invariant:\n  mystery_default \(somebody.mystery.default\) unproven: .*model.py",
+    ):
         report.raise_objections()
 
 
@@ -297,7 +314,11 @@ def test_a_trusted_operator_keeps_its_reason(name: str) -> None:
 
 
 def test_trust_reaches_no_other_operator() -> None:
-    report = judged(lambda x: torch.ops.somebody.mystery(x).cumprod(1), TABLE, trust={"somebody::mystery": "it doubles", "aten::cumpro": "no"})
+    report = judged(
+        lambda x: torch.ops.somebody.mystery(x).cumprod(1),
+        TABLE,
+        trust={"somebody::mystery": "it doubles", "aten::cumpro": "no"},
+    )
     assert [f.operator for f in report.objections] == ["aten.cumprod.default"]
 
 
@@ -381,7 +402,7 @@ def test_a_rewritten_model_has_no_objections() -> None:
 
 
 def test_higher_order_operators() -> None:
-    """A mutable operator made functional is judged by its own name; graphs within graphs are judged by themselves; others are unproven."""
+    """A mutable operator made functional is judged by its own name, a graph within a graph by itself."""
     from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
     def call(target: Any, *args: Any) -> fx.Graph:
@@ -450,5 +471,7 @@ def test_the_summary_counts_what_was_left() -> None:
     gm = two_unknowns()
     with pytest.warns(UserWarning, match="somebody.mystery"):
         done.audit(gm.graph)
-    assert done.summary.left == {"somebody.mystery.default": 2} and done.summary.trusted == {"aten.cumprod.default": "one by one"}
+    assert done.summary.left == {"somebody.mystery.default": 2} and done.summary.trusted == {
+        "aten.cumprod.default": "one by one"
+    }
     assert "left 2 somebody.mystery.default" in done.summary.line() and "1 graphs" in done.summary.line()

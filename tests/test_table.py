@@ -51,7 +51,9 @@ def test_a_replacement_takes_its_operators_arguments(entry: Entry) -> None:
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_all_passes_go_together(target: str) -> None:
     by_overload = Table(PASSES, target).by_overload
-    assert {"aten.mm.default", "aten.mm.out", "aten.sum.IntList_out", "aten._softmax.default"} <= {str(op) for op in by_overload}
+    assert {"aten.mm.default", "aten.mm.out", "aten.sum.IntList_out", "aten._softmax.default"} <= {
+        str(op) for op in by_overload
+    }
 
 
 def test_passes_have_names_of_their_own_and_documentation() -> None:
@@ -81,7 +83,10 @@ def test_every_group_has_a_name_of_its_own() -> None:
     ids=["too few", "too many", "no dtype", "no dtype beside keepdim", "no keepdim", "no alpha", "keywords by place"],
 )
 def test_a_replacement_with_other_arguments_is_refused(operator: Any, fn: Callable[..., Any]) -> None:
-    with pytest.raises(TableError, match=rf"of {operator} in the pass 'mine' has the signature .*does not fit aten::.*give it the operator's arguments"):
+    with pytest.raises(
+        TableError,
+        match=rf"of {operator} in the pass 'mine' has the signature .*does not fit aten::.*give it the",
+    ):
         Table([a_pass("mine", operator, fn)], "cpu")
 
 
@@ -102,14 +107,20 @@ def test_a_replacement_that_takes_the_operators_arguments_fits(fn: Callable[...,
 
 def test_a_wrong_number_of_outputs_is_found_at_rewriting() -> None:
     gm, _, _ = graph_of((aten.var_mean.correction, (rand(3, 4), [1]), {}))
-    mine = a_pass("mine", aten.var_mean.correction, lambda self, dim=None, *, correction=None, keepdim=False: self.var(dim))
-    with pytest.raises(RewriteError, match=r"pass 'mine', node var_mean_correction .*the operator has 2 outputs, its replacement 1"):
+    mine = a_pass(
+        "mine", aten.var_mean.correction, lambda self, dim=None, *, correction=None, keepdim=False: self.var(dim)
+    )
+    with pytest.raises(
+        RewriteError, match=r"pass 'mine', node var_mean_correction .*the operator has 2 outputs, its replacement 1"
+    ):
         rewrite(gm.graph, Table([mine], "cpu"), "mine")
 
 
 def test_two_passes_with_one_operator_are_refused_by_name() -> None:
     first, second = (a_pass(name, aten.mm.default, lambda self, mat2: self) for name in ("first", "second"))
-    with pytest.raises(TableError, match=r"the passes 'first' and 'second' both replace aten.mm.default: leave one of them out"):
+    with pytest.raises(
+        TableError, match=r"the passes 'first' and 'second' both replace aten.mm.default: leave one of them out"
+    ):
         Table([first, second], "cpu")
 
 
@@ -157,7 +168,9 @@ def test_one_function_may_replace_several_operators() -> None:
 
 
 def test_what_is_no_overload_has_no_entry() -> None:
-    assert table().get(len) is None and table().get("aten.mm.default") is None and table().get(aten.relu.default) is None
+    assert (
+        table().get(len) is None and table().get("aten.mm.default") is None and table().get(aten.relu.default) is None
+    )
 
 
 # -- out= and in place ------------------------------------------------------------------------------------------------

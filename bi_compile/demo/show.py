@@ -74,13 +74,15 @@ def cases(folder: Path) -> list[Case]:
         passes = {"compilation_config": {"custom_passes": ["bi_ascend"]}}
         what = f"Qwen3, random weights, {dtype}: 16 requests alone and together"
         found.append(Case("vLLM", what, "bi_compile.demo.requests", plan, plan | passes))
-    names = {"encoder": "sentence encoder all-MiniLM-L6-v2", "qwen3": "Qwen3, random weights"}
-    shapes = {None: "shapes as torch.compile chooses", False: "static shapes"}
-    for name, title in names.items():
-        for dynamic, how in shapes.items():
-            rows: dict[str, Any] = {"model": name, "dynamic": dynamic, "folder": str(folder)}
-            what = f"{title}, float32, {how}: 32 rows alone and in batches of 2, 7, 32"
-            found.append(Case("torch.compile", what, "bi_compile.demo.compiled", rows, rows | {"backend": "bi_ascend"}))
+    lines: list[tuple[str, str, bool | None]] = [
+        ("encoder", "sentence encoder all-MiniLM-L6-v2, float32, shapes as torch.compile chooses", None),
+        ("encoder", "sentence encoder all-MiniLM-L6-v2, float32, static shapes", False),
+        ("qwen3", "Qwen3, random weights, float32, shapes as torch.compile chooses", None),
+    ]
+    for name, title, dynamic in lines:
+        rows: dict[str, Any] = {"model": name, "dynamic": dynamic, "folder": str(folder)}
+        what = f"{title}: 32 rows alone and in batches of 2, 7, 32"
+        found.append(Case("torch.compile", what, "bi_compile.demo.compiled", rows, rows | {"backend": "bi_ascend"}))
     return found
 
 

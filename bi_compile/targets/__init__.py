@@ -9,6 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 
 
+#: What Inductor fuses follows the shapes, and fused code keeps more digits than code that stores in between: a low-precision
+#: value is not rounded, and a product and a sum become one fused multiply-add. With this every value is rounded as its own
+#: operator would round it, fused or not.
+ROUND_EVERY_OPERATOR: Mapping[str, object] = {"emulate_precision_casts": True}
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """What is known of a device."""

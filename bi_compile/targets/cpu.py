@@ -1,10 +1,11 @@
 """The CPU, with Inductor's C++ as the compiler."""
 
-from . import Target
+from . import ROUND_EVERY_OPERATOR, Target
 
 TARGET = Target(
     name="cpu",
     device="cpu",
+    inductor=ROUND_EVERY_OPERATOR,
     trusted={
         "vllm.unified_attention_with_output.default": "vLLM's CPU attention computes each query's tile by itself once its KV split is off "
         "(VLLM_CPU_ATTN_SPLIT_KV=0, which the plugin sets); measured: rows equal alone and among others",

@@ -7,9 +7,11 @@ vLLM calls the two entry points below in each of its processes. They hook four p
 configuration has the key:
 
     vllm.config.utils.config                      `CompilationConfig` gets the field (`config_key`)
-    vllm.config.vllm.VllmConfig.__post_init__     the pass and the settings go into the configuration (`engine.configure`)
-    WorkerWrapperBase.init_device                 kernels and eager fallback go into the worker (`engine.prepare_worker`)
+    vllm.config.vllm.VllmConfig.__post_init__     the pass goes into the configuration (`engine.configure`)
+    WorkerWrapperBase.init_device                 kernels, settings and eager fallback go into the worker (`engine.prepare_worker`)
     WorkerWrapperBase.compile_or_warm_up_model    the worker says what was rewritten and what is left (`engine.report`)
+
+An engine that does not come up, and one that comes after it without the key, find the process as it was (`engine.release`).
 """
 
 from __future__ import annotations

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from packaging.version import Version
+from vllm.logger import init_logger
 
 from .. import eager
 from ..errors import HostError
 from ..options import Options, read_options, resolve_passes
+from ..targets import get_target
 from .hooks import KEY
 
-log = logging.getLogger("bi_compile")
+log = init_logger("vllm.plugins.bi_compile")
 
 OPTIONS = "bi_compile"
 """The key of `additional_config` that holds the options."""
@@ -25,6 +27,8 @@ ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
     "cpu": {"VLLM_CPU_ATTN_SPLIT_KV": ("0", "attention splits the keys by how many requests there are")},
     "cuda": {},
 }
+#: what `prepare_worker` changed in this process, and how to undo it
+_prepared = contextlib.ExitStack()
 _fallback: eager.EagerFallback | None = None
 
 
@@ -61,7 +65,7 @@ def _platform() -> str:
 
 
 def configure(vllm_config: Any) -> None:
-    """Put the pass into the compilation config and set what the guarantee needs; called when a VllmConfig is made.
+    """Put the pass into the compilation config; called when a VllmConfig is made.
 
     Raises:
         OptionError, HostError: what is wrong, and what to write instead.
@@ -74,34 +78,61 @@ def configure(vllm_config: Any) -> None:
     for name, (value, why) in ENVIRONMENT[_platform()].items():
         if os.environ.get(name, value) != value:
             raise HostError(f"{name}={os.environ[name]} is set, and {why}: set {name}={value} or unset it")
-        os.environ[name] = value
-    if getattr(vllm_config.compilation_config, "mode", None) and vllm_config.lora_config is not None:
+    if vllm_config.lora_config is not None:
         raise HostError(f"{KEY} does not cover LoRA's kernels: serve the merged model, or remove {KEY}")
+    # without a compiler vLLM calls fused kernels of its own, of which nothing is known; its plain PyTorch code is in the table
+    custom_ops = vllm_config.compilation_config.custom_ops
+    if "all" in custom_ops:
+        custom_ops[custom_ops.index("all")] = "none"
     config = vllm_config.compilation_config.inductor_compile_config
+    for name, needed in get_target(_platform()).inductor.items():
+        if config.setdefault(name, needed) != needed:
+            raise HostError(f"inductor_compile_config sets {name}={config[name]!r}, but the guarantee needs {needed!r}: remove that line")
     key = current_platform.pass_key
     if not isinstance(config.get(key), PostGradPass):
         config[key] = PostGradPass(options, config.get(key))
 
 
 def prepare_worker(vllm_config: Any) -> None:
-    """Load the kernels and install the eager fallback in a worker process, before the model is loaded."""
+    """Set what the guarantee needs in a worker process, before the model is loaded; `release` takes it back."""
     global _fallback
-    options = options_of(vllm_config)
-    device = _platform()
-    if _fallback is not None:
-        _fallback.remove()
-    _fallback = eager.install(options, device)
-    for switch in WORKER.get(device, ()):
-        switch()
+    release()
+    options, device = options_of(vllm_config), _platform()
+    with contextlib.ExitStack() as stack:
+        for name, (value, _) in ENVIRONMENT[device].items():
+            stack.enter_context(_environment(name, value))
+        _fallback = stack.enter_context(eager.invariant(options, device))
+        for switch in WORKER[device]:
+            stack.enter_context(switch())
+        _prepared.push(stack.pop_all())
 
 
-def _plain_linear() -> None:
+def release() -> None:
+    """Undo what `prepare_worker` did in this process: after an error, or when another engine starts without the key."""
+    global _fallback
+    _fallback = None
+    _prepared.close()
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _plain_linear() -> Iterator[None]:
     """Keep linear layers as torch.nn.functional.linear with their weight: vLLM packs it for oneDNN, which varies by M."""
     from vllm.model_executor.layers import utils
 
     packed: Callable[..., None] = utils.dispatch_cpu_unquantized_gemm
-    if getattr(packed, "_bi_compile", False):
-        return
 
     def dispatch_cpu_unquantized_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
         if layer.weight.ndim != 2:
@@ -109,12 +140,15 @@ def _plain_linear() -> None:
         else:
             layer.cpu_linear = torch.nn.functional.linear
 
-    dispatch_cpu_unquantized_gemm._bi_compile = True  # type: ignore[attr-defined]
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = packed
 
 
 #: what is switched in a worker process of each platform
-WORKER: dict[str, tuple[Callable[[], None], ...]] = {"cpu": (_plain_linear,)}
+WORKER: dict[str, tuple[Callable[[], contextlib.AbstractContextManager[None]], ...]] = {"cpu": (_plain_linear,), "cuda": ()}
 
 
 def report(vllm_config: Any) -> None:
@@ -127,4 +161,5 @@ def report(vllm_config: Any) -> None:
         compiled = "no graph was compiled here: eager mode, or graphs from the cache of an earlier start with the same passes and settings"
     else:
         compiled = summary.line()
-    log.warning("bi_compile: %s; %d operators replaced in eager code", compiled, len(_fallback.operators) if _fallback else 0)
+    say = log.warning if summary is not None and summary.left else log.info
+    say("bi_compile: %s; %d operators replaced in eager code", compiled, len(_fallback.operators) if _fallback else 0)

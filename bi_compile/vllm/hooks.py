@@ -77,16 +77,13 @@ def _add_key(cls: type) -> None:
     cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
 
 
-def _after(cls: type, method: str, then: Callable[[Any], None], before: Callable[[Any], None] | None = None) -> None:
+def _wrap(cls: type, method: str, around: Callable[..., Any]) -> None:
+    """`cls.method(self, ...)` becomes `around(plain, self, ...)`."""
     plain = getattr(cls, method)
 
     @functools.wraps(plain)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if before is not None:
-            before(self)
-        result = plain(self, *args, **kwargs)
-        then(self)
-        return result
+        return around(functools.partial(plain, self), self, *args, **kwargs)
 
     setattr(cls, method, run)
 
@@ -96,31 +93,57 @@ def _asked_for(vllm_config: Any) -> bool:
 
 
 def _wrap_vllm_config(module: ModuleType) -> None:
-    def configure(self: Any) -> None:
+    def post_init(plain: Callable[..., None], self: Any, *args: Any) -> None:
+        plain(*args)
         if _asked_for(self):
             from .engine import configure
 
             configure(self)
 
-    _after(module.VllmConfig, "__post_init__", configure)
+    _wrap(module.VllmConfig, "__post_init__", post_init)
 
 
 def _wrap_worker(module: ModuleType) -> None:
-    def prepare(self: Any) -> None:
+    def init_device(plain: Callable[[], None], self: Any) -> None:
         if _asked_for(self.vllm_config):
             from .engine import prepare_worker
 
             prepare_worker(self.vllm_config)
+        elif f"{__package__}.engine" in sys.modules:
+            # an engine before this one, in the same process, had the key
+            from .engine import release
 
-    def report(self: Any) -> None:
+            release()
+        _guarded(plain, self)
+
+    def compile_or_warm_up_model(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = _guarded(plain, self, *args, **kwargs)
         if _asked_for(self.vllm_config):
             from .engine import report
 
             report(self.vllm_config)
+        return result
 
     wrapper = module.WorkerWrapperBase
-    _after(wrapper, "init_device", lambda self: None, before=prepare)
-    if "compile_or_warm_up_model" not in vars(wrapper):
-        # the wrapper hands every other method on to its worker
-        wrapper.compile_or_warm_up_model = lambda self, *args, **kwargs: self.worker.compile_or_warm_up_model(*args, **kwargs)
-    _after(wrapper, "compile_or_warm_up_model", report)
+    _wrap(wrapper, "init_device", init_device)
+    for method, around in {"load_model": _guarded, "determine_available_memory": _guarded, "compile_or_warm_up_model": compile_or_warm_up_model}.items():
+        if method not in vars(wrapper):
+            # the wrapper hands every other method on to its worker
+            setattr(wrapper, method, _to_worker(method))
+        _wrap(wrapper, method, around)
+
+
+def _to_worker(method: str) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: getattr(self.worker, method)(*args, **kwargs)
+
+
+def _guarded(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Where an engine does not come up, nothing of ours stays in the process."""
+    try:
+        return plain(*args, **kwargs)
+    except BaseException:
+        if _asked_for(self.vllm_config):
+            from .engine import release
+
+            release()
+        raise

@@ -1,0 +1,306 @@
+"""torch.compile(backend="bi_ascend"): rows that are equal in every batch, and everything else as PyTorch has it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import close, python, rand, rows_equal, same_bits
+from torch import Tensor, fx, nn
+
+import bi_compile  # noqa: F401 - its operators
+from bi_compile import AuditError, OptionError
+
+WIDTH = 256
+BATCHES = (1, 2, 3, 5, 17)
+#: with short rows PyTorch's own product takes another kernel for few of them
+ROWS = rand(17, 3, WIDTH)
+
+
+class Model(nn.Module):
+    """Normalisation, attention and a feed-forward part; batch first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.norm, self.norm2 = nn.RMSNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(n, length, 3, 4, WIDTH // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, length, WIDTH)
+        )
+        x = x + self.down(F.relu(self.up(self.norm2(x))))
+        return F.log_softmax(x, -1)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model().eval()
+
+
+def compiled(f: Any, dynamic: bool | None = None, **options: Any) -> Callable[..., Any]:
+    return torch.compile(f, backend="bi_ascend", dynamic=dynamic, options=options or None)
+
+
+def no_grad(f: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.no_grad()(lambda *args: f(*args))
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_torch_compile_alone_varies(model: Model) -> None:
+    """What all this is for; without it the tests below would say nothing."""
+    assert not rows_equal(no_grad(torch.compile(model, dynamic=True)), ROWS, BATCHES)
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager", "aot_eager"])
+def test_rows_are_equal_in_every_batch_and_place(model: Model, inner: str) -> None:
+    """Dynamic shapes. A batch of one has a graph of its own."""
+    f = no_grad(compiled(model, dynamic=True, inner=inner))
+    assert rows_equal(f, ROWS, BATCHES)
+    with torch.no_grad():
+        torch.testing.assert_close(f(ROWS), model(ROWS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_rows_are_equal_across_graphs_of_static_shapes(model: Model, inner: str) -> None:
+    batches = (3, 17) if inner == "inductor" else BATCHES
+    assert rows_equal(no_grad(compiled(model, dynamic=False, inner=inner)), ROWS, batches)
+
+
+def test_rows_are_equal_with_a_dimension_marked_dynamic(model: Model) -> None:
+    f = compiled(model, inner="eager")
+
+    def marked(x: Tensor) -> Tensor:
+        x = x.clone()
+        if len(x) > 1:
+            torch._dynamo.mark_dynamic(x, 0)
+        with torch.no_grad():
+            return f(x)
+
+    assert rows_equal(marked, ROWS, BATCHES)
+
+
+def test_static_and_dynamic_graphs_and_inner_compilers_of_one_target_agree(model: Model) -> None:
+    """Row 0 has the same bits with a graph for its batch and with one for every batch."""
+    one, two = (no_grad(compiled(model, dynamic=d, inner="eager")) for d in (True, False))
+    assert same_bits(one(ROWS[:3]), two(ROWS[:3]))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38], ids=str)
+def test_a_row_does_not_see_its_neighbours(model: Model, bad: float) -> None:
+    f = no_grad(compiled(model, dynamic=True))
+    alone = f(ROWS[:1])
+    for at in (0, 1, 4):
+        x = torch.full((5, *ROWS.shape[1:]), bad)
+        x[at] = ROWS[0]
+        assert same_bits(f(x)[at : at + 1], alone)
+
+
+# -- PyTorch's behaviour is kept --------------------------------------------------------------------------------------
+
+
+def test_the_backend_is_found_without_importing_it() -> None:
+    program = """
+import torch
+f = torch.compile(lambda x: x.softmax(-1), backend="bi_ascend", options={"inner": "eager"})
+print(f(torch.zeros(2, 4))[0, 0].item(), "bi_ascend" in torch._dynamo.list_backends())
+"""
+    assert python(program).split() == ["0.25", "True"]
+
+
+def test_buffers_are_mutated() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(4))
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add_(x.softmax(-1)[0])
+            self.calls += 1
+            return x @ self.seen
+
+    module, reference = Counter(), Counter()
+    f = no_grad(compiled(module, inner="aot_eager"))
+    for i in range(3):
+        close(f(rand(2, 4, seed=i)), reference(rand(2, 4, seed=i)))
+    close([module.seen, module.calls], [reference.seen, reference.calls])
+
+
+def test_a_training_step(tmp_path: Path) -> None:
+    """Gradients are those of PyTorch; the backward graph holds no operator of ours."""
+    module, reference = Model(), Model()
+    seen: list[fx.GraphModule] = []
+
+    @torch._dynamo.register_backend
+    def bi_compile_test_recorder(gm: fx.GraphModule, inputs: Any) -> Any:
+        seen.append(gm)
+        return gm.forward
+
+    f = compiled(module, inner="bi_compile_test_recorder")
+    for _m, g in ((module, f), (reference, reference)):
+        g(ROWS[:3]).square().mean().backward()
+    for a, b in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+    forward, backward = ({str(n.target) for n in gm.graph.nodes} for gm in seen)
+    assert "bi_compile.addmm.default" in forward and "aten.mm.default" not in forward
+    assert not any(t.startswith("bi_compile.") for t in backward) and "aten.mm.default" in backward
+
+
+def test_a_training_step_under_inductor() -> None:
+    module, reference = (
+        nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)),
+        nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)),
+    )
+    reference.load_state_dict(module.state_dict())
+    x = rand(5, 64)
+    compiled(module)(x).square().mul(x).sum().backward()
+    reference(x).square().mul(x).sum().backward()
+    for a, b in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_graph_breaks() -> None:
+    """Each part is compiled; the rows stay their own."""
+    w = rand(600, 40)
+
+    def f(x: Tensor) -> Tensor:
+        y = x @ w
+        torch._dynamo.graph_break()
+        return y.softmax(-1)
+
+    g = no_grad(compiled(f, dynamic=True, inner="eager"))
+    assert rows_equal(g, rand(17, 600), BATCHES)
+    close(g(rand(3, 600)), f(rand(3, 600)))
+
+
+def test_the_users_own_final_pass_runs_too() -> None:
+    """First, and in the graph that the audit judges."""
+    from torch._inductor import config
+
+    ran = []
+    with config.patch(post_grad_custom_post_pass=lambda graph: ran.append([str(n.target) for n in graph.nodes])):
+        compiled(lambda x: x.softmax(-1) + 1)(rand(3, 64))
+    assert len(ran) == 1 and "bi_compile.softmax.default" in ran[0]
+
+
+def test_what_the_users_final_pass_puts_in_is_replaced() -> None:
+    from torch._inductor import config
+
+    def native_again(graph: fx.Graph) -> None:
+        for node in list(graph.nodes):
+            if str(node.target) == "bi_compile.mm.default":
+                node.target = torch.ops.aten.mm.default
+
+    with config.patch(post_grad_custom_post_pass=native_again):
+        f = no_grad(compiled(lambda x, w: x @ w, dynamic=True))
+        w = rand(600, 40)
+        assert rows_equal(lambda x: f(x, w), rand(17, 600), (2, 17))
+
+
+# -- what is not known ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mystery() -> Iterator[None]:
+    library = torch.library.Library("backend_test", "DEF")
+    library.define("mystery(Tensor x) -> Tensor")
+    library.impl("mystery", lambda x: x * 2, "CompositeExplicitAutograd")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_an_unknown_operator_stops_compilation_or_is_warned_of(mystery: None, inner: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.ops.backend_test.mystery(x.softmax(-1))
+
+    x = rand(3, 64)
+    with pytest.raises(
+        Exception, match=r"backend_test.mystery.default\) unproven: nothing is known.*test_backend.py"
+    ) as raised:
+        compiled(f, inner=inner)(x)
+    assert isinstance(raised.value, AuditError) or isinstance(
+        getattr(raised.value, "inner_exception", raised.value.__cause__), AuditError
+    )
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match=r"not batch-invariant: .*backend_test.mystery.default"):
+        close(compiled(f, inner=inner, on_unproven="warn")(x), f(x))
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not batch-invariant")
+        close(compiled(f, inner=inner, trust={"backend_test::mystery": "it doubles"})(x), f(x))
+
+
+def test_a_malformed_option_stops_compilation() -> None:
+    with pytest.raises(Exception, match="unknown option 'pases'") as raised:
+        compiled(lambda x: x + 1, pases=["softmax"])(rand(2))
+    assert isinstance(raised.value, OptionError) or isinstance(
+        getattr(raised.value, "inner_exception", raised.value.__cause__), OptionError
+    )
+
+
+def test_a_graph_that_mixes_rows_is_refused() -> None:
+    with pytest.raises(Exception, match="combines the rows along the batch dimension 0"):
+        compiled(lambda x: x - x.mean(0), dynamic=True, inner="eager")(rand(6, 64))
+
+
+# -- dumps and caches -------------------------------------------------------------------------------------------------
+
+
+def test_the_audit_judges_the_graph_that_inductor_lowers(tmp_path: Path) -> None:
+    """And it holds no variant operator, after Inductor's own fusions."""
+    with torch.no_grad():
+        compiled(Model().eval(), dump_dir=str(tmp_path))(ROWS[:4])
+    folders = sorted(p.name for p in tmp_path.iterdir())
+    assert folders == ["graph_000_captured", "graph_001_final"]
+    assert not (tmp_path / folders[0] / "audit.json").exists()
+    report = json.loads((tmp_path / folders[1] / "audit.json").read_text())
+    operators = [n["operator"] for n in report["nodes"]]
+    assert operators.count("bi_compile.rms_norm.default") == operators.count("bi_compile.layer_norm.default") == 1
+    assert (
+        operators.count("bi_compile.addmm.default") == 4
+        and operators.count("bi_compile.scaled_dot_product_attention.default") == 1
+    )
+    assert set(report["counts"]) == {"row-local", "replaced"}
+
+
+CACHED = """
+import hashlib, json, sys
+import torch
+torch.manual_seed(0)
+m = torch.nn.Sequential(torch.nn.Linear(600, 64), torch.nn.LayerNorm(64)).eval()
+x = torch.randn(17, 600)
+out = []
+for options in json.loads(sys.argv[1]):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    f = torch.compile(m, backend="bi_ascend", dynamic=False, options=options)
+    with torch.no_grad():
+        bits = hashlib.sha256(f(x).numpy().tobytes()).hexdigest()
+    counts = torch._dynamo.utils.counters["inductor"]
+    out.append([bits, counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]])
+print(json.dumps(out))
+"""
+
+
+def test_caches(tmp_path: Path) -> None:
+    """A second process takes the graph from Inductor's cache, with the same bits; other options never get it."""
+    environ = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    every, some = {}, {"passes": ["layer_norm"], "on_unproven": "warn"}
+    (cold,) = json.loads(python(CACHED, json.dumps([every]), **environ).splitlines()[-1])
+    warm, other = json.loads(python(CACHED, json.dumps([every, some]), **environ).splitlines()[-1])
+    assert cold[1:] == [0, 1] and warm[1:] == [1, 0] and other[1:] == [0, 1]
+    assert warm[0] == cold[0] != other[0]
