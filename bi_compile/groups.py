@@ -48,8 +48,8 @@ class _Recorder:
         self.group, self.p, self.changes = group, p, changes
 
     def __call__(self, match: Match) -> bool:
-        # torch.compile(dynamic=True) may make a graph input of a Python number
-        if not all(isinstance(match.kwargs[name], (int, float)) for name in self.group.scalars):
+        # torch.compile(dynamic=True) may make a graph input of a Python number; a plain one stands in the form itself
+        if any(isinstance(match.kwargs.get(name), fx.Node) for name in self.group.scalars):
             return False
         if not _says_all(match):
             return False
