@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from .engines import environment, python
+from engines import environment, python
 
 Model = Callable[[str], Path]
 CONFIG = """

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .engines import PASS, python, requests
+from engines import PASS, python, requests
 
 Model = Callable[[str], Path]
 LONG = {"requests": 32, "batches": [2, 5, 16, 32], "prompt": [5, 300], "tokens": 8}
