@@ -1,6 +1,6 @@
 # make demo    what varies without the pass, and what does with it: real vLLM and torch.compile on this CPU
 # make test    the tests
-# make bench   tokens per second with and without the pass, on this CPU
+# make bench   what invariance costs on this CPU: products, vLLM end to end, compilation
 # make lint    ruff and mypy
 # make docs    docs/operators.md from the passes' tables
 #
@@ -23,7 +23,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 bench: $(READY)
-	$(BIN)/python -m bi_compile.demo.bench
+	$(BIN)/python -m bi_compile.bench
 
 lint: $(READY)
 	$(BIN)/ruff check .

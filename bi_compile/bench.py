@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -68,29 +66,23 @@ def product() -> None:
 def engine() -> None:
     """vLLM tokens per second with the pass against without, engines taking turns."""
     from .demo.models import make
+    from .demo.processes import run_module
 
     table = Table("dtype", "requests", "without, tok/s", "with, tok/s", "ratio", "differ without", "differ with", title="vLLM on the CPU, Qwen3-shaped, end to end")
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         model = make("qwen3", Path(folder) / "qwen3")
         for dtype in ("float32", "bfloat16"):
-            plan = {"model": str(model), "dtype": dtype, "batches": [1, 4, 16, 16, 16], "tokens": 32}
-            without, ours = (_engine({**plan, "compilation_config": c}) for c in ({}, {"custom_passes": ["bi_ascend"]}))
+            plan = {"model": str(model), "dtype": dtype, "batches": [1, 4, 16], "rounds": 3, "tokens": 32}
+            without, ours = (
+                run_module("bi_compile.demo.requests", {**plan, "compilation_config": c})[0] for c in ({}, {"custom_passes": ["bi_ascend"]})
+            )
             for size in ("1", "4", "16"):
                 a, b = without["batches"][size], ours["batches"][size]
                 ratios.append(b["tokens_per_second"] / a["tokens_per_second"])
                 table.add_row(dtype, size, f"{a['tokens_per_second']:.0f}", f"{b['tokens_per_second']:.0f}", f"{ratios[-1]:.2f}", str(a["logprobs"]), str(b["logprobs"]))
     console.print(table)
     console.print(f"engine: geometric mean of the ratios {geometric_mean(ratios):.2f}\n")
-
-
-def _engine(plan: dict[str, Any]) -> dict[str, Any]:
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, "-m", "bi_compile.demo.requests", json.dumps(plan)], capture_output=True, text=True, env=env, check=False)
-    line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
-    if line is None:
-        raise SystemExit(f"the engine failed:\n{(run.stdout + run.stderr)[-4000:]}")
-    return json.loads(line.removeprefix("RESULT "))
 
 
 def compilation() -> None:

@@ -7,10 +7,6 @@ Each case runs without the pass and with it, in a process of its own, one after 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.util import find_spec
@@ -22,16 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import HostError
+from .processes import ProcessFailed, run_module
 
-#: one vLLM process, quiet, offline, with room for a small model's keys and values
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-TIMEOUT = 1200.0
 NEEDS = {
     "vllm": "vLLM for the CPU",
     "transformers": "transformers",
@@ -87,30 +75,14 @@ def cases(folder: Path) -> list[Case]:
 
 
 def measure(module: str, plan: dict[str, Any]) -> Outcome:
-    """Run `python -m module plan` and read its RESULT line."""
-    command = [sys.executable, "-m", module, json.dumps(plan)]
+    """Run `python -m module plan` and read its result."""
     start = time.perf_counter()
     try:
-        done = subprocess.run(
-            command,
-            env=os.environ | ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT,
-        )
-        output, status = done.stdout, f"exit code {done.returncode}"
-    except subprocess.TimeoutExpired as error:
-        partly = error.stdout or ""
-        output = partly.decode(errors="replace") if isinstance(partly, bytes) else partly
-        status = f"no result after {TIMEOUT:.0f} s"
-    seconds = time.perf_counter() - start
-    line = next((text for text in reversed(output.splitlines()) if text.startswith("RESULT ")), None)
-    if line is None:
-        tail = "\n".join(output.splitlines()[-40:])
-        return Outcome(0, "failed", seconds, f"{' '.join(command)}\n{status}\n{tail}")
-    differ, text = read(json.loads(line.removeprefix("RESULT ")))
-    return Outcome(differ, text, seconds)
+        result, _ = run_module(module, plan)
+    except ProcessFailed as error:
+        return Outcome(0, "failed", time.perf_counter() - start, str(error))
+    differ, text = read(result)
+    return Outcome(differ, text, time.perf_counter() - start)
 
 
 def read(result: dict[str, Any]) -> tuple[int, str]:

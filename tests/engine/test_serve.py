@@ -1,6 +1,7 @@
 """`vllm serve` on loopback, with the engine core in a process of its own, and the OpenAI client."""
 
 import json
+import os
 import random
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 
-from engines import environment
+from bi_compile.demo.processes import ENVIRONMENT
 
 MODEL = "served"
 
@@ -37,7 +38,8 @@ def server(model: Callable[[str], Path], port: int, tmp_path: Path) -> Iterator[
         "--skip-tokenizer-init", "--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "32", "--no-enable-prefix-caching",
         "--compilation-config", json.dumps({"custom_passes": ["bi_ascend"]}),
     ]  # fmt: skip
-    env = environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", PYTHONPATH=str(info.parent), VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+    env = {**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    env |= {"PYTHONPATH": str(info.parent), "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     log = tmp_path / "log"
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env) as process:
         try:
