@@ -1,8 +1,8 @@
 """A compiler pass that makes LLM inference batch-invariant: the same bits whether a request runs alone or among others.
 
-    torch.compile(model, backend="bi_ascend")
-    LLM(model, compilation_config={"custom_passes": ["bi_ascend"]})
-    with bi_compile.invariant(): ...        # code that is not compiled
+torch.compile(model, backend="bi_ascend")
+LLM(model, compilation_config={"custom_passes": ["bi_ascend"]})
+with bi_compile.invariant(): ...        # code that is not compiled
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -162,7 +162,9 @@ def _in_a_table(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, 
 
 
 def _random(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    if isinstance(target, OpOverload) and (torch.Tag.nondeterministic_seeded in target.tags or str(target) in RANDOM_PRIMS):
+    if isinstance(target, OpOverload) and (
+        torch.Tag.nondeterministic_seeded in target.tags or str(target) in RANDOM_PRIMS
+    ):
         return Verdict.UNPROVEN, "draws random numbers, which follow a row's place in the batch"
     return None
 
@@ -250,7 +252,9 @@ class Report:
     def raise_objections(self) -> None:
         """Raise AuditError if there are objections."""
         if self.objections:
-            raise AuditError("this graph is not known to be batch-invariant:\n" + "\n".join(f"  {f}" for f in self.objections))
+            raise AuditError(
+                "this graph is not known to be batch-invariant:\n" + "\n".join(f"  {f}" for f in self.objections)
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {

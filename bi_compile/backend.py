@@ -83,7 +83,14 @@ def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline | No
     if pipeline is None:
         return compile_fx(gm, inputs)
     settings = dict(pipeline.target_of(gm.graph).inductor)
-    return compile_fx(gm, inputs, config_patches={**settings, "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass)})
+    return compile_fx(
+        gm,
+        inputs,
+        config_patches={
+            **settings,
+            "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass),
+        },
+    )
 
 
 def _other(options: Options) -> Callable[..., Compiled]:
@@ -95,5 +102,3 @@ def _other(options: Options) -> Callable[..., Compiled]:
         return lookup_backend(options.inner)(gm, inputs)
 
     return compile_with
-
-

@@ -1,6 +1,6 @@
 """What batch invariance costs on this machine: each number is a ratio of two timings of one run, above 1 is faster than the peer.
 
-    python -m bi_compile.bench [product] [engine] [compile]
+python -m bi_compile.bench [product] [engine] [compile]
 """
 
 from __future__ import annotations
@@ -45,7 +45,16 @@ def product() -> None:
     from . import ops
 
     ops.load_kernels("cpu")
-    table = Table("dtype", "K = N", "M", "torch ms", "bi_compile ms", "ratio", "torch varies", title=f"Product on the CPU, {torch.get_num_threads()} threads")
+    table = Table(
+        "dtype",
+        "K = N",
+        "M",
+        "torch ms",
+        "bi_compile ms",
+        "ratio",
+        "torch varies",
+        title=f"Product on the CPU, {torch.get_num_threads()} threads",
+    )
     ratios = []
     for dtype, k in itertools.product((torch.float32, torch.bfloat16), (1024, 4096)):
         torch.manual_seed(0)
@@ -58,7 +67,15 @@ def product() -> None:
             varies = not torch.equal(torch.mm(x, w)[:1], alone["torch"])
             theirs, ours = interleaved([lambda x=x, w=w: torch.mm(x, w), lambda x=x, w=w: ops.mm(x, w)])  # type: ignore[misc]
             ratios.append(theirs / ours)
-            table.add_row(str(dtype)[6:], str(k), str(m), f"{theirs * 1e3:.3f}", f"{ours * 1e3:.3f}", f"{theirs / ours:.2f}", "yes" if varies else "no")
+            table.add_row(
+                str(dtype)[6:],
+                str(k),
+                str(m),
+                f"{theirs * 1e3:.3f}",
+                f"{ours * 1e3:.3f}",
+                f"{theirs / ours:.2f}",
+                "yes" if varies else "no",
+            )
     console.print(table)
     console.print(f"product: geometric mean of the ratios {geometric_mean(ratios):.2f}\n")
 
@@ -68,19 +85,37 @@ def engine() -> None:
     from .demo.models import make
     from .demo.processes import run_module
 
-    table = Table("dtype", "requests", "without, tok/s", "with, tok/s", "ratio", "differ without", "differ with", title="vLLM on the CPU, Qwen3-shaped, end to end")
+    table = Table(
+        "dtype",
+        "requests",
+        "without, tok/s",
+        "with, tok/s",
+        "ratio",
+        "differ without",
+        "differ with",
+        title="vLLM on the CPU, Qwen3-shaped, end to end",
+    )
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         model = make("qwen3", Path(folder) / "qwen3")
         for dtype in ("float32", "bfloat16"):
             plan = {"model": str(model), "dtype": dtype, "batches": [1, 4, 16], "rounds": 3, "tokens": 32}
             without, ours = (
-                run_module("bi_compile.demo.requests", {**plan, "compilation_config": c})[0] for c in ({}, {"custom_passes": ["bi_ascend"]})
+                run_module("bi_compile.demo.requests", {**plan, "compilation_config": c})[0]
+                for c in ({}, {"custom_passes": ["bi_ascend"]})
             )
             for size in ("1", "4", "16"):
                 a, b = without["batches"][size], ours["batches"][size]
                 ratios.append(b["tokens_per_second"] / a["tokens_per_second"])
-                table.add_row(dtype, size, f"{a['tokens_per_second']:.0f}", f"{b['tokens_per_second']:.0f}", f"{ratios[-1]:.2f}", str(a["logprobs"]), str(b["logprobs"]))
+                table.add_row(
+                    dtype,
+                    size,
+                    f"{a['tokens_per_second']:.0f}",
+                    f"{b['tokens_per_second']:.0f}",
+                    f"{ratios[-1]:.2f}",
+                    str(a["logprobs"]),
+                    str(b["logprobs"]),
+                )
     console.print(table)
     console.print(f"engine: geometric mean of the ratios {geometric_mean(ratios):.2f}\n")
 
@@ -93,7 +128,15 @@ def compilation() -> None:
     from .options import Options
     from .pipeline import Pipeline
 
-    table = Table("layers", "nodes", "compilation s", "passes and audit s", "share", "ms a node", title="Compilation, Qwen3-shaped, Inductor, cold caches")
+    table = Table(
+        "layers",
+        "nodes",
+        "compilation s",
+        "passes and audit s",
+        "share",
+        "ms a node",
+        title="Compilation, Qwen3-shaped, Inductor, cold caches",
+    )
     for layers in (28, 112):
         config = Qwen3Config(
             hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -110,7 +153,14 @@ def compilation() -> None:
             compiled(torch.zeros(2, 8, dtype=torch.int64))
             whole = time.perf_counter() - start
         s = pipeline.summary
-        table.add_row(str(layers), str(s.nodes), f"{whole:.1f}", f"{s.seconds:.2f}", f"{s.seconds / whole:.1%}", f"{s.seconds / s.nodes * 1e3:.3f}")
+        table.add_row(
+            str(layers),
+            str(s.nodes),
+            f"{whole:.1f}",
+            f"{s.seconds:.2f}",
+            f"{s.seconds / whole:.1%}",
+            f"{s.seconds / s.nodes * 1e3:.3f}",
+        )
     console.print(table)
 
 

@@ -70,7 +70,9 @@ class Dump:
             except FileExistsError:
                 continue
             except OSError as error:
-                raise OptionError(f"dump_dir={str(self.folder)!r} cannot be written ({error.strerror}): name a folder that can") from error
+                raise OptionError(
+                    f"dump_dir={str(self.folder)!r} cannot be written ({error.strerror}): name a folder that can"
+                ) from error
         self.last = GraphDump(path, graph)
         return self.last
 
@@ -89,7 +91,11 @@ class GraphDump:
         self.latest = self.first
 
     def after(self, pass_name: str, graph: fx.Graph, changes: list[Change], seconds: float) -> None:
-        self.latest = self._write(pass_name, graph, f"The graph after the pass {pass_name}: {len(changes)} replaced in {seconds * 1e3:.1f} ms.")
+        self.latest = self._write(
+            pass_name,
+            graph,
+            f"The graph after the pass {pass_name}: {len(changes)} replaced in {seconds * 1e3:.1f} ms.",
+        )
         self.steps.append({"pass": pass_name, "seconds": seconds, "changes": [dataclasses.asdict(c) for c in changes]})
 
     def end(self, graph: fx.Graph) -> None:
@@ -103,16 +109,25 @@ class GraphDump:
         (self.path / name).write_text(text)
         trace = getattr(torch._logging, "trace_structured", None)
         if trace is not None:  # what `tlparse` shows
-            trace("artifact", metadata_fn=lambda: {"name": f"bi_compile_{self.path.name}_{name}", "encoding": "string"}, payload_fn=lambda: text)
+            trace(
+                "artifact",
+                metadata_fn=lambda: {"name": f"bi_compile_{self.path.name}_{name}", "encoding": "string"},
+                payload_fn=lambda: text,
+            )
         return text.splitlines()
 
 
 def program(graph: fx.Graph, title: str, name: str) -> str:
     """A Python program that runs `graph` on random inputs."""
     code = graph.python_code(root_module="self")
-    header, _, body = code.src.lstrip().partition("\n")
+    _, _, body = code.src.lstrip().partition("\n")
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    namespaces = {t.split(".")[0] for t in (str(n.target) for n in graph.nodes if n.op == "call_function")} - {"aten", "prims", "bi_compile", "inductor"}
+    namespaces = {t.split(".")[0] for t in (str(n.target) for n in graph.nodes if n.op == "call_function")} - {
+        "aten",
+        "prims",
+        "bi_compile",
+        "inductor",
+    }
     foreign = sorted(ns for ns in namespaces if not ns.startswith(("<", "_")) and hasattr(torch.ops, ns))
     constants = [n for n in graph.nodes if n.op == "get_attr"]
     needs = f" It needs the operators of {', '.join(foreign)} registered." if foreign else ""
@@ -153,7 +168,7 @@ def _make(node: fx.Node) -> str:
     v = node.meta.get("val")
     if isinstance(v, Tensor):
         size, stride = [_hint(n) for n in v.shape], [_hint(n) for n in v.stride()]
-        fill = f".normal_(std=0.1)" if v.is_floating_point() else ".zero_()"
+        fill = ".normal_(std=0.1)" if v.is_floating_point() else ".zero_()"
         return f"torch.empty_strided({size}, {stride}, dtype={v.dtype}, device={str(v.device)!r}){fill}"
     leaves = pytree.tree_leaves(v)
     return str(_hint(leaves[0])) if leaves and isinstance(leaves[0], (int, SymInt)) else repr(v)

@@ -37,7 +37,9 @@ class EagerFallback:
     @property
     def operators(self) -> list[str]:
         """The overloads that are replaced at the dispatcher while installed."""
-        return sorted(str(op) for op, (entry, _) in self.table.by_overload.items() if entry.eager and self._has_kernel(op))
+        return sorted(
+            str(op) for op, (entry, _) in self.table.by_overload.items() if entry.eager and self._has_kernel(op)
+        )
 
     def _has_kernel(self, op: OpOverload) -> bool:
         """Not so a composite that autograd sees through: it calls others, which are in the table themselves."""
@@ -54,10 +56,18 @@ class EagerFallback:
                 if not entry.eager or not self._has_kernel(op):
                     continue
                 original = torch.library.get_kernel(op, key)
-                ns = libraries.setdefault(op.namespace, library if op.namespace == "aten" else torch.library.Library(op.namespace, "IMPL"))
+                ns = libraries.setdefault(
+                    op.namespace, library if op.namespace == "aten" else torch.library.Library(op.namespace, "IMPL")
+                )
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
-                    ns.impl(op.name().partition("::")[2], _kernel(op, entry, replacement, original), key, with_keyset=True, allow_override=True)
+                    ns.impl(
+                        op.name().partition("::")[2],
+                        _kernel(op, entry, replacement, original),
+                        key,
+                        with_keyset=True,
+                        allow_override=True,
+                    )
         except BaseException:
             for lib in libraries.values():
                 lib._destroy()

@@ -54,7 +54,11 @@ class _Recorder:
         if not _says_all(match):
             return False
         last = match.output_node() if match.output_nodes() else match.nodes[-1]
-        self.changes.append(Change(last.name, self.group.name, self.p.name, (f"bi_compile.{self.group.name}.default",), source_line(last)))
+        self.changes.append(
+            Change(
+                last.name, self.group.name, self.p.name, (f"bi_compile.{self.group.name}.default",), source_line(last)
+            )
+        )
         return True
 
 
@@ -95,7 +99,7 @@ def replace(graph: fx.Graph, p: type[Pass], stage: str) -> list[Change]:
     """Replace the pass's groups in `graph`; returns what was done."""
     if not p.groups:
         return []
-    matcher, changes = _matcher(p, stage)
+    matcher, changes = _matcher(p, stage)  # type: ignore[arg-type]  # a class is hashable
     changes.clear()
     _spell_alike(graph)
     if matcher.apply(graph):

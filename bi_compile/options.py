@@ -45,10 +45,18 @@ class Options:
             raise OptionError(f"on_unproven={self.on_unproven!r}: it is {' or '.join(map(repr, ON_UNPROVEN))}")
         if self.target is not None:
             get_target(self.target)
-        if not isinstance(self.trust, Mapping) or not all(isinstance(s, str) and s for item in self.trust.items() for s in item):
-            raise OptionError(f'trust={self.trust!r}: it maps an operator to the reason why it is invariant, as in {{"ns::op": "reason"}}')
-        if self.batch is not None and not (isinstance(self.batch, Mapping) and all(type(v) is int for v in self.batch.values())):
-            raise OptionError(f'batch={self.batch!r}: it maps an input of the graph to its batch dimension, as in {{"x": 0}}')
+        if not isinstance(self.trust, Mapping) or not all(
+            isinstance(s, str) and s for item in self.trust.items() for s in item
+        ):
+            raise OptionError(
+                f'trust={self.trust!r}: it maps an operator to the reason why it is invariant, as in {{"ns::op": "reason"}}'
+            )
+        if self.batch is not None and not (
+            isinstance(self.batch, Mapping) and all(type(v) is int for v in self.batch.values())
+        ):
+            raise OptionError(
+                f'batch={self.batch!r}: it maps an input of the graph to its batch dimension, as in {{"x": 0}}'
+            )
         resolve_passes(self.passes)
         if self.inner != "inductor":
             _check_inner(self.inner)
@@ -68,7 +76,9 @@ def read_options(given: Mapping[str, Any] | None, **fixed: Any) -> Options:
     known = [f.name for f in dataclasses.fields(Options)]
     unknown = [k for k in given if k not in known or k in fixed]
     if unknown:
-        raise OptionError(f"unknown option {', '.join(map(repr, unknown))}: bi_compile knows {', '.join(k for k in known if k not in fixed)}")
+        raise OptionError(
+            f"unknown option {', '.join(map(repr, unknown))}: bi_compile knows {', '.join(k for k in known if k not in fixed)}"
+        )
     values = {**given, **fixed}
     if "passes" in values:
         values["passes"] = _names(values["passes"])
@@ -113,7 +123,9 @@ def resolve_passes(names: Sequence[str]) -> list[type[Pass]]:
         elif ":" in name:
             found.append(_users_pass(name))
         else:
-            raise OptionError(f'unknown pass {name!r}: known are {", ".join(pass_names())}, or "package.module:object" for one of yours')
+            raise OptionError(
+                f'unknown pass {name!r}: known are {", ".join(pass_names())}, or "package.module:object" for one of yours'
+            )
     return list(dict.fromkeys(found))
 
 
@@ -122,7 +134,9 @@ def _users_pass(name: str) -> type[Pass]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever a user's module does at import
-        raise OptionError(f"the pass {name!r} cannot be imported ({error}): known are {', '.join(pass_names())}, or \"package.module:object\"") from error
+        raise OptionError(
+            f'the pass {name!r} cannot be imported ({error}): known are {", ".join(pass_names())}, or "package.module:object"'
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise OptionError(f"{name!r} is {found!r}, which is no subclass of bi_compile.Pass")
     return found
@@ -133,7 +147,9 @@ def _check_inner(name: str) -> None:
 
     known = list_backends(exclude_tags=())
     if name not in known:
-        raise OptionError(f"inner={name!r}: known are {', '.join(['inductor', *(b for b in known if b != 'inductor')])}")
+        raise OptionError(
+            f"inner={name!r}: known are {', '.join(['inductor', *(b for b in known if b != 'inductor')])}"
+        )
 
 
 def _check_writable(folder: Path) -> None:
@@ -141,4 +157,6 @@ def _check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # a name of its own: several processes may look at once
     except OSError as error:
-        raise OptionError(f"dump_dir={str(folder)!r} cannot be written ({error.strerror}): name a folder that can") from error
+        raise OptionError(
+            f"dump_dir={str(folder)!r} cannot be written ({error.strerror}): name a folder that can"
+        ) from error

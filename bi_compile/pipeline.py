@@ -17,12 +17,10 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
-
 
 from .audit import Finding, Knowledge, Report, audit
 from .dump import Dump
@@ -48,6 +46,7 @@ class Summary:
 
     def line(self) -> str:
         """One line for a log."""
+
         def listed(counts: Mapping[str, int]) -> str:
             return ", ".join(f"{n} {op}" for op, n in sorted(counts.items())) or "none"
 
@@ -72,14 +71,19 @@ class Pipeline:
     @functools.cache  # noqa: B019 - a pipeline lives as long as the process
     def knowledge(self, target: str) -> Knowledge:
         """The tables for the target of that name. Raises TableError where the passes do not go together."""
-        return Knowledge(get_target(target), Table(self.passes, target), Table(resolve_passes([ALL]), target), self.options.trust)
+        return Knowledge(
+            get_target(target), Table(self.passes, target), Table(resolve_passes([ALL]), target), self.options.trust
+        )
 
     def target_of(self, graph: fx.Graph) -> Target:
         """The target of the options, or that of the device on which the graph's tensors lie."""
         if self.options.target:
             return get_target(self.options.target)
         devices = Counter(
-            leaf.device.type for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)
+            leaf.device.type
+            for node in graph.nodes
+            for leaf in pytree.tree_leaves(node.meta.get("val"))
+            if isinstance(leaf, torch.Tensor)
         )
         # a graph for an accelerator may hold a few tensors of the host
         found = [d for d, _ in devices.most_common() if d != "cpu"] or ["cpu"]
@@ -144,7 +148,9 @@ class Pipeline:
 def _package_digest() -> str:
     h = hashlib.sha256(torch.__version__.encode())
     root = Path(__file__).parent
-    for path in sorted([*root.rglob("*.py"), *root.rglob("*.cpp"), *root.rglob("*.h"), *(root / "passes").glob("*.py")]):
+    for path in sorted(
+        [*root.rglob("*.py"), *root.rglob("*.cpp"), *root.rglob("*.h"), *(root / "passes").glob("*.py")]
+    ):
         h.update(path.name.encode() + path.read_bytes())
     return h.hexdigest()
 

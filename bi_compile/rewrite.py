@@ -40,7 +40,9 @@ class Change:
 
 def source_line(node: fx.Node) -> str:
     """File and line of the user's program that the node came from; the empty string where it is not known."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
+    ]
     return lines[-1].removeprefix("File ").replace('"', "") if lines else ""
 
 
@@ -74,7 +76,9 @@ def values_of(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return fx.map_arg((node.args, node.kwargs), value_of)  # type: ignore[return-value]
 
 
-def rewrite(graph: fx.Graph, table: Table, pass_name: str, decompositions: Decompositions | None = None) -> list[Change]:
+def rewrite(
+    graph: fx.Graph, table: Table, pass_name: str, decompositions: Decompositions | None = None
+) -> list[Change]:
     """Replace every node whose operator `pass_name` has in `table`; returns what was done, in the graph's order.
 
     decompositions: applied to what the replacements call, for a graph that has been decomposed already.
@@ -97,7 +101,14 @@ def rewrite(graph: fx.Graph, table: Table, pass_name: str, decompositions: Decom
 def _signature(x: Any) -> Any:
     """What decides how a replacement is traced."""
     if isinstance(x, Tensor):
-        return ("tensor", x.dtype, str(x.device), x.shape and tuple(map(str, x.shape)), tuple(map(str, x.stride())), x.requires_grad)
+        return (
+            "tensor",
+            x.dtype,
+            str(x.device),
+            x.shape and tuple(map(str, x.shape)),
+            tuple(map(str, x.stride())),
+            x.requires_grad,
+        )
     return (type(x).__name__, str(x))
 
 
@@ -197,8 +208,14 @@ def _fit(graph: fx.Graph, node: fx.Node, entry: Entry, result: Any, mode: FakeTe
             fitted.append(g)
             continue
         if not isinstance(v, Tensor):
-            raise RewriteError(f"{_place(node, entry)}: output {i} is {w.dtype}{list(w.shape)}, but the replacement gives {v!r}")
-        if w.dtype != v.dtype or len(w.shape) != len(v.shape) or any(str(a) != str(b) and _surely_differ(a, b) for a, b in zip(w.shape, v.shape, strict=True)):
+            raise RewriteError(
+                f"{_place(node, entry)}: output {i} is {w.dtype}{list(w.shape)}, but the replacement gives {v!r}"
+            )
+        if (
+            w.dtype != v.dtype
+            or len(w.shape) != len(v.shape)
+            or any(str(a) != str(b) and _surely_differ(a, b) for a, b in zip(w.shape, v.shape, strict=True))
+        ):
             raise RewriteError(
                 f"{_place(node, entry)}: output {i} is {w.dtype}{list(w.shape)}, but the replacement gives {v.dtype}{list(v.shape)}"
             )
@@ -228,7 +245,9 @@ def stride_order(x: Tensor) -> list[int]:
 def _restride(graph: fx.Graph, node: fx.Node, entry: Entry, g: fx.Node, want: Tensor, mode: FakeTensorMode) -> fx.Node:
     have = value_of(g)
     sizes = [(n, a, b) for n, a, b in zip(want.shape, want.stride(), have.stride(), strict=True) if str(n) != "1"]
-    if all(str(a) == str(b) for _, a, b in sizes) or not torch._prims_common.is_non_overlapping_and_dense_or_false(want):
+    if all(str(a) == str(b) for _, a, b in sizes) or not torch._prims_common.is_non_overlapping_and_dense_or_false(
+        want
+    ):
         return g
     order = stride_order(want)
     if order == list(range(want.dim())):
@@ -257,7 +276,9 @@ def _replace_uses(graph: fx.Graph, node: fx.Node, result: Any) -> None:
                 user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index,arg-type]
                 graph.erase_node(user)
     if node.users:
-        raise RewriteError(f"{node.name} ({node.target}) is used as a whole by {', '.join(u.name for u in node.users)}: it has several outputs")
+        raise RewriteError(
+            f"{node.name} ({node.target}) is used as a whole by {', '.join(u.name for u in node.users)}: it has several outputs"
+        )
     graph.erase_node(node)
 
 

@@ -36,7 +36,9 @@ def batch_dimensions(graph: fx.Graph, named: Mapping[str, int] | None = None) ->
     for name, dim in named.items():
         value = _value(inputs[name]) if name in inputs else None
         if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
-            raise OptionError(f"batch={{{name!r}: {dim}}}: the graph has no input {name!r} with a dimension {dim}; its inputs are {', '.join(inputs)}")
+            raise OptionError(
+                f"batch={{{name!r}: {dim}}}: the graph has no input {name!r} with a dimension {dim}; its inputs are {', '.join(inputs)}"
+            )
         dims[inputs[name]] = frozenset({dim % value.dim()})
     for node in graph.nodes:
         if node not in dims:
@@ -71,7 +73,9 @@ def _value(node: fx.Node) -> Any:
 def _holding(value: Any, symbols: set[Any]) -> frozenset[int]:
     if not isinstance(value, Tensor):
         return frozenset()
-    return frozenset(i for i, n in enumerate(value.shape) if isinstance(n, SymInt) and n.node.expr.free_symbols & symbols)
+    return frozenset(
+        i for i, n in enumerate(value.shape) if isinstance(n, SymInt) and n.node.expr.free_symbols & symbols
+    )
 
 
 def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
@@ -90,7 +94,12 @@ median mode count_nonzero""".split()
 #: operator -> dimensions of its first argument that it combines
 _CONTRACT = {"mm": (1,), "addmm": (1,), "bmm": (2,), "baddbmm": (2,), "dot": (0,), "mv": (1,)}
 #: operator -> dimensions of its first argument that it normalises over, counted from the end or the start
-_NORMALISE = {"rms_norm": slice(-1, None), "add_rms_norm": slice(-1, None), "layer_norm": slice(-1, None), "group_norm": slice(1, None)}
+_NORMALISE = {
+    "rms_norm": slice(-1, None),
+    "add_rms_norm": slice(-1, None),
+    "layer_norm": slice(-1, None),
+    "group_norm": slice(1, None),
+}
 
 
 def mixed_dimension(node: fx.Node, batch: BatchDims) -> str | None:
@@ -98,7 +107,9 @@ def mixed_dimension(node: fx.Node, batch: BatchDims) -> str | None:
     if not isinstance(node.target, OpOverload) or node.target.namespace not in ("aten", "prims", NAMESPACE):
         return None
     packet = node.target._overloadpacket.__name__
-    first = next((a for a in (node.args[1:] if packet in ("addmm", "baddbmm") else node.args) if isinstance(a, fx.Node)), None)
+    first = next(
+        (a for a in (node.args[1:] if packet in ("addmm", "baddbmm") else node.args) if isinstance(a, fx.Node)), None
+    )
     if first is None or not batch.get(first) or not isinstance(_value(first), Tensor):
         return None
     rank = _value(first).dim()
@@ -106,9 +117,17 @@ def mixed_dimension(node: fx.Node, batch: BatchDims) -> str | None:
         reduced: Sequence[int] = _CONTRACT[packet]
     elif packet in _NORMALISE and node.target.namespace == NAMESPACE:
         reduced = range(rank)[_NORMALISE[packet]]
-    elif packet in _REDUCE and not (packet in ("max", "min") and len([a for a in node.args if isinstance(a, fx.Node)]) > 1):
+    elif packet in _REDUCE and not (
+        packet in ("max", "min") and len([a for a in node.args if isinstance(a, fx.Node)]) > 1
+    ):
         dim = _argument(node, "dim", _argument(node, "dims"))
-        reduced = range(rank) if dim is None or dim == [] else [d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])] if rank else []
+        reduced = (
+            range(rank)
+            if dim is None or dim == []
+            else [d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+            if rank
+            else []
+        )
     else:
         return None
     hit = sorted(set(reduced) & batch[first])
@@ -119,13 +138,14 @@ def mixed_dimension(node: fx.Node, batch: BatchDims) -> str | None:
 
 # -- following a named dimension through static shapes --------------------------------------------------------------
 
+
 def _same(node: fx.Node, source: fx.Node, dims: frozenset[int]) -> frozenset[int]:
     return dims
 
 
 def _align_right(node: fx.Node, source: fx.Node, dims: frozenset[int]) -> frozenset[int]:
     shift = _value(node).dim() - _value(source).dim()
-    return frozenset(d + shift for d in dims if 0 <= d + shift)
+    return frozenset(d + shift for d in dims if d + shift >= 0)
 
 
 def _permuted(node: fx.Node, source: fx.Node, dims: frozenset[int]) -> frozenset[int]:
@@ -163,7 +183,7 @@ def _viewed(node: fx.Node, source: fx.Node, dims: frozenset[int]) -> frozenset[i
         # a dimension of size 1 carries nothing where there are others
         group_old, group_new = ([d for d in g if x[d] != 1] or g for g, x in ((group_old, old), (group_new, new)))
         hit = [d for d in group_old if d in dims]
-        if hit and len(group_old) == 1 or hit and hit[0] == group_old[0]:
+        if (hit and len(group_old) == 1) or (hit and hit[0] == group_old[0]):
             # the outermost of a merged or split group carries the rows; a merged one carries them in all
             found.add(group_new[0])
         elif hit:
@@ -176,7 +196,11 @@ def _dropped(node: fx.Node, source: fx.Node, dims: frozenset[int]) -> frozenset[
     if _value(node).dim() == rank:
         return dims
     dim = _argument(node, "dim")
-    gone = {d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim if dim is not None else 0])} if rank else set()
+    gone = (
+        {d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim if dim is not None else 0])}
+        if rank
+        else set()
+    )
     if node.target._overloadpacket.__name__ == "squeeze":  # type: ignore[union-attr]
         gone = {d for d in (gone if dim is not None else range(rank)) if _value(source).shape[d] == 1}
     kept = [d for d in range(rank) if d not in gone]
@@ -205,7 +229,7 @@ def _follow(node: fx.Node, dims: BatchDims) -> frozenset[int]:
         return frozenset()
     packet = node.target._overloadpacket.__name__ if isinstance(node.target, OpOverload) else ""
     if packet in _PRODUCTS:
-        a, b = (node.args[1:3] if packet in ("addmm", "baddbmm") else node.args[:2])
+        a, b = node.args[1:3] if packet in ("addmm", "baddbmm") else node.args[:2]
         last = value.dim() - 1
         rows = {d for d in dims.get(a, ()) if d < last}  # type: ignore[arg-type]
         return frozenset(rows | {d for d in dims.get(b, ()) if d == last or d < last - 1})  # type: ignore[arg-type]
@@ -214,7 +238,13 @@ def _follow(node: fx.Node, dims: BatchDims) -> frozenset[int]:
     flow = _FLOW.get(packet)
     if flow is not None:
         return flow(node, sources[0], dims[sources[0]])
-    if isinstance(node.target, OpOverload) and torch.Tag.pointwise not in node.target.tags and packet not in ("expand", "clone", "cat"):
+    if (
+        isinstance(node.target, OpOverload)
+        and torch.Tag.pointwise not in node.target.tags
+        and packet not in ("expand", "clone", "cat")
+    ):
         # an operator of which nothing more is known: a dimension stays where its size does
-        return frozenset(d for s in sources for d in dims[s] if d < value.dim() and value.shape[d] == _value(s).shape[d])
+        return frozenset(
+            d for s in sources for d in dims[s] if d < value.dim() and value.shape[d] == _value(s).shape[d]
+        )
     return frozenset().union(*(_align_right(node, s, dims[s]) for s in sources))

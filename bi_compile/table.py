@@ -181,7 +181,7 @@ class Pass:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not isinstance(getattr(cls, "name", None), str):
-            raise TableError(f"the pass {cls.__qualname__} has no name: give it `name = \"...\"`")
+            raise TableError(f'the pass {cls.__qualname__} has no name: give it `name = "..."`')
         found: list[Entry] = []
         for attribute in vars(cls).values():
             # a list holds functions that were made from a list of names

@@ -1,14 +1,14 @@
 """The passes, in the order in which they run. Each file is a table: operator, replacement, why, source.
 
-    add_rms_norm      residual add and RMS normalisation in one operator
-    rms_norm          RMS normalisation, whole or taken apart
-    layer_norm        layer and group normalisation
-    softmax           softmax and log_softmax, whole or taken apart
-    reductions        sum, mean, var, std, norms, logsumexp, cumsum
-    attention         scaled dot product attention
-    matmul_allreduce  products fused with a collective, and the collectives that add up
-    matmul            products
-    pointwise         functions that a CPU computes differently by an element's place in memory
+add_rms_norm      residual add and RMS normalisation in one operator
+rms_norm          RMS normalisation, whole or taken apart
+layer_norm        layer and group normalisation
+softmax           softmax and log_softmax, whole or taken apart
+reductions        sum, mean, var, std, norms, logsumexp, cumsum
+attention         scaled dot product attention
+matmul_allreduce  products fused with a collective, and the collectives that add up
+matmul            products
+pointwise         functions that a CPU computes differently by an element's place in memory
 """
 
 from .add_rms_norm import AddRmsNorm
@@ -23,4 +23,4 @@ from .softmax import Softmax
 
 PASSES = (AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, Pointwise)
 
-__all__ = ["PASSES", *(p.__name__ for p in PASSES)]  # noqa: PLE0604
+__all__ = ["PASSES", *(p.__name__ for p in PASSES)]

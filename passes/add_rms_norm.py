@@ -23,7 +23,11 @@ class AddRmsNorm(Pass):
     def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
         return ops.add_rms_norm(x1, x2, gamma, epsilon)
 
-    @replaces("vllm_ir.fused_add_rms_norm.default", why=WHY, source="vllm/ir/ops/layernorm.py: lowered to a kernel or to a mean that the compiler tiles")
+    @replaces(
+        "vllm_ir.fused_add_rms_norm.default",
+        why=WHY,
+        source="vllm/ir/ops/layernorm.py: lowered to a kernel or to a mean that the compiler tiles",
+    )
     def fused_add_rms_norm(
         x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
     ) -> tuple[Tensor, Tensor]:

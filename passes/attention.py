@@ -11,12 +11,16 @@ from bi_compile.table import Pass, replaces
 
 aten = torch.ops.aten
 WHY = "the keys are split over thread blocks by how many queries there are, and the parts' sums follow the split"
-SOURCE = "FlashAttention's num_splits heuristic; aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (split sizes by length)"
+SOURCE = (
+    "FlashAttention's num_splits heuristic; aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (split sizes by length)"
+)
 
 
 def _no_dropout(dropout_p: float) -> None:
     if dropout_p:
-        raise NotImplementedError(f"dropout_p={dropout_p}: which elements drop follows a row's place in the batch; use dropout_p=0 (model.eval())")
+        raise NotImplementedError(
+            f"dropout_p={dropout_p}: which elements drop follows a row's place in the batch; use dropout_p=0 (model.eval())"
+        )
 
 
 def _none(x: Tensor, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -78,7 +82,17 @@ class Attention(Pass):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int, Tensor, Tensor, Tensor]:  # fmt: skip
         _no_dropout(dropout_p)
         out, lse = ops.scaled_dot_product_attention(query, key, value, None, is_causal, scale=scale)
-        return out, lse, None, None, query.shape[2], key.shape[2], _none(query, 2, dtype=torch.uint64), _none(query, dtype=torch.uint64), query.new_empty([0])
+        return (
+            out,
+            lse,
+            None,
+            None,
+            query.shape[2],
+            key.shape[2],
+            _none(query, 2, dtype=torch.uint64),
+            _none(query, dtype=torch.uint64),
+            query.new_empty([0]),
+        )
 
     @replaces(aten._scaled_dot_product_cudnn_attention.default, why=WHY, source=SOURCE)
     def cudnn(
@@ -94,5 +108,7 @@ class Attention(Pass):
         query: Tensor, key: Tensor, value: Tensor, attn_bias: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
         return_debug_mask: bool = False, *, scale: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        out, lse, *rest = Attention.cudnn(query, key, value, attn_bias, True, dropout_p, is_causal, return_debug_mask, scale=scale)
+        out, lse, *rest = Attention.cudnn(
+            query, key, value, attn_bias, True, dropout_p, is_causal, return_debug_mask, scale=scale
+        )
         return out, lse.squeeze(-1), *rest

@@ -42,7 +42,11 @@ class LayerNorm(Pass):
         ),
     )
 
-    @replaces(aten.native_layer_norm.default, why="mean and variance are summed in an order that follows the number of rows", source=SOURCE)
+    @replaces(
+        aten.native_layer_norm.default,
+        why="mean and variance are summed in an order that follows the number of rows",
+        source=SOURCE,
+    )
     def native_layer_norm(
         input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +59,11 @@ class LayerNorm(Pass):
             mean, rstd = mean.to(dtype), rstd.to(dtype)
         return y.view(input.shape), mean.view(stat), rstd.view(stat)
 
-    @replaces(aten.native_group_norm.default, why="a group's statistics are summed in an order that follows the number of rows", source=SOURCE)
+    @replaces(
+        aten.native_group_norm.default,
+        why="a group's statistics are summed in an order that follows the number of rows",
+        source=SOURCE,
+    )
     def native_group_norm(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, group: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives  # noqa: F401 - registers _c10d_functional
+import torch.distributed._functional_collectives
 from torch import Tensor
 
 from bi_compile import ops
@@ -50,13 +50,21 @@ class MatmulAllreduce(Pass):
         moved = tensor.movedim(dim, 0).contiguous()
         return ops.reduce_scatter(moved, "sum", world_size, _vllm_group(group_name)).movedim(0, dim).contiguous()
 
-    @replaces("symm_mem.fused_matmul_reduce_scatter.default", why="a product and a sum over ranks, both cut by the number of rows", source="torch/distributed/_symmetric_memory")
+    @replaces(
+        "symm_mem.fused_matmul_reduce_scatter.default",
+        why="a product and a sum over ranks, both cut by the number of rows",
+        source="torch/distributed/_symmetric_memory",
+    )
     def fused_matmul_reduce_scatter(A: Tensor, B: Tensor, reduce_op: str, scatter_dim: int, group_name: str) -> Tensor:
         y = ops.mm(A.reshape(-1, A.shape[-1]), B).view(*A.shape[:-1], B.shape[1]).movedim(scatter_dim, 0).contiguous()
         size = torch.distributed.distributed_c10d._resolve_process_group(group_name).size()
         return ops.reduce_scatter(y, reduce_op, size, group_name).movedim(0, scatter_dim)
 
-    @replaces("symm_mem.fused_all_gather_matmul.default", why="products cut by the number of rows", source="torch/distributed/_symmetric_memory")
+    @replaces(
+        "symm_mem.fused_all_gather_matmul.default",
+        why="products cut by the number of rows",
+        source="torch/distributed/_symmetric_memory",
+    )
     def fused_all_gather_matmul(
         A: Tensor, Bs: list[Tensor], gather_dim: int, group_name: str, *, return_A: bool = True
     ) -> tuple[Tensor | None, list[Tensor]]:
@@ -66,14 +74,20 @@ class MatmulAllreduce(Pass):
         products = [ops.mm(whole.reshape(-1, whole.shape[-1]), B).view(*whole.shape[:-1], B.shape[1]) for B in Bs]
         return (whole if return_A else None), products
 
-    @replaces("npu.npu_mm_all_reduce_base.default", why="product and collective are cut into turns by the number of rows", source="vllm-ascend PR 6910 switches it off")
+    @replaces(
+        "npu.npu_mm_all_reduce_base.default",
+        why="product and collective are cut into turns by the number of rows",
+        source="vllm-ascend PR 6910 switches it off",
+    )
     def npu_mm_all_reduce_base(
         x1: Tensor, x2: Tensor, hcom: str, *, reduce_op: str = "sum", bias: Tensor | None = None, x3: Tensor | None = None,
         comm_turn: int = 0, **quantised: Any,
     ) -> Tensor:  # fmt: skip
         given = [k for k, v in quantised.items() if v not in (None, 0)]
         if given:
-            raise NotImplementedError(f"npu_mm_all_reduce_base with {', '.join(given)}: only products without quantisation have an invariant form")
+            raise NotImplementedError(
+                f"npu_mm_all_reduce_base with {', '.join(given)}: only products without quantisation have an invariant form"
+            )
         x = x1.reshape(-1, x1.shape[-1])
         y = ops.mm(x, x2) if bias is None else ops.addmm(bias, x, x2)
         y = y.view(*x1.shape[:-1], x2.shape[1])

@@ -16,7 +16,10 @@ EAGER = ("cpu_eager",)
 SMALL = "a tensor of one or two elements is computed by scalar code, which rounds differently"
 SMALL_SOURCE = "measured under Inductor, torch 2.13: 30 functions of 1, 2, 3, 7 and 15 elements against 600"
 SMALL_FUNCTIONS = (
-    *(f"{name}.default" for name in "acos acosh asin asinh atan atanh atan2 cos cosh erf erfc exp exp2 expm1 log log10 log1p log2".split()),
+    *(
+        f"{name}.default"
+        for name in "acos acosh asin asinh atan atanh atan2 cos cosh erf erfc exp exp2 expm1 log log10 log1p log2".split()
+    ),
     *(f"{name}.default" for name in "sigmoid sin sinh tan tanh".split()),
     *(f"pow.{overload}" for overload in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")),
 )
@@ -27,7 +30,11 @@ def _not_float(*args: Any, **kwargs: Any) -> bool:
 
 
 def _plain_sum(self: Tensor, other: Any, *, alpha: float = 1) -> bool:
-    return alpha == 1 or not isinstance(other, Tensor) or torch.result_type(self, other) not in (torch.bfloat16, torch.float16)
+    return (
+        alpha == 1
+        or not isinstance(other, Tensor)
+        or torch.result_type(self, other) not in (torch.bfloat16, torch.float16)
+    )
 
 
 def _small(self: Any, *args: Any) -> bool:
@@ -38,7 +45,7 @@ def _small(self: Any, *args: Any) -> bool:
 
 def _in_a_vector(name: str) -> Any:
     """The function of eight equal elements, of which one is kept: eight are computed in vector code."""
-    op = find_operator(name)
+    op: Any = find_operator(name)
 
     @replaces(name, unless=lambda *args: not _small(*args), why=SMALL, source=SMALL_SOURCE, targets=("cpu",))
     def function(*args: Any) -> Tensor:
@@ -72,7 +79,9 @@ class Pointwise(Pass):
 
     small = [_in_a_vector(f"aten.{name}") for name in SMALL_FUNCTIONS]
     unary = [_unary(f"aten.{name}.default") for name in "atanh cosh exp2 mish rsqrt sigmoid silu sinh".split()]
-    binary = [_binary(f"aten.{name}") for name in "pow.Tensor_Tensor atan2.default logaddexp.default hypot.default".split()]
+    binary = [
+        _binary(f"aten.{name}") for name in "pow.Tensor_Tensor atan2.default logaddexp.default hypot.default".split()
+    ]
 
     @replaces(aten.gelu.default, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
     def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:
@@ -90,7 +99,13 @@ class Pointwise(Pass):
     def elu(self: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
         return ops.pointwise("aten.elu.default", [self], [alpha, scale, input_scale])
 
-    @replaces(aten.pow.Tensor_Scalar, unless=lambda self, exponent: _not_float(self) or exponent == 2, why=WHY, source=SOURCE, targets=EAGER)
+    @replaces(
+        aten.pow.Tensor_Scalar,
+        unless=lambda self, exponent: _not_float(self) or exponent == 2,
+        why=WHY,
+        source=SOURCE,
+        targets=EAGER,
+    )
     def pow_scalar(self: Tensor, exponent: float) -> Tensor:
         return ops.pointwise("aten.pow.Tensor_Scalar", [self], [exponent])
 
@@ -105,4 +120,3 @@ class Pointwise(Pass):
     @replaces(aten.sub.Tensor, unless=_plain_sum, why=WHY, source=SOURCE, targets=EAGER, eager=False)
     def sub(self: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
         return ops.pointwise("aten.sub.Tensor", [self, other], [alpha])
-

@@ -60,11 +60,15 @@ class Reductions(Pass):
         return ops.mean(_float(self, dtype), _dims(dim), keepdim, dtype=dtype)
 
     @replaces(aten.var_mean.correction, why=WHY, source=SOURCE)
-    def var_mean(self: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    def var_mean(
+        self: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
+    ) -> tuple[Tensor, Tensor]:
         return ops.var_mean(self, _dims(dim), 1 if correction is None else correction, keepdim)
 
     @replaces(aten.std_mean.correction, why=WHY, source=SOURCE)
-    def std_mean(self: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    def std_mean(
+        self: Tensor, dim: Dims = None, *, correction: float | None = None, keepdim: bool = False
+    ) -> tuple[Tensor, Tensor]:
         variance, mean = ops.var_mean(self, _dims(dim), 1 if correction is None else correction, keepdim)
         return variance.sqrt(), mean
 
@@ -109,6 +113,11 @@ class Reductions(Pass):
     def logsumexp(self: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
         return ops.logsumexp(_float(self, torch.get_default_dtype()), _dims(dim), keepdim)
 
-    @replaces(aten.cumsum.default, unless=_exact, why="a scan is cut into parts by its length and the number of rows", source="aten/src/ATen/native/cuda/ScanUtils.cuh")
+    @replaces(
+        aten.cumsum.default,
+        unless=_exact,
+        why="a scan is cut into parts by its length and the number of rows",
+        source="aten/src/ATen/native/cuda/ScanUtils.cuh",
+    )
     def cumsum(self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
         return ops.cumsum(_float(self, dtype), dim, dtype=dtype)

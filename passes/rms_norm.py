@@ -32,7 +32,9 @@ class RmsNorm(Pass):
     )
 
     @replaces("aten._fused_rms_norm.default", why=WHY, source=SOURCE)
-    def fused_rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    def fused_rms_norm(
+        input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
+    ) -> tuple[Tensor, Tensor]:
         k = len(normalized_shape)
         flat = input.reshape(*input.shape[: input.dim() - k], math.prod(normalized_shape))
         # PyTorch's default is that of the dtype in which it computes
@@ -40,7 +42,11 @@ class RmsNorm(Pass):
         y, rstd = ops.rms_norm(flat, weight if weight is None else weight.reshape(-1), eps)
         return y.view(input.shape), rstd.view(*input.shape[: input.dim() - k], *[1] * k)
 
-    @replaces("vllm_ir.rms_norm.default", why=WHY, source="vllm/ir/ops/layernorm.py: lowered to a kernel or to a mean that the compiler tiles")
+    @replaces(
+        "vllm_ir.rms_norm.default",
+        why=WHY,
+        source="vllm/ir/ops/layernorm.py: lowered to a kernel or to a mean that the compiler tiles",
+    )
     def rms_norm_ir(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
         if variance_size is None:
             return ops.rms_norm(x, weight, epsilon)[0]

@@ -8,7 +8,9 @@ from bi_compile.table import Group, Pass, replaces
 
 aten = torch.ops.aten
 WHY = "the row sum's split follows the number of rows"
-SOURCE = "vllm-ascend PR 6910 (aclnnSoftmax); aten/src/ATen/native/cuda/SoftMax.cu; Inductor lowers it to tiled reductions"
+SOURCE = (
+    "vllm-ascend PR 6910 (aclnnSoftmax); aten/src/ATen/native/cuda/SoftMax.cu; Inductor lowers it to tiled reductions"
+)
 
 
 def _softmax(x: Tensor) -> Tensor:
@@ -45,4 +47,6 @@ class Softmax(Pass):
     @replaces(aten._safe_softmax.default, why=WHY, source=SOURCE)
     def safe_softmax(self: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
         dead = torch.all(self == -torch.inf, dim, keepdim=True)
-        return torch.where(dead, 0.0, ops.softmax(self if self.is_floating_point() else self.to(dtype), dim, dtype=dtype))
+        return torch.where(
+            dead, 0.0, ops.softmax(self if self.is_floating_point() else self.to(dtype), dim, dtype=dtype)
+        )

@@ -53,7 +53,9 @@ def rank_main(rank: int, ranks: int, folder: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_product_and_collective_rows_are_equal_for_every_batch_size(ranks: int, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_product_and_collective_rows_are_equal_for_every_batch_size(
+    ranks: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
     mp.spawn(rank_main, (ranks, str(tmp_path), dtype), nprocs=ranks, join=True)
 
 

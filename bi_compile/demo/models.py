@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 
-SIZES = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8, vocab_size=4096, max_position_embeddings=2048)
+SIZES = dict(
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    vocab_size=4096,
+    max_position_embeddings=2048,
+)
 #: name -> (configuration class of transformers, what differs from SIZES)
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3": ("Qwen3Config", dict(num_key_value_heads=4, head_dim=64, tie_word_embeddings=False)),

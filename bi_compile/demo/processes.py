@@ -35,7 +35,9 @@ def python(arguments: list[str], timeout: float = 1200, **environment: str) -> s
     )
 
 
-def run_module(module: str, plan: dict[str, Any], timeout: float = 1200, **environment: str) -> tuple[dict[str, Any], str]:
+def run_module(
+    module: str, plan: dict[str, Any], timeout: float = 1200, **environment: str
+) -> tuple[dict[str, Any], str]:
     """Run `python -m module plan`; its RESULT line, read, and all that it printed.
 
     Raises:

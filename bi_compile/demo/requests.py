@@ -18,7 +18,15 @@ import time
 from typing import Any
 
 #: keys of a plan that are not vLLM's
-PLAN: dict[str, Any] = {"requests": 16, "batches": [16], "prompt": [5, 60], "tokens": 16, "seed": 0, "bits": False, "rounds": 1}
+PLAN: dict[str, Any] = {
+    "requests": 16,
+    "batches": [16],
+    "prompt": [5, 60],
+    "tokens": 16,
+    "seed": 0,
+    "bits": False,
+    "rounds": 1,
+}
 
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
@@ -27,10 +35,22 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
 
     own = {**PLAN, **{k: v for k, v in plan.items() if k in PLAN}}
     engine = {k: v for k, v in plan.items() if k not in PLAN}
-    llm = LLM(**{"skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 64, "seed": 0, "enable_prefix_caching": False, **engine})
+    llm = LLM(
+        **{
+            "skip_tokenizer_init": True,
+            "max_model_len": 512,
+            "max_num_seqs": 64,
+            "seed": 0,
+            "enable_prefix_caching": False,
+            **engine,
+        }
+    )
     greedy = SamplingParams(temperature=0, max_tokens=own["tokens"], logprobs=5, detokenize=False, ignore_eos=True)
     rng = random.Random(own["seed"])
-    prompts: list[Any] = [{"prompt_token_ids": [rng.randrange(10, 4000) for _ in range(rng.randint(*own["prompt"]))]} for _ in range(own["requests"])]
+    prompts: list[Any] = [
+        {"prompt_token_ids": [rng.randrange(10, 4000) for _ in range(rng.randint(*own["prompt"]))]}
+        for _ in range(own["requests"])
+    ]
 
     def bits(output: Any) -> list[Any]:
         return [[(token, p.logprob) for token, p in step.items()] for step in output.logprobs]
@@ -43,7 +63,9 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
         seconds = []
         for _ in range(own["rounds"]):
             start = time.perf_counter()
-            batches = [llm.generate(prompts[i : i + size], greedy, use_tqdm=False) for i in range(0, len(prompts), size)]
+            batches = [
+                llm.generate(prompts[i : i + size], greedy, use_tqdm=False) for i in range(0, len(prompts), size)
+            ]
             seconds.append(time.perf_counter() - start)
         together = [o.outputs[0] for batch in batches for o in batch]
         result["batches"][size] = {

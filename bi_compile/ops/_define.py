@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -78,11 +78,19 @@ def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+class Operator(Protocol):
+    """What `@operator` makes of a function: a call of the operator, with the fake implementation in `__wrapped__`."""
+
+    __wrapped__: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
     """Declare `bi_compile::<schema>`; the decorated function is its fake implementation and its documentation."""
     name = schema.split("(")[0]
 
-    def declare(fake: Callable[..., Any]) -> Callable[..., Any]:
+    def declare(fake: Callable[..., Any]) -> Operator:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         for device in KERNELS:
@@ -94,6 +102,6 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def call(*args: Any, **kwargs: Any) -> Any:
             return op(*args, **kwargs)
 
-        return call
+        return call  # type: ignore[return-value]
 
     return declare

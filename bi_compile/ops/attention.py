@@ -37,12 +37,16 @@ def scaled_dot_product_attention(
     _float("scaled_dot_product_attention", query)
     torch._check(
         query.dim() == key.dim() == value.dim() == 4 and query.dtype == key.dtype == value.dtype,
-        lambda: "bi_compile::scaled_dot_product_attention takes 4-D query, key and value of one dtype, got "
-        + ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (query, key, value)),
+        lambda: (
+            "bi_compile::scaled_dot_product_attention takes 4-D query, key and value of one dtype, got "
+            + ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (query, key, value))
+        ),
     )
     torch._check(
         query.shape[1] % key.shape[1] == 0,
-        lambda: f"bi_compile::scaled_dot_product_attention: {query.shape[1]} query heads are no multiple of {key.shape[1]} key heads",
+        lambda: (
+            f"bi_compile::scaled_dot_product_attention: {query.shape[1]} query heads are no multiple of {key.shape[1]} key heads"
+        ),
     )
     stat = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty([*query.shape[:-1], value.shape[-1]]), query.new_empty(query.shape[:-1], dtype=stat)

@@ -68,4 +68,6 @@ def _reduce_scatter(x: Tensor, reduce_op: str, group_size: int, group_name: str)
     share = x.shape[0] // group_size
     splits = [share] * group_size
     exchanged = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), splits, splits, group_name)
-    return _in_rank_order(torch.ops._c10d_functional.wait_tensor(exchanged).view(group_size, share, *x.shape[1:]), reduce_op)
+    return _in_rank_order(
+        torch.ops._c10d_functional.wait_tensor(exchanged).view(group_size, share, *x.shape[1:]), reduce_op
+    )

@@ -12,16 +12,23 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _check(name: str, dims: int, *operands: Tensor) -> None:
     a, b = operands[0], operands[1]
-    torch._check(a.dim() == dims and b.dim() == dims, lambda: f"bi_compile::{name} takes {dims}-D operands, got {a.dim()}-D and {b.dim()}-D")
+    torch._check(
+        a.dim() == dims and b.dim() == dims,
+        lambda: f"bi_compile::{name} takes {dims}-D operands, got {a.dim()}-D and {b.dim()}-D",
+    )
     torch._check(
         all(x.dtype == a.dtype for x in operands),
-        lambda: f"bi_compile::{name} takes operands of one dtype, got {', '.join(str(x.dtype) for x in operands)}: cast them first",
+        lambda: (
+            f"bi_compile::{name} takes operands of one dtype, got {', '.join(str(x.dtype) for x in operands)}: cast them first"
+        ),
     )
     torch._check(
         a.dtype in FLOATS,
         lambda: f"bi_compile::{name} has no kernel for {a.dtype}: use float32, bfloat16, float16 or float64",
     )
-    torch._check(a.shape[-1] == b.shape[-2], lambda: f"bi_compile::{name} cannot multiply {tuple(a.shape)} by {tuple(b.shape)}")
+    torch._check(
+        a.shape[-1] == b.shape[-2], lambda: f"bi_compile::{name} cannot multiply {tuple(a.shape)} by {tuple(b.shape)}"
+    )
 
 
 @operator("mm(Tensor a, Tensor b) -> Tensor")

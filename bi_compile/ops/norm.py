@@ -18,7 +18,9 @@ def _affine(name: str, x: Tensor, *params: Tensor | None) -> None:
     for p in params:
         torch._check(
             p is None or (p.dim() == 1 and p.shape[0] == x.shape[-1]),
-            lambda: f"bi_compile::{name} takes a weight or bias of {x.shape[-1]} elements, got {None if p is None else tuple(p.shape)}",
+            lambda: (
+                f"bi_compile::{name} takes a weight or bias of {x.shape[-1]} elements, got {None if p is None else tuple(p.shape)}"
+            ),
         )
 
 
@@ -41,7 +43,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
     """
     torch._check(
         x.dtype == residual.dtype and x.shape == residual.shape,
-        lambda: f"bi_compile::add_rms_norm takes x and residual of one shape and dtype, got {tuple(x.shape)} {x.dtype} and {tuple(residual.shape)} {residual.dtype}",
+        lambda: (
+            f"bi_compile::add_rms_norm takes x and residual of one shape and dtype, got {tuple(x.shape)} {x.dtype} and {tuple(residual.shape)} {residual.dtype}"
+        ),
     )
     _affine("add_rms_norm", x, weight)
     return x.new_empty(x.shape), x.new_empty([*x.shape[:-1], 1], dtype=_statistic(x)), x.new_empty(x.shape)
@@ -59,7 +63,9 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 @operator("group_norm(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps) -> (Tensor, Tensor, Tensor)")
-def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """`layer_norm`'s statistics over each of `groups` groups of channels, then weight and bias for each channel.
 
     x [N, channels, ...]; weight and bias [channels] or None. The C = channels / groups * (rest) elements of a group are

@@ -53,7 +53,9 @@ def pointwise(name: str, tensors: Sequence[Tensor], numbers: Sequence[float] = (
 
 
 @composite("pointwise")
-def _in_whole_vectors(name: str, tensors: Sequence[Tensor], numbers: Sequence[float] = (), word: str | None = None) -> Tensor:
+def _in_whole_vectors(
+    name: str, tensors: Sequence[Tensor], numbers: Sequence[float] = (), word: str | None = None
+) -> Tensor:
     together = torch.broadcast_tensors(*tensors)
     shape, n = together[0].shape, together[0].numel()
     flat = [torch.nn.functional.pad(t.reshape(-1), (0, -n % 64), value=1) for t in together]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-
 #: What Inductor fuses follows the shapes, and fused code keeps more digits than code that stores in between: a low-precision
 #: value is not rounded, and a product and a sum become one fused multiply-add. With this every value is rounded as its own
 #: operator would round it, fused or not.

@@ -38,7 +38,9 @@ def check_names(names: Sequence[str]) -> None:
 
     version = Version(vllm.__version__.split("+")[0])
     if version.release < OLDEST.release:
-        raise HostError(f"bi_compile's {KEY} needs vLLM {OLDEST} or newer, this is {version}: upgrade vLLM or remove the key")
+        raise HostError(
+            f"bi_compile's {KEY} needs vLLM {OLDEST} or newer, this is {version}: upgrade vLLM or remove the key"
+        )
     if version.release >= NEWEST.release:
         log.warning("bi_compile: vLLM %s is newer than what bi_compile was tried with (before %s)", version, NEWEST)
     resolve_passes(names)
@@ -52,7 +54,9 @@ def options_of(vllm_config: Any) -> Options:
     """
     given = (vllm_config.additional_config or {}).get(OPTIONS)
     target = _platform()
-    return read_options(given, passes=tuple(getattr(vllm_config.compilation_config, KEY)), inner="inductor", target=target)
+    return read_options(
+        given, passes=tuple(getattr(vllm_config.compilation_config, KEY)), inner="inductor", target=target
+    )
 
 
 def _platform() -> str:
@@ -60,7 +64,9 @@ def _platform() -> str:
 
     device = current_platform.device_type
     if device not in ENVIRONMENT:
-        raise HostError(f"bi_compile has no target for vLLM's platform {device!r}: it has {', '.join(ENVIRONMENT)}; remove {KEY} from the compilation config")
+        raise HostError(
+            f"bi_compile has no target for vLLM's platform {device!r}: it has {', '.join(ENVIRONMENT)}; remove {KEY} from the compilation config"
+        )
     return device
 
 
@@ -87,7 +93,9 @@ def configure(vllm_config: Any) -> None:
     config = vllm_config.compilation_config.inductor_compile_config
     for name, needed in get_target(_platform()).inductor.items():
         if config.setdefault(name, needed) != needed:
-            raise HostError(f"inductor_compile_config sets {name}={config[name]!r}, but the guarantee needs {needed!r}: remove that line")
+            raise HostError(
+                f"inductor_compile_config sets {name}={config[name]!r}, but the guarantee needs {needed!r}: remove that line"
+            )
     key = current_platform.pass_key
     if not isinstance(config.get(key), PostGradPass):
         config[key] = PostGradPass(options, config.get(key))
@@ -148,7 +156,10 @@ def _plain_linear() -> Iterator[None]:
 
 
 #: what is switched in a worker process of each platform
-WORKER: dict[str, tuple[Callable[[], contextlib.AbstractContextManager[None]], ...]] = {"cpu": (_plain_linear,), "cuda": ()}
+WORKER: dict[str, tuple[Callable[[], contextlib.AbstractContextManager[None]], ...]] = {
+    "cpu": (_plain_linear,),
+    "cuda": (),
+}
 
 
 def report(vllm_config: Any) -> None:

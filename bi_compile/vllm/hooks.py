@@ -126,7 +126,11 @@ def _wrap_worker(module: ModuleType) -> None:
 
     wrapper = module.WorkerWrapperBase
     _wrap(wrapper, "init_device", init_device)
-    for method, around in {"load_model": _guarded, "determine_available_memory": _guarded, "compile_or_warm_up_model": compile_or_warm_up_model}.items():
+    for method, around in {
+        "load_model": _guarded,
+        "determine_available_memory": _guarded,
+        "compile_or_warm_up_model": compile_or_warm_up_model,
+    }.items():
         if method not in vars(wrapper):
             # the wrapper hands every other method on to its worker
             setattr(wrapper, method, _to_worker(method))

@@ -19,4 +19,6 @@ def python(arguments: list[str], **environment: str) -> subprocess.CompletedProc
 def requests(model: Path, cache: Path, **plan: Any) -> tuple[dict[str, Any], str]:
     """Run `bi_compile.demo.requests`; its result and everything that was printed."""
     caches = {"VLLM_CACHE_ROOT": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
-    return processes.run_module("bi_compile.demo.requests", {"model": str(model), **plan}, 540, VLLM_LOGGING_LEVEL="INFO", **caches)
+    return processes.run_module(
+        "bi_compile.demo.requests", {"model": str(model), **plan}, 540, VLLM_LOGGING_LEVEL="INFO", **caches
+    )

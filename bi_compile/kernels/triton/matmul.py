@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -168,4 +171,4 @@ def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
     return product(ops.baddbmm.__wrapped__(bias, a, b), a, b, bias, beta, alpha)
 
 
-IMPLEMENTATIONS = {"mm": mm, "addmm": addmm, "bmm": bmm, "baddbmm": baddbmm}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"mm": mm, "addmm": addmm, "bmm": bmm, "baddbmm": baddbmm}

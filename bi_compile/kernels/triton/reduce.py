@@ -298,7 +298,7 @@ def cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     return _along(x, dim, ops.cumsum.__wrapped__(x, dim, dtype=dtype), _fill_cumsum)
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "sum": sum,
     "mean": mean,
     "var_mean": var_mean,
