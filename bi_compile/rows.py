@@ -1,8 +1,8 @@
 """Where the rows are: which dimensions of a graph's values the batch runs along, and which nodes reduce over one.
 
 With symbolic shapes a dimension is a batch dimension if its size holds a batch symbol, and the batch symbols are those of
-the first symbolic dimension of each graph input that no later dimension has. With static shapes the caller names a dimension of some inputs, and the
-dimensions are followed from node to node.
+the first symbolic dimension of each graph input that no later dimension has. With static shapes the caller names a
+dimension of some inputs, and the dimensions are followed from node to node.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def batch_dimensions(graph: fx.Graph, named: Mapping[str, int] | None = None) ->
 def batch_symbols(graph: fx.Graph) -> set[Any]:
     """The free symbols of the first symbolic dimension of each input, without those of any later dimension.
 
-    torch.compile gives equal sizes one symbol: where a batch is as long as its sequences nobody can tell them apart. A weight [K, N] of symbolic K beside an activation [M, K] makes M the batch, not K; and a dimension behind one of size 1
+    torch.compile gives equal sizes one symbol: where a batch is as long as its sequences nobody can tell them apart. A
+    weight [K, N] of symbolic K beside an activation [M, K] makes M the batch, not K; and a dimension behind one of size 1
     is no batch: that 1 is (torch.compile gives a batch of one a graph of its own).
     """
     first: set[Any] = set()
