@@ -99,7 +99,7 @@ def engine() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make("qwen3", Path(folder) / "qwen3")
         for dtype in ("float32", "bfloat16"):
-            plan = {"model": str(model), "dtype": dtype, "batches": [1, 4, 16], "rounds": 3, "tokens": 32}
+            plan = {"model": str(model), "dtype": dtype, "batches": [1, 4, 16], "rounds": 3, "tokens": 16}
             without, ours = (
                 run_module("bi_compile.demo.requests", {**plan, "compilation_config": c})[0]
                 for c in ({}, {"custom_passes": ["bi_ascend"]})

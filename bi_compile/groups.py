@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.pattern_matcher import CallFunction, Match, PatternMatcherPass, fwd_only, register_replacement
+from torch._inductor.pattern_matcher import (
+    CallFunction,
+    Match,
+    PatternExpr,
+    PatternMatcherPass,
+    fwd_only,
+    fx_to_pattern,
+    register_graph_pattern,
+)
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .rewrite import Change, source_line
-from .table import Group, Pass
+from .rewrite import Change, Tracer, fake_mode_of, splice
+from .table import Entry, Group, Pass
 
 aten = torch.ops.aten
 
@@ -41,44 +51,17 @@ def _says_all(match: Match) -> bool:
     return True
 
 
-class _Recorder:
-    """Notes each match of a group, as Changes."""
-
-    def __init__(self, group: Group, p: type[Pass], changes: list[Change]) -> None:
-        self.group, self.p, self.changes = group, p, changes
-
-    def __call__(self, match: Match) -> bool:
-        # torch.compile(dynamic=True) may make a graph input of a Python number; a plain one stands in the form itself
-        if any(isinstance(match.kwargs.get(name), fx.Node) for name in self.group.scalars):
-            return False
-        if not _says_all(match):
-            return False
-        last = match.output_node() if match.output_nodes() else match.nodes[-1]
-        self.changes.append(
-            Change(
-                last.name, self.group.name, self.p.name, (f"bi_compile.{self.group.name}.default",), source_line(last)
-            )
-        )
-        return True
+def _searched(group: Group, stage: str) -> PatternExpr:
+    """The form that is looked for, traced from the plain definition; its constants count."""
+    traced = _TRACE[stage](group.search, [*group.examples(), *group.scalars.values()])
+    names = list(inspect.signature(group.search).parameters)
+    return fx_to_pattern(traced, ignore_types=(), argnames=names, scalar_workaround=group.scalars)
 
 
 @functools.cache
-def _matcher(p: type[Pass], stage: str) -> tuple[PatternMatcherPass, list[Change]]:
-    changes: list[Change] = []
-    matcher = PatternMatcherPass(pass_name=f"bi_compile_{p.name}_{stage}")
+def _forms(p: type[Pass], stage: str) -> list[tuple[Group, PatternExpr]]:
     with FakeTensorMode(), torch.no_grad():
-        for group in p.groups:
-            register_replacement(
-                group.search,
-                group.replace,
-                group.examples(),
-                _TRACE[stage],
-                matcher,
-                scalar_workaround=group.scalars or None,
-                extra_check=_Recorder(group, p, changes),
-                skip_duplicates=True,
-            )
-    return matcher, changes
+        return [(group, _searched(group, stage)) for group in p.groups]
 
 
 _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.var_mean.correction)
@@ -99,9 +82,26 @@ def replace(graph: fx.Graph, p: type[Pass], stage: str) -> list[Change]:
     """Replace the pass's groups in `graph`; returns what was done."""
     if not p.groups:
         return []
-    matcher, changes = _matcher(p, stage)  # type: ignore[arg-type]  # a class is hashable
-    changes.clear()
     _spell_alike(graph)
+    changes: list[Change] = []
+    matcher = PatternMatcherPass(pass_name=f"bi_compile_{p.name}_{stage}")
+    tracer = Tracer(fake_mode_of(graph), {})
+    for group, form in _forms(p, stage):  # type: ignore[arg-type]  # a class is hashable
+        register_graph_pattern(form, extra_check=_says_all, pass_dict=matcher)(  # type: ignore[arg-type]
+            functools.partial(_put_in_place, group, p, tracer, changes)
+        )
     if matcher.apply(graph):
         graph.eliminate_dead_code()
-    return list(changes)
+    return changes
+
+
+def _put_in_place(
+    group: Group, p: type[Pass], tracer: Tracer, changes: list[Change], match: Match, **arguments: Any
+) -> None:
+    # torch.compile(dynamic=True) may make a graph input of a Python number, which no operator takes
+    if any(isinstance(arguments[name], fx.Node) for name in group.scalars):
+        return
+    last = match.output_node()
+    last.args, last.kwargs = tuple(arguments[name] for name in inspect.signature(group.replace).parameters), {}
+    entry = Entry(group.name, group.replace, why="", source="", unless=None, targets=None, pass_name=p.name)
+    changes.append(dataclasses.replace(splice(match.graph, last, entry, group.replace, tracer), operator=group.name))

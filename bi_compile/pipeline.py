@@ -91,7 +91,7 @@ class Pipeline:
 
     def rewrite(self, graph: fx.Graph, stage: str, decompositions: Decompositions | None = None) -> list[Change]:
         """Run every pass over `graph`, in order; changes it in place."""
-        from . import groups  # imports Inductor, which takes seconds
+        from . import groups  # imports Inductor, which takes a second, and which compiles the graph in any case
 
         start = time.perf_counter()
         known = self.knowledge(self.target_of(graph).name)

@@ -92,8 +92,8 @@ def rewrite(
                 todo.append((node, *found))
     if not todo:
         return []
-    tracer = _Tracer(fake_mode_of(graph), decompositions or {})
-    changes = [_splice(graph, node, entry, replacement, tracer) for node, entry, replacement in todo]
+    tracer = Tracer(fake_mode_of(graph), decompositions or {})
+    changes = [splice(graph, node, entry, replacement, tracer) for node, entry, replacement in todo]
     graph.eliminate_dead_code()
     return changes
 
@@ -112,7 +112,7 @@ def _signature(x: Any) -> Any:
     return (type(x).__name__, str(x))
 
 
-class _Tracer:
+class Tracer:
     """Traces replacements, each once for each combination of operator and argument metadata."""
 
     def __init__(self, mode: FakeTensorMode, decompositions: Decompositions) -> None:
@@ -122,7 +122,7 @@ class _Tracer:
 
     def __call__(self, op: OpOverload, replacement: Replacement, args: Any, kwargs: Any, holes: list[int]) -> fx.Graph:
         flat, spec = pytree.tree_flatten((args, kwargs))
-        key = (op, spec, tuple(map(_signature, flat)), tuple(holes))
+        key = (op, replacement, spec, tuple(map(_signature, flat)), tuple(holes))
         if key not in self.traced:
             self.traced[key] = self.trace(replacement, flat, spec, holes)
         return self.traced[key]
@@ -139,7 +139,8 @@ class _Tracer:
             return make_fx(call, decomposition_table=self.decompositions)(*(flat[i] for i in holes)).graph
 
 
-def _splice(graph: fx.Graph, node: fx.Node, entry: Entry, replacement: Replacement, tracer: _Tracer) -> Change:
+def splice(graph: fx.Graph, node: fx.Node, entry: Entry, replacement: Replacement, tracer: Tracer) -> Change:
+    """Put `replacement`, called with the node's arguments, in the node's place."""
     flat_nodes, spec = pytree.tree_flatten((node.args, node.kwargs))
     holes = [i for i, leaf in enumerate(flat_nodes) if isinstance(leaf, fx.Node)]
     flat_values = [value_of(leaf) if isinstance(leaf, fx.Node) else leaf for leaf in flat_nodes]
@@ -172,7 +173,13 @@ def _splice(graph: fx.Graph, node: fx.Node, entry: Entry, replacement: Replaceme
                 made.append(copy)
         result = _fit(graph, node, entry, result, tracer.mode)
     _replace_uses(graph, node, result)
-    return Change(node.name, str(node.target), entry.pass_name, tuple(str(n.target) for n in made), source_line(node))
+    return Change(
+        node.name,
+        str(node.target),
+        entry.pass_name,
+        tuple(str(n.target) for n in made if isinstance(n.target, OpOverload)),
+        source_line(node),
+    )
 
 
 def _place(node: fx.Node, entry: Entry) -> str:

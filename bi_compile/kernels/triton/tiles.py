@@ -1,7 +1,7 @@
 """The shapes of the tiles for each target, and what every host function shares.
 
 What may follow the number of rows at run time is the height and width of a product's or an attention tile: their bits
-do not depend on it, which `tests/kernels/test_triton.py` checks for every entry of these tables. Everything else here
+do not depend on it, which `tests/kernels/triton_suite.py` checks for every entry of these tables. Everything else here
 follows the reduced length and the dtype alone.
 """
 
