@@ -30,7 +30,7 @@ from torch._ops import OpOverload
 from bi_compile import Pass, RewriteError, replaces
 from bi_compile.passes import PASSES
 from bi_compile.passes.pointwise import Pointwise
-from bi_compile.rewrite import _Tracer, rewrite
+from bi_compile.rewrite import Tracer, rewrite
 from bi_compile.table import Entry, Table, find_operator
 
 aten = torch.ops.aten
@@ -608,8 +608,8 @@ def layers(count: int) -> fx.GraphModule:
 def test_a_replacement_is_traced_once_however_many_layers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the cost of a layer is that of copying a few nodes."""
     traces: list[Any] = []
-    original = _Tracer.trace
-    monkeypatch.setattr(_Tracer, "trace", lambda self, *args: traces.append(args) or original(self, *args))
+    original = Tracer.trace
+    monkeypatch.setattr(Tracer, "trace", lambda self, *args: traces.append(args) or original(self, *args))
     counts = []
     for count in (3, 12):
         traces.clear()
