@@ -36,7 +36,7 @@ import torch.fx._pytree as fx_pytree
 from math import inf, nan
 from torch import device
 import bi_compile.ops
-{imports}
+
 
 def forward({parameters}):
 {body}
@@ -137,7 +137,6 @@ def program(graph: fx.Graph, title: str, name: str) -> str:
         title=title,
         name=name,
         needs=needs,
-        imports="",
         parameters=", ".join(n.name for n in inputs),
         body=_constants(constants) + body.rstrip(),
         inputs="\n".join(f"    lambda: {_make(n)},  # {n.name} {_type(n)}" for n in inputs),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import SymBool, SymFloat, SymInt, Tensor, fx
+from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -287,7 +287,3 @@ def _replace_uses(graph: fx.Graph, node: fx.Node, result: Any) -> None:
             f"{node.name} ({node.target}) is used as a whole by {', '.join(u.name for u in node.users)}: it has several outputs"
         )
     graph.erase_node(node)
-
-
-def is_symbolic(x: Any) -> bool:
-    return isinstance(x, (SymInt, SymFloat, SymBool))
