@@ -25,27 +25,30 @@ Compiled = Callable[..., Any]
 class FinalPass(CustomGraphPass):
     """The passes and the audit as Inductor's `post_grad_custom_post_pass`; keyed into its cache by `uuid()`.
 
-    A pass that the user had set there runs first.
+    A pass that the user had set there runs between: it gets a graph that the passes have been over, and what it put in is
+    replaced after it.
     """
 
-    def __init__(self, pipeline: Pipeline, first: Any = None) -> None:
+    def __init__(self, pipeline: Pipeline, theirs: Any = None) -> None:
         self.pipeline = pipeline
-        self.first = first
+        self.theirs = theirs
 
     def __call__(self, graph: fx.Graph) -> None:
         from torch._inductor.decomposition import select_decomp_table
 
-        if self.first is not None:
-            self.first(graph)
+        if self.theirs is not None:
+            # an operator that theirs would lower or fuse is still whole here
+            self.pipeline.rewrite(graph, "post_grad", select_decomp_table())
+            self.theirs(graph)
         self.pipeline.rewrite(graph, "final", select_decomp_table())
         self.pipeline.audit(graph)
 
     def uuid(self) -> Any:
-        if self.first is None:
+        if self.theirs is None:
             return self.pipeline.uuid()
         # a pass without uuid() cannot be part of a key: then Inductor must not cache
-        theirs = self.first.uuid() if hasattr(self.first, "uuid") else None
-        return None if theirs is None else (theirs, self.pipeline.uuid())
+        key = self.theirs.uuid() if hasattr(self.theirs, "uuid") else None
+        return None if key is None else (key, self.pipeline.uuid())
 
     def __getstate__(self) -> Any:
         return {"uuid": self.uuid()}

@@ -83,7 +83,7 @@ def product() -> None:
 def engine() -> None:
     """vLLM tokens per second with the pass against without, engines taking turns."""
     from .demo.models import make
-    from .demo.processes import run_module
+    from .demo.processes import take_turns
 
     table = Table(
         "dtype",
@@ -99,10 +99,10 @@ def engine() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make("qwen3", Path(folder) / "qwen3")
         for dtype in ("float32", "bfloat16"):
-            plan = {"model": str(model), "dtype": dtype, "batches": [1, 4, 16], "rounds": 3, "tokens": 16}
-            without, ours = (
-                run_module("bi_compile.demo.requests", {**plan, "compilation_config": c})[0]
-                for c in ({}, {"custom_passes": ["bi_ascend"]})
+            plan = {"model": str(model), "dtype": dtype, "batches": [1, 4, 16], "rounds": 7, "tokens": 16}
+            without, ours = take_turns(
+                "bi_compile.demo.requests",
+                [{**plan, "compilation_config": c} for c in ({}, {"custom_passes": ["bi_ascend"]})],
             )
             for size in ("1", "4", "16"):
                 a, b = without["batches"][size], ours["batches"][size]

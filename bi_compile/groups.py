@@ -38,7 +38,7 @@ def _trace_captured(fn: Callable[..., Any], args: Any, **_: Any) -> fx.GraphModu
 
 
 #: stage -> how the searched-for form is traced
-_TRACE: dict[str, Callable[..., Any]] = {"captured": _trace_captured, "final": fwd_only}
+_TRACE: dict[str, Callable[..., Any]] = {"captured": _trace_captured, "post_grad": fwd_only, "final": fwd_only}
 
 
 def _says_all(match: Match) -> bool:

@@ -1,8 +1,8 @@
 """The passes in order over one graph, then the audit.
 
-A graph comes twice where the face allows it: as captured ("captured"), where a composite operator is still whole, and as
-the device's compiler is about to lower it ("final"), after that compiler's own decompositions and fusions. The audit
-judges the last one.
+A graph comes more than once where the face allows it: as captured ("captured"), where a composite operator is still whole;
+after the compiler's own decompositions but before passes that the host has ("post_grad"); and as it is about to be lowered
+("final"), after every decomposition and fusion. The audit judges the last one.
 """
 
 from __future__ import annotations

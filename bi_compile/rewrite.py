@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -85,17 +86,35 @@ def rewrite(
     """
     todo = []
     for node in graph.nodes:
-        found = table.get(node.target) if node.op == "call_function" else None
+        if node.op != "call_function":
+            continue
+        mutates = node.target is auto_functionalized
+        found = table.get(node.args[0] if mutates else node.target)
         if found is not None and found[0].pass_name == pass_name:
+            entry, replacement = found
             args, kwargs = values_of(node)
-            if not found[0].stays(*args, **kwargs):
-                todo.append((node, *found))
+            if not entry.stays(*args[mutates:], **kwargs):
+                todo.append((node, entry, _functional(node.args[0], replacement) if mutates else replacement))
     if not todo:
         return []
     tracer = Tracer(fake_mode_of(graph), decompositions or {})
     changes = [splice(graph, node, entry, replacement, tracer) for node, entry, replacement in todo]
     graph.eliminate_dead_code()
     return changes
+
+
+@functools.cache
+def _functional(op: OpOverload, replacement: Replacement) -> Replacement:
+    """The replacement of `auto_functionalized(op, …)`: what `op` returns, then what it leaves in the arguments it writes."""
+    written = [a.name for a in op._schema.arguments if a.is_write]
+
+    def run(_: OpOverload, **kwargs: Any) -> tuple[Any, ...]:
+        fresh = {name: pytree.tree_map_only(Tensor, torch.clone, kwargs[name]) for name in written}
+        returned = replacement(**{**kwargs, **fresh})
+        returned = returned if isinstance(returned, (tuple, list)) else (returned,)
+        return *returned, *fresh.values()
+
+    return functools.wraps(replacement)(torch.func.functionalize(run))
 
 
 def _signature(x: Any) -> Any:

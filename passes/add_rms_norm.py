@@ -25,6 +25,7 @@ class AddRmsNorm(Pass):
 
     @replaces(
         "vllm_ir.fused_add_rms_norm.default",
+        "vllm_ir.fused_add_rms_norm.maybe_inplace",
         why=WHY,
         source="vllm/ir/ops/layernorm.py: lowered to a kernel or to a mean that the compiler tiles",
     )

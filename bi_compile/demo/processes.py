@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 #: one vLLM process, quiet, offline, with room for a small model's keys and values
@@ -50,8 +52,73 @@ def run_module(
         partly = error.stdout or b""
         output = partly.decode(errors="replace") if isinstance(partly, bytes) else partly
         status = f"no result after {timeout:.0f} s"
+    return _result(module, plan, output, status), output
+
+
+def _result(module: str, plan: dict[str, Any], output: str, status: str) -> dict[str, Any]:
     line = next((text for text in reversed(output.splitlines()) if text.startswith("RESULT ")), None)
     if line is None:
         tail = "\n".join(output.splitlines()[-40:])
         raise ProcessFailed(f"{sys.executable} -m {module} '{json.dumps(plan)}'\n{status}\n{tail}")
-    return json.loads(line.removeprefix("RESULT ")), output
+    found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return found
+
+
+def take_turns(module: str, plans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run `python -m module plan` for each plan, all alive together but one at work at a time; their RESULT lines.
+
+    A process asks for its turn by a line TURN on stdout and waits for a line on stdin: what is timed within a turn shares
+    its moment of the machine with the other processes' turns of the same round.
+
+    Raises:
+        ProcessFailed: a process printed no RESULT line.
+    """
+    command = [sys.executable, "-m", module]
+    running: list[subprocess.Popen[str]] = []
+    outputs = [""] * len(plans)
+    with contextlib.ExitStack() as stack:
+        for plan in plans:
+            process = subprocess.Popen(
+                [*command, json.dumps({**plan, "turns": True})],
+                env={**os.environ, **ENVIRONMENT},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            running.append(process)
+            # until it waits for its first turn, so that no engine starts while another does
+            outputs[len(running) - 1] += _until_turn(process)
+        waiting = list(range(len(running)))
+        while waiting:
+            for i in list(waiting):
+                process = running[i]
+                if process.poll() is not None or not outputs[i].endswith(TURN):
+                    waiting.remove(i)
+                    continue
+                assert process.stdin is not None
+                print(file=process.stdin, flush=True)
+                outputs[i] += _until_turn(process)
+    return [_result(module, plan, output, "") for plan, output in zip(plans, outputs, strict=True)]
+
+
+TURN = "TURN\n"
+
+
+def _until_turn(process: subprocess.Popen[str]) -> str:
+    """What the process prints until it asks for a turn or ends."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line == TURN:
+            break
+    return "".join(lines)
+
+
+def wait_for_turn() -> None:
+    """Called by a process of `take_turns`."""
+    print(TURN, end="", flush=True)
+    sys.stdin.readline()

@@ -3,8 +3,9 @@
     python -m bi_compile.demo.requests '{"model": "DIR", "dtype": "bfloat16", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
 
 Prints one line `RESULT {json}`: for each batch size, of how many requests the logprobs and the tokens differ from those
-that the request got alone, and the tokens per second (the median of "rounds"); with "bits" a digest of what the requests got alone. Prefix caching is off unless asked for: with
-it on, the second run would read the first one's keys and values.
+that the request got alone, and the tokens per second (the median of "rounds"); with "bits" a digest of what the requests
+got alone; with "turns" each round waits for its turn (see `processes.take_turns`). Prefix caching is off unless asked for:
+with it on, the second run would read the first one's keys and values.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 import time
 from typing import Any
 
+from .processes import wait_for_turn
+
 #: keys of a plan that are not vLLM's
 PLAN: dict[str, Any] = {
     "requests": 16,
@@ -26,6 +29,7 @@ PLAN: dict[str, Any] = {
     "seed": 0,
     "bits": False,
     "rounds": 1,
+    "turns": False,
 }
 
 
@@ -62,6 +66,8 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     for size in own["batches"]:
         seconds = []
         for _ in range(own["rounds"]):
+            if own["turns"]:
+                wait_for_turn()
             start = time.perf_counter()
             batches = [
                 llm.generate(prompts[i : i + size], greedy, use_tqdm=False) for i in range(0, len(prompts), size)

@@ -90,6 +90,9 @@ def configure(vllm_config: Any) -> None:
     custom_ops = vllm_config.compilation_config.custom_ops
     if "all" in custom_ops:
         custom_ops[custom_ops.index("all")] = "none"
+    # a norm arrives as one operator, not as what its implementation is made of
+    if vllm_config.compilation_config.backend == "inductor":
+        vllm_config.compilation_config.ir_enable_torch_wrap = True
     config = vllm_config.compilation_config.inductor_compile_config
     for name, needed in get_target(_platform()).inductor.items():
         if config.setdefault(name, needed) != needed:

@@ -15,8 +15,8 @@ from ..pipeline import Pipeline
 class PostGradPass(FinalPass, InductorPass):
     """`FinalPass` for vLLM; travels to the worker processes by its options."""
 
-    def __init__(self, options: Options, first: Any = None) -> None:
-        FinalPass.__init__(self, Pipeline(options), first)
+    def __init__(self, options: Options, theirs: Any = None) -> None:
+        FinalPass.__init__(self, Pipeline(options), theirs)
 
     def __call__(self, graph: fx.Graph) -> None:
         FinalPass.__call__(self, graph)
@@ -25,7 +25,7 @@ class PostGradPass(FinalPass, InductorPass):
         return FinalPass.uuid(self)
 
     def __reduce__(self) -> Any:
-        return PostGradPass, (self.pipeline.options, self.first)
+        return PostGradPass, (self.pipeline.options, self.theirs)
 
     def __deepcopy__(self, memo: Any) -> PostGradPass:
         # vLLM copies its configuration; the copies report to one summary

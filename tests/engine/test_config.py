@@ -105,7 +105,7 @@ def test_a_users_pass_and_a_users_inductor_pass_are_taken_along(model: Model, tm
         def theirs(graph): pass
         c = engine_config({"custom_passes": ["bi_ascend", "mine:Mine"], "inductor_compile_config": {"post_grad_custom_post_pass": CallableInductorPass(theirs, uuid="theirs")}})
         p = c.compilation_config.inductor_compile_config["post_grad_custom_post_pass"]
-        say([q.name for q in p.pipeline.passes][-1], type(p.first).__name__)
+        say([q.name for q in p.pipeline.passes][-1], type(p.theirs).__name__)
         """,
         PYTHONPATH=str(tmp_path),
     )
