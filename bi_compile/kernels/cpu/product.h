@@ -89,35 +89,40 @@ inline constexpr int64_t BLOCK_K = 1024;  // part of the order of the sum, see a
 
 // ---- dot ----
 
+// Keeps a compiler from loading `v` again with every instruction that uses it: loads are what the tile has least room for.
 template <class V>
-inline void lane_trees(const V* acc, int n, double* out) {
-  for (int i = 0; i < n; ++i) out[i] = tree(acc[i]) + 0.0;
+inline void keep_in_register(V& v) {
+#ifdef __AVX512F__
+  asm("" : "+v"(v));
+#endif
 }
 
-inline void lane_trees(const F16* acc, int n, float* out) {
-  if (n != 4) {
-    for (int i = 0; i < n; ++i) {
-      float lane[16];
-      std::memcpy(lane, &acc[i], sizeof lane);
-      out[i] = tree<16>(lane) + 0.f;
+// Two vectors' elements 0, 2 of each four, and 1, 3; and their fours 0, 2 and 1, 3.
+inline F16 even(F16 a, F16 b) { return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30); }
+inline F16 odd(F16 a, F16 b) { return __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31); }
+inline F16 even_fours(F16 a, F16 b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27); }
+inline F16 odd_fours(F16 a, F16 b) { return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31); }
+
+template <int MR, int NR, class V, class S>
+inline void lane_trees(const V (&acc)[MR][NR], S (&sum)[MR][NR]) {
+  if constexpr (NR == 4 && std::is_same_v<V, F16>) {
+    // each shuffle brings the even and the odd partial sums of two vectors side by side, for four rows at once in the end
+    F16 quads[ceil_div(MR, 4) * 4] = {};
+    for (int m = 0; m < MR; ++m) {
+      const F16 &a = acc[m][0], &b = acc[m][1], &c = acc[m][2], &d = acc[m][3];
+      F16 ab = even(a, b) + odd(a, b), cd = even(c, d) + odd(c, d);
+      quads[m] = even(ab, cd) + odd(ab, cd);
     }
-    return;
+    for (int m = 0; m < MR; m += 4) {
+      const F16* q = quads + m;
+      F16 low = even_fours(q[0], q[1]) + odd_fours(q[0], q[1]), high = even_fours(q[2], q[3]) + odd_fours(q[2], q[3]);
+      F16 r = even_fours(low, high) + odd_fours(low, high) + 0.f;
+      std::memcpy(sum[m], &r, sizeof(S) * 4 * std::min(4, MR - m));
+    }
+  } else {
+    for (int m = 0; m < MR; ++m)
+      for (int n = 0; n < NR; ++n) sum[m][n] = tree(acc[m][n]) + S(0);
   }
-  // the four vectors transposed in blocks of 4 x 4, so that the tree's first two levels are whole-vector sums
-  const F16 &a = acc[0], &b = acc[1], &c = acc[2], &d = acc[3];
-  F16 ab0 = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-  F16 ab2 = __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  F16 cd0 = __builtin_shufflevector(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-  F16 cd2 = __builtin_shufflevector(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  F16 l0 = __builtin_shufflevector(ab0, cd0, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-  F16 l1 = __builtin_shufflevector(ab0, cd0, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  F16 l2 = __builtin_shufflevector(ab2, cd2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-  F16 l3 = __builtin_shufflevector(ab2, cd2, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  F16 s = (l0 + l1) + (l2 + l3);
-  F4 s0 = __builtin_shufflevector(s, s, 0, 1, 2, 3), s1 = __builtin_shufflevector(s, s, 4, 5, 6, 7);
-  F4 s2 = __builtin_shufflevector(s, s, 8, 9, 10, 11), s3 = __builtin_shufflevector(s, s, 12, 13, 14, 15);
-  F4 r = ((s0 + s1) + (s2 + s3)) + 0.f;
-  std::memcpy(out, &r, sizeof r);
 }
 
 // MR x NR elements over the k elements of one block of K; `first`: out is set, else added to.
@@ -132,6 +137,7 @@ void dot_tile(const typename Op::A* a, int64_t lda, const typename Op::B* b, int
     for (int n = 0; n < NR; ++n) bv[n] = load_b(b + n * ldb + i);
     for (int m = 0; m < MR; ++m) {
       V av = load_a(a + m * lda + i);
+      keep_in_register(av);
       for (int n = 0; n < NR; ++n) acc[m][n] = Op::step(av, bv[n], acc[m][n]);
     }
   };
@@ -139,11 +145,10 @@ void dot_tile(const typename Op::A* a, int64_t lda, const typename Op::B* b, int
   for (; i + STEP <= k; i += STEP) step(Op::a_at, Op::b_at, i);
   if (int64_t rest = k - i)
     step([=](auto p) { return Op::a_part(p, rest); }, [=](auto p) { return Op::b_part(p, rest); }, i);
-  for (int m = 0; m < MR; ++m) {
-    typename Op::Sum sum[NR];
-    lane_trees(acc[m], NR, sum);
-    for (int n = 0; n < NR; ++n) out[m * ldo + n] = first ? sum[n] : out[m * ldo + n] + sum[n];
-  }
+  typename Op::Sum sum[MR][NR];
+  lane_trees(acc, sum);
+  for (int m = 0; m < MR; ++m)
+    for (int n = 0; n < NR; ++n) out[m * ldo + n] = first ? sum[m][n] : out[m * ldo + n] + sum[m][n];
 }
 
 template <class Op, int NR, int MR = MAX_ROWS, class... Args>

@@ -78,10 +78,11 @@ inline V tree(const V* lane) {
     return tree<N / 2>(lane) + tree<N / 2>(lane + N / 2);
 }
 
-inline double tree(D8 v) {
-  double lane[8];
+template <class V, class S = std::remove_cvref_t<decltype(V{}[0])>>
+inline S tree(V v) {
+  S lane[sizeof(V) / sizeof(S)];
   std::memcpy(lane, &v, sizeof lane);
-  return tree<8>(lane);
+  return tree<sizeof(V) / sizeof(S)>(lane);
 }
 
 // ---- loads ----
