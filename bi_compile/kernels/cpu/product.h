@@ -85,6 +85,7 @@ inline constexpr int MAX_ROWS = 6;  // 6 x 4 accumulators, 4 vectors of b and on
 inline constexpr int MAX_ROWS = 1;
 #endif
 inline constexpr int TILE_N = 4;
+inline constexpr int AHEAD = 2 * TILE_N;  // columns between the one in use and the one that is fetched from memory meanwhile
 inline constexpr int64_t BLOCK_K = 1024;  // part of the order of the sum, see above
 
 // ---- dot ----
@@ -125,10 +126,10 @@ inline void lane_trees(const V (&acc)[MR][NR], S (&sum)[MR][NR]) {
   }
 }
 
-// MR x NR elements over the k elements of one block of K; `first`: out is set, else added to.
+// MR x NR elements over the k elements of one block of K; `first`: out is set, else added to; `fetch`: b comes from memory.
 template <class Op, int MR, int NR>
 void dot_tile(const typename Op::A* a, int64_t lda, const typename Op::B* b, int64_t ldb, int64_t k,
-              bool first, typename Op::Sum* out, int64_t ldo) {
+              bool first, bool fetch, typename Op::Sum* out, int64_t ldo) {
   using V = typename Op::V;
   constexpr int64_t STEP = Op::W * Op::PER_STEP;
   V acc[MR][NR] = {};
@@ -142,7 +143,11 @@ void dot_tile(const typename Op::A* a, int64_t lda, const typename Op::B* b, int
     }
   };
   int64_t i = 0;
-  for (; i + STEP <= k; i += STEP) step(Op::a_at, Op::b_at, i);
+  for (; i + STEP <= k; i += STEP) {
+    if (fetch)
+      for (int n = 0; n < NR; ++n) __builtin_prefetch(b + (n + AHEAD) * ldb + i, 0, 2);
+    step(Op::a_at, Op::b_at, i);
+  }
   if (int64_t rest = k - i)
     step([=](auto p) { return Op::a_part(p, rest); }, [=](auto p) { return Op::b_part(p, rest); }, i);
   typename Op::Sum sum[MR][NR];
@@ -167,9 +172,9 @@ void dot_block(const typename Op::A* a, int64_t lda, const typename Op::B* b, in
     for (int64_t i = 0; i < tiles; ++i) {
       int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m, n = 0;
       for (; n + TILE_N <= N; n += TILE_N)
-        dot_rows<Op, TILE_N>(rows, a + m * lda + k, lda, b + n * ldb + k, ldb, kn, k == 0, out + m * ldo + n, ldo);
+        dot_rows<Op, TILE_N>(rows, a + m * lda + k, lda, b + n * ldb + k, ldb, kn, k == 0, i == 0, out + m * ldo + n, ldo);
       for (; n < N; ++n)
-        dot_rows<Op, 1>(rows, a + m * lda + k, lda, b + n * ldb + k, ldb, kn, k == 0, out + m * ldo + n, ldo);
+        dot_rows<Op, 1>(rows, a + m * lda + k, lda, b + n * ldb + k, ldb, kn, k == 0, i == 0, out + m * ldo + n, ldo);
     }
     k += kn;
   } while (k < K);
