@@ -29,6 +29,11 @@ def _not_float(*args: Any, **kwargs: Any) -> bool:
     return not any(isinstance(a, Tensor) and a.is_floating_point() for a in args)
 
 
+def _square(self: Any, exponent: Any) -> bool:
+    """Whether the power is a product of the tensor with itself, or no floating-point function at all."""
+    return exponent == 2 or _not_float(self)
+
+
 def _plain_sum(self: Tensor, other: Any, *, alpha: float = 1) -> bool:
     return (
         alpha == 1
@@ -37,17 +42,17 @@ def _plain_sum(self: Tensor, other: Any, *, alpha: float = 1) -> bool:
     )
 
 
-def _small(self: Any, *args: Any) -> bool:
-    """Whether a tensor may hold one or two elements (a symbolic size counts as one): there Inductor writes scalar code."""
-    sizes = [math.prod(n for n in a.shape if isinstance(n, int)) for a in (self, *args) if isinstance(a, Tensor)]
-    return not _not_float(self, *args) and max(sizes) < 4
+def _not_small(*args: Any) -> bool:
+    """Whether no tensor holds one or two elements (a symbolic size counts as one): there Inductor writes scalar code."""
+    sizes = [math.prod(n for n in a.shape if isinstance(n, int)) for a in args if isinstance(a, Tensor)]
+    return _not_float(*args) or max(sizes) >= 4
 
 
 def _in_a_vector(name: str) -> Any:
     """The function of eight equal elements, of which one is kept: eight are computed in vector code."""
     op: Any = find_operator(name)
 
-    @replaces(name, unless=lambda *args: not _small(*args), why=SMALL, source=SMALL_SOURCE, targets=("cpu",))
+    @replaces(name, unless=_not_small, why=SMALL, source=SMALL_SOURCE, targets=("cpu",))
     def function(*args: Any) -> Tensor:
         return ops.first(op(*(ops.spread(a, 8) if isinstance(a, Tensor) else a for a in args)))
 
@@ -101,7 +106,7 @@ class Pointwise(Pass):
 
     @replaces(
         aten.pow.Tensor_Scalar,
-        unless=lambda self, exponent: _not_float(self) or exponent == 2,
+        unless=_square,
         why=WHY,
         source=SOURCE,
         targets=EAGER,
