@@ -30,6 +30,24 @@ def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.const
     return batch.to(tl.int64), (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
 
 
+@triton.jit
+def _finish(
+    acc, bias, out, batch, rows, cols, M, N, bias_batch, bias_row, bias_col, alpha, beta,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store fma(beta, bias, alpha * acc), rounded once to out's dtype."""
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    if SCALED:
+        acc = acc * alpha
+    if BIASED:
+        bias_tile = bias + batch * bias_batch + rows[:, None] * bias_row + cols[None, :] * bias_col
+        addend = tl.load(bias_tile, mask=inside, other=0.0).to(tl.float32)
+        # written out: a compiler that fuses the sum by itself may do so in one tile's kernel and not in another's
+        acc = tl.fma(addend, tl.full((BLOCK_M, BLOCK_N), beta, tl.float32), acc)
+    out_tile = out + batch * M * N + rows[:, None] * N + cols[None, :]
+    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _product(
     a, b, bias, out, M, N, K,
@@ -41,7 +59,7 @@ def _product(
 
     If CHAINED, a block's products are added to the accumulator one after the other (or as the matrix unit does it); if
     not, to a sum of their own, which is then added to the accumulator: less error, as float32 needs it. Ragged blocks
-    are filled with zeros. The epilogue is fma(beta, bias, alpha * acc), rounded once to out's dtype.
+    are filled with zeros. Epilogue: `_finish`.
     """
     batch, row, col = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
@@ -61,16 +79,9 @@ def _product(
             acc = tl.fma(part, tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32), acc)
         a_tile += BLOCK_K * a_col
         b_tile += BLOCK_K * b_row
-    inside = (rows < M)[:, None] & (cols < N)[None, :]
-    if SCALED:
-        acc = acc * alpha
-    if BIASED:
-        bias_tile = bias + batch * bias_batch + rows[:, None] * bias_row + cols[None, :] * bias_col
-        addend = tl.load(bias_tile, mask=inside, other=0.0).to(tl.float32)
-        # written out: a compiler that fuses the sum by itself may do so in one tile's kernel and not in another's
-        acc = tl.fma(addend, tl.full((BLOCK_M, BLOCK_N), beta, tl.float32), acc)
-    out_tile = out + batch * M * N + rows[:, None] * N + cols[None, :]
-    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=inside)
+    _finish(
+        acc, bias, out, batch, rows, cols, M, N, bias_batch, bias_row, bias_col, alpha, beta, SCALED, BIASED, BLOCK_M, BLOCK_N
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -119,22 +130,27 @@ def product(
     bias: Tensor | None = None,
     beta: float = 1,
     alpha: float = 1,
-    tile: Tile | None = None,
+    given: Tile | None = None,
 ) -> Tensor:
-    """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; `tile` in place of the table's.
+    """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; the tile `given` in place of the chosen one.
 
     a, b and bias may have any strides; nothing is copied.
     K in blocks of `PRODUCT_K`, ascending: `_product`, for float64 `_product64`.
     """
     count, m, n = out.shape
     size = out.element_size()
-    tile = tile or choose(PRODUCT[target(a)][size], m)
+    from . import hopper  # it shares the epilogue
+
+    tile = given or choose(PRODUCT[target(a)][size], m)
     if bias is not None:
         bias = None if beta == 0 else bias.expand(out.shape)
     if out.numel() == 0:
         return out
     if size == 8:
         _float64(out, a, b, bias, beta, alpha, tile)
+        return out
+    if count == 1 and given is None and hopper.takes(a[0], b[0]):
+        hopper.product(out[0], a[0], b[0], None if bias is None else bias[0], beta, alpha)
         return out
     programs = count * triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width)
     launch(

@@ -31,15 +31,17 @@ def _summand(
 @triton.jit(do_not_specialize=["R"])
 def _rms_norm(
     x, residual, weight, y, rstd, s, x_stride, residual_stride, R, C,
-    EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr,
+    EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """s = x + residual if ADD (else x); y = s / sqrt(sum(s * s) / C + EPS) * weight. The sum has the order of `_sum`.
 
-    s is computed again for y instead of being read back: another thread may have written it.
+    s is computed again for y instead of being read back: another thread may have written it. WHOLE: a row fits into BLOCK_C
+    and is kept.
     """
     rows = this_rows(BLOCK_R)
     lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    value = lanes
     for start in range(0, C, BLOCK_C):
         value = _summand(x, x_stride, residual, residual_stride, rows, start, R, C, ADD, BLOCK_C, ACC)
         lanes = tl.fma(value, value, lanes)
@@ -49,11 +51,13 @@ def _rms_norm(
     scale = tl.rsqrt(square + tl.full((BLOCK_R,), EPS, ACC))
     store_each(rstd, scale, rows, R)
     for start in range(0, C, BLOCK_C):
-        value = _summand(x, x_stride, residual, residual_stride, rows, start, R, C, ADD, BLOCK_C, ACC) * scale[:, None]
+        if not WHOLE:
+            value = _summand(x, x_stride, residual, residual_stride, rows, start, R, C, ADD, BLOCK_C, ACC)
+        scaled = value * scale[:, None]
         if WEIGHT:
             cols = start + tl.arange(0, BLOCK_C)
-            value = value * tl.load(weight + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
-        store_rows(y, value, rows, start, R, C, BLOCK_C)
+            scaled = scaled * tl.load(weight + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
+        store_rows(y, scaled, rows, start, R, C, BLOCK_C)
 
 
 @triton.jit
@@ -116,7 +120,7 @@ def _run_rms_norm(
     launch(
         _rms_norm, triton.cdiv(rows.shape[0], meta["BLOCK_R"]), x, rows, others, _param_or_none(weight), y, rstd, s,
         row_stride(rows), 0 if others is None else row_stride(others), rows.shape[0], length,
-        EPS=eps, ADD=others is not None, WEIGHT=weight is not None, **meta,
+        EPS=eps, ADD=others is not None, WEIGHT=weight is not None, WHOLE=length <= meta["BLOCK_C"], **meta,
     )  # fmt: skip
 
 

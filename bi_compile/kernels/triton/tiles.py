@@ -59,7 +59,7 @@ ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
 }
 
 #: target -> (columns one program holds at once, elements of a tile of short rows, elements for each warp)
-ROWS: dict[str, tuple[int, int, int]] = {"cuda": (4096, 1024, 512)}
+ROWS: dict[str, tuple[int, int, int]] = {"cuda": (8192, 1024, 512)}
 #: target -> rows that one program of cumsum walks along
 SCAN_ROWS: dict[str, int] = {"cuda": 32}
 

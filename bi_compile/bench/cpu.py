@@ -1,48 +1,22 @@
-"""What batch invariance costs on this machine: each number is a ratio of two timings of one run, above 1 is faster than the peer.
-
-python -m bi_compile.bench [product] [engine] [compile]
-"""
+"""On a CPU: products against PyTorch's, vLLM end to end, passes and audit against the whole compilation."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-console = Console()
-
-
-def interleaved(functions: list[Callable[[], Any]], seconds: float = 0.4) -> list[float]:
-    """The median time of each function, in seconds; calls take turns, so that a slow moment of the machine hits all."""
-    for f in functions:
-        f()
-    times: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds * len(functions)
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for f, t in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            f()
-            t.append(time.perf_counter() - start)
-    return [statistics.median(t) for t in times]
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return statistics.geometric_mean(list(values))
+from . import console, geometric_mean, interleaved
 
 
 def product() -> None:
     """x[M, K] @ w[N, K]^T: bi_compile::mm against torch.mm."""
-    from . import ops
+    from .. import ops
 
     ops.load_kernels("cpu")
     table = Table(
@@ -82,8 +56,8 @@ def product() -> None:
 
 def engine() -> None:
     """vLLM tokens per second with the pass against without, engines taking turns."""
-    from .demo.models import make
-    from .demo.processes import take_turns
+    from ..demo.models import make
+    from ..demo.processes import take_turns
 
     table = Table(
         "dtype",
@@ -124,9 +98,9 @@ def compilation() -> None:
     """The time of passes and audit against the whole compilation, and over the number of layers."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from .backend import compile_graph
-    from .options import Options
-    from .pipeline import Pipeline
+    from ..backend import compile_graph
+    from ..options import Options
+    from ..pipeline import Pipeline
 
     table = Table(
         "layers",
@@ -164,16 +138,4 @@ def compilation() -> None:
     console.print(table)
 
 
-BENCHES: dict[str, Callable[[], None]] = {"product": product, "engine": engine, "compile": compilation}
-
-
-def main(names: list[str]) -> None:
-    unknown = [n for n in names if n not in BENCHES]
-    if unknown:
-        raise SystemExit(f"unknown benchmark {', '.join(unknown)}: known are {', '.join(BENCHES)}")
-    for name in names or list(BENCHES):
-        BENCHES[name]()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+BENCHES = {"product": product, "engine": engine, "compile": compilation}

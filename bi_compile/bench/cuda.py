@@ -1,0 +1,134 @@
+"""On a CUDA device: products, their bits checked, and row operators, replayed from CUDA graphs."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from .. import ops
+from . import console, geometric_mean
+
+#: model -> {product: (N, K)}
+PRODUCTS = {
+    "Qwen3-8B": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)},
+    "Qwen3-0.6B": {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)},
+}
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CACHE = 50 * 2**20
+"""Bytes of an H100's second-level cache: weights rotate through three times as much, as a model's do."""
+
+
+def replay_times(functions: Sequence[Callable[[], Any]], rounds: int = 20) -> list[float]:
+    """The median time of each function's CUDA graph, in milliseconds; the graphs take turns."""
+    graphs = []
+    for f in functions:
+        f()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            f()
+        graph.replay()
+        graphs.append(graph)
+    events = [[(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in functions] for _ in range(rounds)]
+    for turn in events:
+        for graph, (start, end) in zip(graphs, turn, strict=True):
+            start.record()
+            graph.replay()
+            end.record()
+    torch.cuda.synchronize()
+    return [statistics.median(turn[i][0].elapsed_time(turn[i][1]) for turn in events) for i in range(len(functions))]
+
+
+def product() -> None:
+    """x[M, K] @ w[N, K]^T in bfloat16: bi_compile::mm against torch.mm, weights from memory."""
+    table = Table(
+        "model", "product", "M", "torch us", "bi_compile us", "ratio", "torch varies", "ours varies", title="Product"
+    )
+    few: list[float] = []
+    many: list[float] = []
+    for model, shapes in PRODUCTS.items():
+        for name, (n, k) in shapes.items():
+            torch.manual_seed(0)
+            copies = 3 * CACHE // (2 * n * k) + 1
+            weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16).t() for _ in range(copies)]
+            every = torch.randn(max(ROWS), k, device="cuda", dtype=torch.bfloat16)
+            alone = {f: f(every[:1], weights[0]) for f in (torch.mm, ops.mm)}
+            for m in ROWS:
+                x = every[:m]
+                varies = {f: not torch.equal(f(x, weights[0])[:1], alone[f]) for f in (torch.mm, ops.mm)}
+                calls = max(copies, 8) if m <= 1024 else 2
+
+                def run(f: Any, x: Tensor = x, weights: list[Tensor] = weights, calls: int = calls) -> None:
+                    for w in itertools.islice(itertools.cycle(weights), calls):
+                        f(x, w)
+
+                theirs, ours = (t / calls * 1e3 for t in replay_times([lambda: run(torch.mm), lambda: run(ops.mm)]))
+                if model == "Qwen3-8B":
+                    (few if m <= 256 else many).append(theirs / ours)
+                table.add_row(
+                    model, name, str(m), f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}", _yes(varies[torch.mm]), _yes(varies[ops.mm])
+                )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"Qwen3-8B: M <= 256 geometric mean {geometric_mean(few):.3f}, least {min(few):.2f}; "
+        f"M >= 512 {geometric_mean(many):.3f}, least {min(many):.2f}\n"
+    )
+
+
+def _yes(b: bool) -> str:
+    return "yes" if b else "no"
+
+
+def _rms_norm(x: Tensor, w: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * w
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    s = x + residual
+    return _rms_norm(s, w), s
+
+
+def rows() -> None:
+    """Row operators in bfloat16 against a copy of the same bytes and against what Inductor makes of the plain definition."""
+    table = Table("operator", "shape", "us", "of a copy's bandwidth", "Inductor us", "Inductor / ours", title="Rows")
+    for columns in (4096, 8192):
+        torch.manual_seed(0)
+        xs = [torch.randn(4096, columns, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+        w = torch.randn(columns, device="cuda", dtype=torch.bfloat16)
+        cases: dict[str, tuple[Any, Any, float]] = {
+            # name: (ours, plain, tensors of x's size that are read or written)
+            "rms_norm": (lambda x, y: ops.rms_norm(x, w, 1e-6), lambda x, y: _rms_norm(x, w), 2),
+            "add_rms_norm": (lambda x, y: ops.add_rms_norm(x, y, w, 1e-6), lambda x, y: _add_rms_norm(x, y, w), 4),
+            "softmax": (lambda x, y: ops.softmax(x, -1), lambda x, y: torch.softmax(x, -1), 2),
+            "sum": (lambda x, y: ops.sum(x, [-1], False), lambda x, y: x.sum(-1), 1),
+        }
+        outs = [torch.empty_like(x) for x in xs]
+        for name, (ours, plain, moved) in cases.items():
+            torch._dynamo.reset()
+            compiled = torch.compile(plain)
+
+            def over(f: Any, xs: list[Tensor] = xs) -> None:
+                for x, y in zip(xs, xs[1:] + xs[:1], strict=True):
+                    f(x, y)
+
+            def copies(outs: list[Tensor] = outs, xs: list[Tensor] = xs) -> None:
+                for o, x in zip(outs, xs, strict=True):
+                    o.copy_(x)
+
+            copy, mine, theirs = (
+                t / len(xs) * 1e3 for t in replay_times([copies, lambda: over(ours), lambda: over(compiled)])
+            )
+            table.add_row(
+                name, f"4096 x {columns}", f"{mine:.1f}", f"{copy * moved / 2 / mine:.2f}", f"{theirs:.1f}", f"{theirs / mine:.2f}"
+            )  # fmt: skip
+    console.print(table)
+
+
+BENCHES = {"product": product, "rows": rows}
