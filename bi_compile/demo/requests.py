@@ -83,9 +83,7 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
             if own["turns"]:
                 wait_for_turn()
             start = time.perf_counter()
-            batches = [
-                llm.generate(asked[i : i + size], sampling, use_tqdm=False) for i in range(0, len(asked), size)
-            ]
+            batches = [llm.generate(asked[i : i + size], sampling, use_tqdm=False) for i in range(0, len(asked), size)]
             seconds.append(time.perf_counter() - start)
         together = [o.outputs[0] for batch in batches for o in batch]
         result["batches"][size] = {

@@ -1,6 +1,6 @@
 """A function with inputs whose rows can be told apart: what it is checked for, and how it is called on a batch.
 
-    python -m bi_compile.measure.case FOLDER     # the second process: runs FOLDER/batches.pt, writes FOLDER/outputs.pt
+python -m bi_compile.measure.case FOLDER     # the second process: runs FOLDER/batches.pt, writes FOLDER/outputs.pt
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,15 @@ class Case:
         )
         self._compiled: tuple[bool | None, Function] | None = None
 
-    def __call__(self, batch: Batch) -> list[Tensor]:
-        """The tensors that the function returns for `batch`, in the order of their tree; runs here, not in a second process."""
+    def __call__(self, batch: Batch, around: AbstractContextManager[Any] | None = None) -> list[Tensor]:
+        """The tensors that the function returns for `batch`, in the order of their tree; runs here, not in a second process.
+
+        around: entered while the function runs.
+        """
         with _threads(batch.threads), torch.no_grad():
-            result = self._function(batch.dynamic)(*build(self.inputs, self.dims, batch))
+            function, given = self._function(batch.dynamic), build(self.inputs, self.dims, batch)
+            with around or nullcontext():
+                result = function(*given)
             # a copy: a compiled function may write its next result into the same memory
             return [x.detach().clone() for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
 

@@ -61,10 +61,10 @@ CACHING = (
 )
 
 
-def in_a_process(module: str, plan: dict[str, Any]) -> dict[str, Any]:
+def in_a_process(module: str, plan: dict[str, Any], **environment: str) -> dict[str, Any]:
     """The result of `python -m module plan`. Raises MeasureError: it was refused there, or the process failed."""
     try:
-        result, _ = run_module(module, plan)
+        result, _ = run_module(module, plan, **environment)
     except ProcessFailed as error:
         raise MeasureError(f"the engine's process failed:\n{error}") from None
     if "refused" in result:
@@ -140,10 +140,33 @@ def _describe(alone: Any, together: Any) -> dict[str, Any]:
     }
 
 
+def sentence(mismatch: dict[str, Any]) -> str:
+    """A mismatch in words."""
+    others = [i for i in mismatch["batch"] if i != mismatch["request"]]
+    token = " with another token" if mismatch["other_token"] else ""
+    return (
+        f"request {mismatch['request']} among {len(others)} others ({', '.join(map(str, others))}) differs from itself alone at "
+        f"token {mismatch['step']}{token}: logprobs, {mismatch['difference']}"
+    )
+
+
+def line(result: dict[str, Any]) -> str:
+    """What a run found, in words."""
+    if result["mismatch"] is not None:
+        return f"not batch-invariant: {sentence(result['mismatch'])}"
+    cut = f"; the time was up, {result['left']} batches did not run" if result["left"] else ""
+    orders = ", ".join(f"{n} {order}" for order, n in result["batches"].items())
+    return f"no mismatch: {result['rows']} requests in {sum(result['batches'].values())} batches ({orders}; {result['seconds']:.1f} s){cut}"
+
+
 def batches(own: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
     """(order, requests): every request in batches of each size, in the order given, reversed and shuffled."""
     count, rng = own["requests"], random.Random(own["seed"])
-    orders = {"given": list(range(count)), "reversed": list(range(count))[::-1], "shuffled": rng.sample(range(count), count)}
+    orders = {
+        "given": list(range(count)),
+        "reversed": list(range(count))[::-1],
+        "shuffled": rng.sample(range(count), count),
+    }
     for name, order in orders.items():
         for size in own["sizes"]:
             for i in range(0, count, size):

@@ -141,9 +141,7 @@ def _laid_out(y: Tensor, layout: str) -> Tensor:
     if layout == "offset":
         return torch.empty(y.numel() + 1, dtype=y.dtype, device=y.device)[1:].view(y.shape).copy_(y)
     if layout == "pitched" and y.dim():
-        return torch.empty(*y.shape[:-1], y.shape[-1] + 3, dtype=y.dtype, device=y.device)[
-            ..., : y.shape[-1]
-        ].copy_(y)
+        return torch.empty(*y.shape[:-1], y.shape[-1] + 3, dtype=y.dtype, device=y.device)[..., : y.shape[-1]].copy_(y)
     if layout == "transposed" and y.dim() > 1:
         return y.transpose(0, -1).contiguous().transpose(0, -1)
     return y.contiguous()

@@ -37,7 +37,9 @@ class Mismatch:
     difference: Difference
 
     def __str__(self) -> str:
-        return f"row {self.row} at place {self.place} of {self.batch}: output {self.output} differs in {self.difference}"
+        return (
+            f"row {self.row} at place {self.place} of {self.batch}: output {self.output} differs in {self.difference}"
+        )
 
 
 @dataclasses.dataclass
@@ -275,9 +277,7 @@ def write(case: Case, mismatch: Mismatch, path: Path) -> None:
         MeasureError: the function has no import path, so that no program can name it.
     """
     if case.path is None:
-        raise MeasureError(
-            f"{case.name} has no import path, so no program can name it: give it as package.module:name"
-        )
+        raise MeasureError(f"{case.name} has no import path, so no program can name it: give it as package.module:name")
     data = {
         "inputs": case.inputs,
         "dims": case.dims,
@@ -303,7 +303,9 @@ def replay(path: Path, fn: Function | str) -> int:
     case = Case(fn, data["inputs"], data["dims"], data["backend"])
     with recompiling():
         mismatch = Comparison(case).again(batch_from(data["batch"]))
-    print(mismatch or f"no mismatch here, with torch {torch.__version__}; it was found with {data['versions']['torch']}")
+    print(
+        mismatch or f"no mismatch here, with torch {torch.__version__}; it was found with {data['versions']['torch']}"
+    )
     return mismatch is not None
 
 
@@ -321,7 +323,9 @@ def _bar(console: Console | None) -> Iterator[Callable[[str, float], None]]:
 
 def table(evidence: Evidence) -> Table:
     """What ran, kind by kind, and what could not."""
-    found = Table("varied", "batches", "rows compared", title=f"bi-compile verify: {evidence.name}", title_justify="left")
+    found = Table(
+        "varied", "batches", "rows compared", title=f"bi-compile verify: {evidence.name}", title_justify="left"
+    )
     for kind, batches in evidence.batches.items():
         found.add_row(kind, str(batches), str(evidence.rows[kind]))
     for kind, why in evidence.not_run.items():
