@@ -118,7 +118,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return self.path or getattr(self.fn, "__qualname__", type(self.fn).__qualname__)
+        return self.path or str(getattr(self.fn, "__qualname__", type(self.fn).__qualname__))
 
     def elsewhere(self, batches: Sequence[Batch]) -> list[list[Tensor]]:
         """The outputs of each batch, run one after another in a second process.

@@ -64,7 +64,7 @@ CACHING = (
 def in_a_process(module: str, plan: dict[str, Any], **environment: str) -> dict[str, Any]:
     """The result of `python -m module plan`. Raises MeasureError: it was refused there, or the process failed."""
     try:
-        result, _ = run_module(module, plan, **environment)
+        result, _ = run_module(module, plan, 1200, **environment)
     except ProcessFailed as error:
         raise MeasureError(f"the engine's process failed:\n{error}") from None
     if "refused" in result:
