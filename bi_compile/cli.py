@@ -1,4 +1,4 @@
-"""The command line: `bi-compile demo | inspect DIR | doctor | passes | verify … | bisect …`.
+"""The command line: `bi-compile demo | inspect DIR | doctor | passes | verify … | bisect … | probe`.
 
 Exit codes: 0 all is well; 1 the demonstration or the doctor found something else than it should, or a row differs; 2 a command that
 cannot be carried out, with one sentence that says why.
@@ -71,11 +71,13 @@ def inspect(
 
 @app.command()
 @_sentences
-def doctor() -> None:
+def doctor(
+    probe: Annotated[Path | None, typer.Option(help="a file of `bi-compile probe`: is it of this machine?")] = None,
+) -> None:
     """Check this machine: versions, kernels, plugins, settings. Exit code 1 if something that is needed is missing."""
     from . import diagnosis
 
-    raise typer.Exit(0 if diagnosis.show(console()) else 1)
+    raise typer.Exit(0 if diagnosis.show(console(), probe) else 1)
 
 
 @app.command()
@@ -198,6 +200,27 @@ def verify_vllm(
         write.write_text(json.dumps({"model": str(model), **plan, "only": only}))
         typer.echo(f'to see it again: python -m bi_compile.measure.engine "$(cat {write})"')
     raise typer.Exit(0 if result["mismatch"] is None else 1)
+
+
+@app.command()
+@_sentences
+def probe(
+    write: Annotated[Path, typer.Option(help="the file to write")] = Path("probe.json"),
+    device: Annotated[str, typer.Option(help="torch's name of the device")] = "cpu",
+    operator: Annotated[list[str] | None, typer.Option(help="measure this one alone; may be repeated")] = None,
+    seed: Seed = 0,
+    time_limit: Limit = 600.0,
+) -> None:
+    """Measure which native operators of this device vary with the batch; the option `probe` reads the file."""
+    import json
+
+    from .measure import probe as measured
+
+    out = console()
+    data = measured.measure(device, seed, time_limit, operator, out)
+    write.write_text(json.dumps(data, indent=1))
+    out.print(measured.table(data))
+    typer.echo(f'written to {write}; options={{"probe": "{write}"}} makes the audit read it')
 
 
 @bisect_app.command("function")

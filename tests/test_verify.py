@@ -198,11 +198,10 @@ def block(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def test_compiled_functions() -> None:
-    """With Inductor the row differs; with bi_ascend it does not, in static and in dynamic graphs."""
+    """In static and in dynamic graphs."""
     given = (rand(33, 64), rand(64, 500, seed=1))
-    assert not bi_compile.verify(block, given, (0, None), backend="inductor", sizes=(1, 2, 17)).equal
-    ours = bi_compile.verify(block, given, (0, None), backend="bi_ascend", sizes=(1, 2, 17))
-    assert ours.equal and ours.batches["graph"] == 6, ours.line()
+    ours = bi_compile.verify(block, given, (0, None), backend="bi_ascend", sizes=(1, 3))
+    assert ours.equal and ours.left == 0 and ours.batches["graph"] == 4, ours.line()
 
 
 @pytest.mark.parametrize(("dim", "shape"), [(1, (3, 9, 4)), (0, (9, 3, 4)), (-1, (3, 4, 9))])
