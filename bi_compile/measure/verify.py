@@ -189,6 +189,10 @@ class Comparison:
     def __call__(self, batch: Batch, outputs: list[Tensor]) -> Mismatch | None:
         """The first row of the batch that differs."""
         for place, row in batch.compared():
+            if not len(self.places) == len(self.alone(row)) == len(outputs):
+                raise MeasureError(
+                    f"{self.case.name} returns {len(self.alone(row))} tensors for a row alone and {len(outputs)} for {batch}"
+                )
             for i, (where, a, b) in enumerate(zip(self.places, self.alone(row), outputs, strict=True)):
                 got = where.of(b, place)
                 if a.shape != got.shape:
