@@ -6,12 +6,16 @@ with bi_compile.invariant(): ...        # code that is not compiled
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from .eager import install, invariant
-from .errors import AuditError, BiCompileError, HostError, OptionError, RewriteError, TableError
+from .errors import AuditError, BiCompileError, HostError, MeasureError, OptionError, RewriteError, TableError
 from .options import Options
 from .pipeline import Pipeline
 from .table import Group, Pass, replaces
+
+if TYPE_CHECKING:
+    from .measure.verify import verify
 
 try:
     __version__ = version("bi-compile")
@@ -19,6 +23,15 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "AuditError", "BiCompileError", "Group", "HostError", "OptionError", "Options", "Pass", "Pipeline", "RewriteError",
-    "TableError", "install", "invariant", "replaces",
+    "AuditError", "BiCompileError", "Group", "HostError", "MeasureError", "OptionError", "Options", "Pass", "Pipeline",
+    "RewriteError", "TableError", "install", "invariant", "replaces", "verify",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # what is needed to measure is imported when it is used
+    if name == "verify":
+        from .measure.verify import verify
+
+        return verify
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""The command line: `bi-compile demo | inspect DIR | doctor | passes`.
+"""The command line: `bi-compile demo | inspect DIR | doctor | passes | verify … | bisect … | probe`.
 
-Exit codes: 0 all is well; 1 the demonstration or the doctor found something else than it should; 2 a command that
+Exit codes: 0 all is well; 1 the demonstration or the doctor found something else than it should, or a row differs; 2 a command that
 cannot be carried out, with one sentence that says why.
 """
 
@@ -71,11 +71,13 @@ def inspect(
 
 @app.command()
 @_sentences
-def doctor() -> None:
+def doctor(
+    probe: Annotated[Path | None, typer.Option(help="a file of `bi-compile probe`: is it of this machine?")] = None,
+) -> None:
     """Check this machine: versions, kernels, plugins, settings. Exit code 1 if something that is needed is missing."""
     from . import diagnosis
 
-    raise typer.Exit(0 if diagnosis.show(console()) else 1)
+    raise typer.Exit(0 if diagnosis.show(console(), probe) else 1)
 
 
 @app.command()
@@ -90,6 +92,180 @@ def passes(markdown: Annotated[bool, typer.Option("--markdown", help="as docs/op
         out = console()
         for table in reference.tables():
             out.print(table)
+
+
+# -- what can be measured ---------------------------------------------------------------------------------------------
+
+_COMPARE = dict(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+verify_app = typer.Typer(help="Compare each row among others with the row alone, as bits.", **_COMPARE)  # type: ignore[arg-type]
+bisect_app = typer.Typer(help="Name the first operator whose row differs.", **_COMPARE)  # type: ignore[arg-type]
+app.add_typer(verify_app, name="verify")
+app.add_typer(bisect_app, name="bisect")
+
+FunctionPath = Annotated[str, typer.Argument(metavar="FUNCTION", help="package.module:name of a function or a model")]
+Inputs = Annotated[
+    str, typer.Option(help="package.module:name of a function that returns its arguments, all rows together")
+]
+BatchDims = Annotated[str, typer.Option(help="the batch dimension of every tensor, or one for each input: 0,none")]
+Backend = Annotated[str | None, typer.Option(help="compile it with this backend of torch.compile")]
+Seed = Annotated[int, typer.Option(help="of what is drawn at random")]
+Limit = Annotated[float, typer.Option(help="seconds after which nothing new starts")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="a folder with a model")]
+Config = Annotated[str | None, typer.Option(help="vLLM's compilation config, as JSON")]
+EngineArgs = Annotated[str, typer.Option(help='more arguments of vllm.LLM, as JSON: {"dtype": "bfloat16"}')]
+
+
+def _function(fn: str, inputs: str, batch_dims: str) -> tuple[str, list[Any], Any]:
+    """The first three arguments of `verify` and `bisect`."""
+    import os
+    import sys
+
+    from .errors import MeasureError
+    from .measure.case import load
+
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it
+    made = load(inputs)()
+    try:
+        dims = [None if d.strip() == "none" else int(d) for d in batch_dims.split(",")]
+    except ValueError:
+        raise MeasureError(f"--batch-dims {batch_dims}: numbers or none, as in 0 or 0,none") from None
+    every = dims[0] if len(dims) == 1 and dims[0] is not None else dims
+    return fn, list(made) if isinstance(made, (tuple, list)) else [made], every
+
+
+def _plan(config: str | None, engine: str, **own: Any) -> dict[str, Any]:
+    """The plan of an engine: vLLM's arguments and ours."""
+    import json
+
+    from .errors import MeasureError
+
+    try:
+        found = json.loads(engine) | ({"compilation_config": json.loads(config)} if config else {})
+    except (ValueError, TypeError) as error:
+        raise MeasureError(f"--compilation-config and --engine-args are JSON objects ({error})") from None
+    return found | own
+
+
+@verify_app.command("function")
+@_sentences
+def verify_function(
+    fn: FunctionPath,
+    inputs: Inputs,
+    batch_dims: BatchDims = "0",
+    backend: Backend = None,
+    seed: Seed = 0,
+    time_limit: Limit = 300.0,
+    write: Annotated[Path, typer.Option(help="the program to write where a row differs")] = Path("counterexample.py"),
+) -> None:
+    """A Python function, a model or something compiled. Exit code 1 if a row differs."""
+    from .measure import verify
+    from .measure.case import Case
+
+    out = console()
+    given = _function(fn, inputs, batch_dims)
+    evidence = verify.verify(*given, backend=backend, seed=seed, time_limit=time_limit, console=out)
+    out.print(verify.table(evidence))
+    typer.echo(evidence.line())
+    if evidence.mismatch is not None:
+        verify.write(Case(*given, backend), evidence.mismatch, write)
+        typer.echo(f"to see it again: python {write}")
+    raise typer.Exit(0 if evidence.equal else 1)
+
+
+@verify_app.command("vllm")
+@_sentences
+def verify_vllm(
+    model: Model,
+    compilation_config: Config = None,
+    engine_args: EngineArgs = "{}",
+    requests: Annotated[int, typer.Option(help="how many")] = 16,
+    tokens: Annotated[int, typer.Option(help="how many for each request")] = 8,
+    seed: Seed = 0,
+    time_limit: Limit = 60.0,
+    write: Annotated[Path, typer.Option(help="the plan to write where a request differs")] = Path(
+        "counterexample.json"
+    ),
+) -> None:
+    """A vLLM engine: requests alone and together, their logprobs and tokens. Exit code 1 if a request differs."""
+    import json
+
+    from .measure import engine
+
+    plan = _plan(compilation_config, engine_args, requests=requests, tokens=tokens, seed=seed, time_limit=time_limit)
+    with console().status("the engine starts, then requests run alone and together"):
+        result = engine.verify(model, **plan)
+    typer.echo(engine.line(result))
+    if result["mismatch"] is not None:
+        only = {k: result["mismatch"][k] for k in ("request", "batch")}
+        write.write_text(json.dumps({"model": str(model), **plan, "only": only}))
+        typer.echo(f'to see it again: python -m bi_compile.measure.engine "$(cat {write})"')
+    raise typer.Exit(0 if result["mismatch"] is None else 1)
+
+
+@app.command()
+@_sentences
+def probe(
+    write: Annotated[Path, typer.Option(help="the file to write")] = Path("probe.json"),
+    device: Annotated[str, typer.Option(help="torch's name of the device")] = "cpu",
+    operator: Annotated[list[str] | None, typer.Option(help="measure this one alone; may be repeated")] = None,
+    seed: Seed = 0,
+    time_limit: Limit = 600.0,
+) -> None:
+    """Measure which native operators of this device vary with the batch; the option `probe` reads the file."""
+    import json
+
+    from .measure import probe as measured
+
+    out = console()
+    data = measured.measure(device, seed, time_limit, operator, out)
+    write.write_text(json.dumps(data, indent=1))
+    out.print(measured.table(data))
+    typer.echo(f'written to {write}; options={{"probe": "{write}"}} makes the audit read it')
+
+
+@bisect_app.command("function")
+@_sentences
+def bisect_function(
+    fn: FunctionPath,
+    inputs: Inputs,
+    batch_dims: BatchDims = "0",
+    backend: Backend = None,
+    seed: Seed = 0,
+    time_limit: Limit = 120.0,
+) -> None:
+    """A Python function, a model or something compiled. Exit code 1 if a row differs."""
+    from .measure import bisect
+
+    out = console()
+    given = _function(fn, inputs, batch_dims)
+    found = bisect.bisect(*given, backend=backend, seed=seed, time_limit=time_limit, console=out)
+    _show(out, found, str(found.mismatch))
+
+
+@bisect_app.command("vllm")
+@_sentences
+def bisect_vllm(
+    model: Model, compilation_config: Config = None, engine_args: EngineArgs = "{}", seed: Seed = 0
+) -> None:
+    """A vLLM engine, its compiled graphs run node by node. Exit code 1 if a request differs."""
+    from .measure import engine, engine_bisect
+
+    out = console()
+    with out.status("the engine starts, then requests run alone and together, operator by operator"):
+        mismatch, found = engine_bisect.bisect(model, **_plan(compilation_config, engine_args, seed=seed))
+    _show(out, found, engine.sentence(mismatch) if mismatch else "")
+
+
+def _show(out: Any, found: Any, mismatch: str) -> None:
+    """A bisection: which row, where it first differs, and how that grows."""
+    from .measure import bisect
+
+    if found.first is None:
+        typer.echo(found.line())
+        raise typer.Exit(0)
+    out.print(bisect.table(found))
+    typer.echo(f"{mismatch}\n{found.line()}")
+    raise typer.Exit(1)
 
 
 if __name__ == "__main__":

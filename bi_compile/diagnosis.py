@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -170,14 +171,30 @@ def passes() -> Iterator[Line]:
     yield Line(OK, "passes", ", ".join(pass_names()))
 
 
+def probe(file: Path) -> Iterator[Line]:
+    """Is what was measured there still so here?"""
+    from .errors import OptionError
+    from .measure import probe
+
+    try:
+        data = probe.read(file)
+    except OptionError as error:
+        yield Line(MISSING, "probe", str(file), str(error))
+        return
+    why = probe.stale(data)
+    found = f"{file}: {data['date']}, {data['device_name']}, torch {data['torch']}"
+    yield Line(MISSING if why else OK, "probe", found, f"stale: {why}" if why else "")
+
+
 #: in the order of the table
 CHECKS: tuple[Callable[[], Iterator[Line]], ...] = (versions, kernels, plugins, vllm, passes)
 
 
-def show(console: Any) -> bool:
-    """Print the table; True if nothing that is needed is missing."""
+def show(console: Any, probe_file: Path | None = None) -> bool:
+    """Print the table, with a probe file if there is one; True if nothing that is needed is missing."""
     with console.status("looking (the first time the CPU kernels are compiled, a minute or two)"):
         lines = [line for check in CHECKS for line in check()]
+        lines += probe(probe_file) if probe_file is not None else ()
     table = Table("", "what", "found", "remedy", title="bi-compile doctor", title_justify="left")
     for line in lines:
         table.add_row(

@@ -23,3 +23,7 @@ class AuditError(BiCompileError):
 
 class HostError(BiCompileError):
     """The host program (vLLM, vllm-ascend) cannot be served: too old, or without a setting that the guarantee needs."""
+
+
+class MeasureError(BiCompileError):
+    """What cannot be measured: no batch dimension, inputs that share memory, a function that is not deterministic."""

@@ -29,6 +29,7 @@ class Options:
         target: "cpu" or "cuda"; None: the device of the graph.
         inner: what compiles the rewritten graph: "inductor", or any other backend that torch._dynamo.list_backends names.
         trust: operators (`ns::name`) that the user declares invariant, each with a reason.
+        probe: a file of `bi-compile probe`: an operator that was measured to vary is not trusted; None: nothing was measured.
         batch: input -> its batch dimension, for graphs of static shapes; None: the symbolic dimensions.
     """
 
@@ -39,6 +40,7 @@ class Options:
     inner: str = "inductor"
     trust: Mapping[str, str] = dataclasses.field(default_factory=dict)
     batch: Mapping[str, int] | None = None
+    probe: str | None = None
 
     def __post_init__(self) -> None:
         if self.on_unproven not in ON_UNPROVEN:
@@ -57,6 +59,8 @@ class Options:
             raise OptionError(
                 f'batch={self.batch!r}: it maps an input of the graph to its batch dimension, as in {{"x": 0}}'
             )
+        if self.probe is not None:
+            _check_probe(self.probe)
         resolve_passes(self.passes)
         if self.inner != "inductor":
             _check_inner(self.inner)
@@ -82,13 +86,14 @@ def read_options(given: Mapping[str, Any] | None, **fixed: Any) -> Options:
     values = {**given, **fixed}
     if "passes" in values:
         values["passes"] = _names(values["passes"])
-    if values.get("dump_dir") is not None:
-        if not isinstance(values["dump_dir"], (str, Path)):
-            raise OptionError(f"dump_dir={values['dump_dir']!r}: it is the name of a folder")
-        values["dump_dir"] = str(values["dump_dir"])
-    for key, kind in (("on_unproven", str), ("inner", str)):
-        if key in values and not isinstance(values[key], kind):
-            raise OptionError(f"{key}={values[key]!r}: it is a {kind.__name__}")
+    for key, kind in (("dump_dir", "folder"), ("probe", "file")):
+        if values.get(key) is not None:
+            if not isinstance(values[key], (str, Path)):
+                raise OptionError(f"{key}={values[key]!r}: it is the name of a {kind}")
+            values[key] = str(values[key])
+    for key in ("on_unproven", "inner"):
+        if key in values and not isinstance(values[key], str):
+            raise OptionError(f"{key}={values[key]!r}: it is a str")
     return Options(**values)
 
 
@@ -140,6 +145,14 @@ def _users_pass(name: str) -> type[Pass]:
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise OptionError(f"{name!r} is {found!r}, which is no subclass of bi_compile.Pass")
     return found
+
+
+def _check_probe(path: str) -> None:
+    from .measure import probe
+
+    why = probe.stale(probe.read(path))
+    if why is not None:
+        raise OptionError(f"probe={path!r}: {why}")
 
 
 def _check_inner(name: str) -> None:

@@ -24,6 +24,7 @@ from torch import fx
 
 from .audit import Finding, Knowledge, Report, audit
 from .dump import Dump
+from .errors import OptionError
 from .options import ALL, Options, resolve_passes
 from .rewrite import Change, Decompositions, rewrite
 from .table import Table
@@ -120,6 +121,8 @@ class Pipeline:
         if extra_trust:
             known = dataclasses.replace(known, trust={**extra_trust, **known.trust})
         report = audit(graph, known, self.options.batch)
+        if self.options.probe is not None:
+            report = self._measured(report, graph, known.target)
         self.summary.graphs += 1
         self.summary.nodes += len(report.findings)
         self.summary.left.update(f.operator for f in report.objections)
@@ -132,6 +135,18 @@ class Pipeline:
         for finding in report.objections:
             self._warn(finding)
         return report
+
+    def _measured(self, report: Report, graph: fx.Graph, target: Target) -> Report:
+        """The report with what the probe file says. Raises OptionError: it was measured on another device."""
+        from .measure import probe
+
+        data = probe.read(str(self.options.probe))
+        if data["device"] != target.device:
+            raise OptionError(
+                f"probe={self.options.probe!r} was measured on {data['device']!r}, and this graph runs on {target.device!r}: "
+                "name a file of that device"
+            )
+        return probe.apply(data, report, graph, native=self.options.inner != "inductor")
 
     def _warn(self, finding: Finding) -> None:
         if finding.operator not in self._warned:
@@ -160,7 +175,8 @@ def digest(options: Options) -> str:
     import inspect
 
     h = hashlib.sha256(_package_digest().encode())
-    settings = dataclasses.asdict(options) | {"dump_dir": None}
+    probe = None if options.probe is None else Path(options.probe).read_text()
+    settings = dataclasses.asdict(options) | {"dump_dir": None, "probe": probe}
     h.update(json.dumps(settings, sort_keys=True, default=dict).encode())
     for p in resolve_passes(options.passes):
         module = inspect.getmodule(p)

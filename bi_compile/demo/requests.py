@@ -33,34 +33,48 @@ PLAN: dict[str, Any] = {
 }
 
 
-def run(plan: dict[str, Any]) -> dict[str, Any]:
-    """Run a plan: keys of `PLAN`, the rest goes to `vllm.LLM`."""
-    from vllm import LLM, SamplingParams
+def engine(settings: dict[str, Any]) -> Any:
+    """A `vllm.LLM` for comparisons; `settings` are its arguments, and come before the ones that stand here."""
+    from vllm import LLM
 
-    own = {**PLAN, **{k: v for k, v in plan.items() if k in PLAN}}
-    engine = {k: v for k, v in plan.items() if k not in PLAN}
-    llm = LLM(
-        **{
-            "skip_tokenizer_init": True,
-            "max_model_len": 512,
-            "max_num_seqs": 64,
-            "seed": 0,
-            "enable_prefix_caching": False,
-            **engine,
-        }
-    )
-    greedy = SamplingParams(temperature=0, max_tokens=own["tokens"], logprobs=5, detokenize=False, ignore_eos=True)
+    usual = {
+        "skip_tokenizer_init": True,
+        "max_model_len": 512,
+        "max_num_seqs": 64,
+        "seed": 0,
+        "enable_prefix_caching": False,
+    }
+    return LLM(**{**usual, **settings})
+
+
+def prompts(own: dict[str, Any]) -> list[Any]:
+    """Random prompts: `requests` of them, of `prompt` tokens, from `seed`."""
     rng = random.Random(own["seed"])
-    prompts: list[Any] = [
+    return [
         {"prompt_token_ids": [rng.randrange(10, 4000) for _ in range(rng.randint(*own["prompt"]))]}
         for _ in range(own["requests"])
     ]
 
-    def bits(output: Any) -> list[Any]:
-        return [[(token, p.logprob) for token, p in step.items()] for step in output.logprobs]
 
-    alone = [llm.generate([p], greedy, use_tqdm=False)[0].outputs[0] for p in prompts]
-    result: dict[str, Any] = {"requests": len(prompts), "batches": {}}
+def greedy(tokens: int) -> Any:
+    """Sampling parameters: `tokens` tokens, the likeliest each time, with the logprobs of five."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, detokenize=False, ignore_eos=True)
+
+
+def bits(output: Any) -> list[list[tuple[int, float]]]:
+    """For each token the logprobs of the likeliest."""
+    return [[(token, p.logprob) for token, p in step.items()] for step in output.logprobs]
+
+
+def run(plan: dict[str, Any]) -> dict[str, Any]:
+    """Run a plan: keys of `PLAN`, the rest goes to `vllm.LLM`."""
+    own = {**PLAN, **{k: v for k, v in plan.items() if k in PLAN}}
+    llm = engine({k: v for k, v in plan.items() if k not in PLAN})
+    sampling, asked = greedy(own["tokens"]), prompts(own)
+    alone = [llm.generate([p], sampling, use_tqdm=False)[0].outputs[0] for p in asked]
+    result: dict[str, Any] = {"requests": len(asked), "batches": {}}
     if own["bits"]:
         result["bits"] = hashlib.sha256(repr([bits(a) for a in alone]).encode()).hexdigest()
     for size in own["batches"]:
@@ -69,15 +83,13 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
             if own["turns"]:
                 wait_for_turn()
             start = time.perf_counter()
-            batches = [
-                llm.generate(prompts[i : i + size], greedy, use_tqdm=False) for i in range(0, len(prompts), size)
-            ]
+            batches = [llm.generate(asked[i : i + size], sampling, use_tqdm=False) for i in range(0, len(asked), size)]
             seconds.append(time.perf_counter() - start)
         together = [o.outputs[0] for batch in batches for o in batch]
         result["batches"][size] = {
             "logprobs": sum(bits(a) != bits(b) for a, b in zip(alone, together, strict=True)),
             "tokens": sum(list(a.token_ids) != list(b.token_ids) for a, b in zip(alone, together, strict=True)),
-            "tokens_per_second": len(prompts) * own["tokens"] / statistics.median(seconds),
+            "tokens_per_second": len(asked) * own["tokens"] / statistics.median(seconds),
         }
     return result
 

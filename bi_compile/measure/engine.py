@@ -1,0 +1,209 @@
+"""Requests alone and together on one vLLM engine, in several sizes and orders, up to the first mismatch, made small.
+
+    python -m bi_compile.measure.engine '{"model": "DIR", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
+
+Prints one line `RESULT {json}`; `verify` runs that in a process of its own and reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..demo import requests
+from ..demo.processes import ProcessFailed, run_module
+from ..errors import MeasureError
+from .bits import difference
+
+#: keys of a plan that are not vLLM's. only: {"request": i, "batch": [i, j, …]}, a counterexample that is run again.
+PLAN: dict[str, Any] = {
+    "requests": 16,
+    "sizes": [2, 3, 5, 8, 16],
+    "prompt": [5, 60],
+    "tokens": 8,
+    "seed": 0,
+    "time_limit": 60.0,
+    "only": None,
+}
+
+
+def verify(model: Path, **plan: Any) -> dict[str, Any]:
+    """Run a plan (keys of `PLAN`, the rest goes to `vllm.LLM`) in a process of its own.
+
+    Returns: "batches" that ran and "rows" compared, "left" that did not run, "seconds" without the engine's start, and
+    "mismatch": None or the smallest that was found.
+
+    Raises:
+        MeasureError: prefix caching is on, the engine is not deterministic, there is no model, or the process failed.
+    """
+    check(model, plan)
+    return in_a_process(__name__, {"model": str(model), **plan})
+
+
+def check(model: Path, settings: dict[str, Any]) -> None:
+    """Raise MeasureError for what can be seen before an engine starts."""
+    if not (model / "config.json").exists():
+        raise MeasureError(f"{model} holds no model (config.json is missing): name the folder of one")
+    if settings.get("enable_prefix_caching"):
+        raise MeasureError(CACHING)
+
+
+CACHING = (
+    "prefix caching is on: the second run of a request would read the keys and values of its first, and a mismatch would "
+    "stay hidden; leave out enable_prefix_caching"
+)
+
+
+def in_a_process(module: str, plan: dict[str, Any], **environment: str) -> dict[str, Any]:
+    """The result of `python -m module plan`. Raises MeasureError: it was refused there, or the process failed."""
+    try:
+        result, _ = run_module(module, plan, 1200, **environment)
+    except ProcessFailed as error:
+        raise MeasureError(f"the engine's process failed:\n{error}") from None
+    if "refused" in result:
+        raise MeasureError(result["refused"])
+    return result
+
+
+def settled(plan: dict[str, Any], known: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of a plan that are ours, with `known` as their defaults, and those that are vLLM's."""
+    return {**known, **{k: v for k, v in plan.items() if k in known}}, {k: v for k, v in plan.items() if k not in known}
+
+
+def start(settings: dict[str, Any]) -> Any:
+    """The engine. Raises MeasureError: it reuses prefixes."""
+    llm = requests.engine(settings)
+    if llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+        raise MeasureError(CACHING)
+    return llm
+
+
+class Requests:
+    """Requests on one engine; each alone, once."""
+
+    def __init__(self, llm: Any, own: dict[str, Any]) -> None:
+        self.llm = llm
+        self.prompts = requests.prompts(own)
+        self.sampling = requests.greedy(own["tokens"])
+        self._alone: dict[int, Any] = {}
+
+    def together(self, batch: list[int]) -> list[Any]:
+        """What each request of the batch gets: for each token the logprobs of the likeliest."""
+        found = self.llm.generate([self.prompts[i] for i in batch], self.sampling, use_tqdm=False)
+        return [requests.bits(o.outputs[0]) for o in found]
+
+    def alone(self, request: int) -> Any:
+        if request not in self._alone:
+            self._alone[request] = self.together([request])[0]
+        return self._alone[request]
+
+    def mismatch(self, batch: list[int], only: int | None = None) -> dict[str, Any] | None:
+        """The first request of the batch (or the one named) that gets other bits than alone."""
+        for place, (request, got) in enumerate(zip(batch, self.together(batch), strict=True)):
+            if only in (None, request) and got != self.alone(request):
+                return {"request": request, "batch": batch, "place": place, **_describe(self.alone(request), got)}
+        return None
+
+    def smaller(self, found: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """The same request among as few others as still make it differ: halves of them are left out, then single ones."""
+        request, part = found["request"], len(found["batch"]) // 2
+        while part and time.monotonic() < deadline:
+            others = [i for i in found["batch"] if i != request]
+            for at in range(0, len(others), part):
+                gone = set(others[at : at + part])
+                smaller = self.mismatch([i for i in found["batch"] if i not in gone], request)
+                if smaller is not None:
+                    found = smaller
+                    break
+            else:
+                part //= 2
+            part = min(part, len(found["batch"]) - 1)
+        return found
+
+
+def _describe(alone: Any, together: Any) -> dict[str, Any]:
+    step = next(i for i, (a, b) in enumerate(zip(alone, together, strict=True)) if a != b)
+    a, b = dict(alone[step]), dict(together[step])
+    tokens = [token for token in a if token in b]
+    found = difference(torch.tensor([a[t] for t in tokens]), torch.tensor([b[t] for t in tokens]))
+    return {
+        "step": step,
+        "other_token": alone[step][0][0] != together[step][0][0],
+        "difference": "other tokens are the likeliest" if found is None else str(found),
+    }
+
+
+def sentence(mismatch: dict[str, Any]) -> str:
+    """A mismatch in words."""
+    others = [i for i in mismatch["batch"] if i != mismatch["request"]]
+    token = " with another token" if mismatch["other_token"] else ""
+    return (
+        f"request {mismatch['request']} among {len(others)} others ({', '.join(map(str, others))}) differs from itself alone at "
+        f"token {mismatch['step']}{token}: logprobs, {mismatch['difference']}"
+    )
+
+
+def line(result: dict[str, Any]) -> str:
+    """What a run found, in words."""
+    if result["mismatch"] is not None:
+        return f"not batch-invariant: {sentence(result['mismatch'])}"
+    cut = f"; the time was up, {result['left']} batches did not run" if result["left"] else ""
+    orders = ", ".join(f"{n} {order}" for order, n in result["batches"].items())
+    return f"no mismatch: {result['rows']} requests in {sum(result['batches'].values())} batches ({orders}; {result['seconds']:.1f} s){cut}"
+
+
+def batches(own: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
+    """(order, requests): every request in batches of each size, in the order given, reversed and shuffled."""
+    count, rng = own["requests"], random.Random(own["seed"])
+    orders = {
+        "given": list(range(count)),
+        "reversed": list(range(count))[::-1],
+        "shuffled": rng.sample(range(count), count),
+    }
+    for name, order in orders.items():
+        for size in own["sizes"]:
+            for i in range(0, count, size):
+                yield name, order[i : i + size]
+
+
+def run(plan: dict[str, Any]) -> dict[str, Any]:
+    """Run a plan in this process. Raises MeasureError."""
+    own, settings = settled(plan, PLAN)
+    asked = Requests(start(settings), own)
+    began = time.monotonic()
+    deadline = began + own["time_limit"]
+    if own["only"]:
+        return {"mismatch": asked.mismatch(own["only"]["batch"], own["only"]["request"])}
+    if asked.together([0])[0] != asked.alone(0):
+        raise MeasureError("the engine is not deterministic: request 0 alone got other logprobs the second time")
+    result: dict[str, Any] = {"batches": {}, "rows": 0, "left": 0, "mismatch": None}
+    for order, batch in batches(own):
+        if result["mismatch"] is not None or time.monotonic() > deadline:
+            result["left"] += 1
+            continue
+        result["batches"][order] = result["batches"].get(order, 0) + 1
+        result["rows"] += len(batch)
+        found = asked.mismatch(batch)
+        if found is not None:
+            result["mismatch"] = asked.smaller(found, time.monotonic() + own["time_limit"])
+    return {**result, "seconds": time.monotonic() - began}
+
+
+def main(measure: Any) -> None:
+    """Print the RESULT line of `measure(plan)`, the plan being the first argument; a refusal is a result too."""
+    try:
+        result = measure(json.loads(sys.argv[1]))
+    except MeasureError as error:
+        result = {"refused": str(error)}
+    print("RESULT", json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(run)
