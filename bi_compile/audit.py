@@ -329,9 +329,11 @@ def _judge_node(node: fx.Node, known: Knowledge, found: rows.Rows) -> tuple[Verd
 
 def call_of(node: fx.Node) -> Call:
     """What a node calls; a mutable operator that was made functional goes by its own name."""
-    args, kwargs = values_of(node)
     kind = node.target.name() if isinstance(node.target, HigherOrderOperator) else ""
-    if kind.startswith("auto_functionalized"):
+    if kind and not kind.startswith("auto_functionalized"):  # what it holds has no values
+        return Call(node.target, node.args, node.kwargs)
+    args, kwargs = values_of(node)
+    if kind:
         return Call(args[0], args[1:], kwargs, complete=kind == "auto_functionalized")
     return Call(node.target, args, kwargs)
 

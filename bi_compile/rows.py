@@ -672,13 +672,14 @@ class _Follower:
         return tuple(self.with_symbols(layout[i] if several else layout, v) for i, v in enumerate(value))
 
     def with_symbols(self, layout: Layout, value: Any) -> Layout:
-        """The layout of a value, with rows wherever its size holds a batch symbol."""
+        """The layout of a value; one that was made with a batch symbol in its size carries rows there."""
         if not isinstance(value, Tensor):
             return ()
         layout = layout if len(layout) == value.dim() else _plain(value)
+        if any(map(carries, layout)):
+            return layout
         return tuple(
-            _one(((Factor(0, True)),), _size(n)) if self.symbolic(n) and not carries(dim) else dim
-            for dim, n in zip(layout, value.shape, strict=True)
+            (Factor(_size(n), True),) if self.symbolic(n) else dim for dim, n in zip(layout, value.shape, strict=True)
         )
 
     def symbolic(self, n: Any) -> bool:
