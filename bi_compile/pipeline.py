@@ -42,6 +42,8 @@ class Summary:
     graphs: int = 0
     nodes: int = 0
     seconds: float = 0.0
+    """Passes and audit."""
+    audit_seconds: float = 0.0
     replaced: Counter[str] = dataclasses.field(default_factory=Counter)
     left: Counter[str] = dataclasses.field(default_factory=Counter)
     """Operators that the audit objects to."""
@@ -130,6 +132,7 @@ class Pipeline:
         if extra_trust:
             known = dataclasses.replace(known, trust={**extra_trust, **known.trust})
         report = audit(graph, known, self.options.batch)
+        self.summary.audit_seconds += time.perf_counter() - start
         self.summary.graphs += 1
         self.summary.nodes += len(report.findings)
         self.summary.left.update(f.operator for f in report.objections)
