@@ -1,16 +1,19 @@
 """A verdict on every node of the graph that will run.
 
-The rules stand in `SPEC`, read from the top: the first rule that knows a node decides, and a node that no rule knows is
-unproven. In addition a reduction over a batch dimension mixes rows, whatever its order.
+The rules stand in `SPEC`, read from the top: the first rule that knows an operator decides, and one that no rule knows is
+unproven. In addition an operator that combines a dimension which carries rows (see `rows`) mixes rows, whatever its
+order. Graphs within the graph (cond, while_loop, scan, map, invoke_subgraph) are judged with it; any other higher-order
+operator is unproven.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -53,6 +56,14 @@ class Finding:
     verdict: Verdict
     reason: str
     where: str
+    rows_in: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Input node -> the dimensions of its value that carry rows."""
+    rows_out: tuple[int, ...] = ()
+    """The dimensions of the (first) result that carry rows."""
+    value: str = ""
+    """dtype and size of each result."""
+    arguments: str = ""
+    """The arguments; a node by its name."""
 
     def __str__(self) -> str:
         return f"{self.node} ({self.operator}) {self.verdict.value}: {self.reason}{' — ' + self.where if self.where else ''}"
@@ -70,7 +81,24 @@ class Knowledge:
     trust: Mapping[str, str]
 
 
-Rule = Callable[[fx.Node, Any, Knowledge], "tuple[Verdict, str] | None"]
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An operator with its arguments, fake or real: a node of a graph, or a call that is about to run."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    complete: bool = True
+    """Whether the arguments are the operator's own; not so where a mutable operator's were taken apart into views."""
+
+    @property
+    def name(self) -> str:
+        """`ns.packet.overload`; a Triton kernel that the program calls is triton.NAME."""
+        return triton_kernel(self.kwargs) if str(self.target).startswith("triton_kernel_wrapper") else str(self.target)
+
+
+Found: TypeAlias = "tuple[Verdict, str] | None"
+Rule = Callable[[Call, Knowledge], Found]
 
 _A = torch.ops.aten
 #: rows are made, moved, joined or taken apart; nothing is added up
@@ -80,11 +108,11 @@ MOVES = {
         "empty empty_like empty_strided empty_permuted new_empty new_empty_strided full full_like new_full zeros zeros_like "
         "new_zeros ones ones_like new_ones arange scalar_tensor lift_fresh_copy eye tril_indices triu_indices linspace "
         "clone copy copy_ _to_copy contiguous constant_pad_nd cat stack hstack vstack repeat tile roll flip fill fill_ "
-        "embedding index index_select gather take take_along_dim masked_select masked_scatter index_copy index_copy_ "
+        "embedding index index_select gather take take_along_dim masked_scatter index_copy index_copy_ "
         "index_fill scatter scatter_ slice_scatter select_scatter diagonal_scatter as_strided_scatter "
         "index_put index_put_ _unsafe_index _unsafe_index_put _unsafe_masked_index narrow_copy unfold_copy "
         "reshape flatten _reshape_copy _unsafe_view view_copy permute_copy expand_copy split_with_sizes_copy unbind_copy "
-        "sym_size sym_stride sym_numel sym_storage_offset tril triu one_hot nonzero _local_scalar_dense item "
+        "sym_size sym_stride sym_numel sym_storage_offset tril triu one_hot _local_scalar_dense item "
         "_assert_async _assert_scalar _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size detach alias"
     ).split()
     if hasattr(_A, packet)
@@ -121,116 +149,107 @@ RANDOM_PRIMS = ("prims.inductor_random.default", "prims.inductor_randint.default
 ACCUMULATING = ("index_put", "_unsafe_index_put", "index_put_")
 
 
-def _symbolic_arithmetic(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    """Placeholders, constants, outputs, and Python arithmetic on sizes."""
-    if node.op in ("placeholder", "get_attr", "output"):
-        return Verdict.ROW_LOCAL, "an input, a constant or the output"
-    if not isinstance(target, (OpOverload, HigherOrderOperator)) and not _holds_tensor(node):
-        return Verdict.ROW_LOCAL, "arithmetic on sizes"
-    if getattr(target, "__name__", "") == "getitem":
-        return Verdict.ROW_LOCAL, "one of several outputs"
-    return None
+#: how many elements they give, and where, follows the values of all rows
+DATA_DEPENDENT = tuple(
+    f"aten.{name}."
+    for name in "nonzero nonzero_static masked_select _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive bincount histc "
+    "histogram repeat_interleave".split()
+)
 
 
-def _holds_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
+def _ours(call: Call, known: Knowledge) -> Found:
+    return (Verdict.REPLACED, "an operator of bi_compile") if call.name.startswith(f"{NAMESPACE}.") else None
 
 
-def _ours(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    return (Verdict.REPLACED, "an operator of bi_compile") if str(target).startswith(f"{NAMESPACE}.") else None
-
-
-def _trusted(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    name = str(target)
+def _trusted(call: Call, known: Knowledge) -> Found:
     for trust in (known.trust, known.target.trusted):
-        reason = trust.get(name) or trust.get(name.removesuffix(".default").replace(".", "::", 1))
+        reason = trust.get(call.name) or trust.get(_short(call.name))
         if reason:
             return Verdict.TRUSTED, reason
     return None
 
 
-def _in_a_table(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
+def _in_a_table(call: Call, known: Knowledge) -> Found:
     for table, remedy in ((known.table, "the pass {} should have replaced it"), (known.known, "add the pass {}")):
-        found = table.get(target)
+        found = table.get(call.target)
         if found is not None:
             entry = found[0]
-            args, kwargs = values_of(node)
-            if entry.stays(*args, **kwargs):
+            if call.complete and entry.stays(*call.args, **call.kwargs):
                 return Verdict.ROW_LOCAL, "exact for these arguments in every order"
             return Verdict.VARIANT, f"{entry.why}; {remedy.format(repr(entry.pass_name))}"
     return None
 
 
-def _random(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    if isinstance(target, OpOverload) and (
-        torch.Tag.nondeterministic_seeded in target.tags or str(target) in RANDOM_PRIMS
+def _random(call: Call, known: Knowledge) -> Found:
+    if isinstance(call.target, OpOverload) and (
+        torch.Tag.nondeterministic_seeded in call.target.tags or call.name in RANDOM_PRIMS
     ):
         return Verdict.UNPROVEN, "draws random numbers, which follow a row's place in the batch"
     return None
 
 
-def _accumulates(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    if not isinstance(target, OpOverload):
+def _accumulates(call: Call, known: Knowledge) -> Found:
+    if not isinstance(call.target, OpOverload):
         return None
-    packet = target._overloadpacket.__name__
-    adds = packet in ACCUMULATING and (node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False))
-    if adds or (packet in ("scatter", "scatter_") and "reduce" in target._overloadname):
+    packet = call.target._overloadpacket.__name__
+    adds = packet in ACCUMULATING and (call.args[3] if len(call.args) > 3 else call.kwargs.get("accumulate", False))
+    if adds or (packet in ("scatter", "scatter_") and "reduce" in call.target._overloadname):
         return Verdict.UNPROVEN, "adds up where indices meet, in an order that nothing fixes"
     return None
 
 
-def _moves(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    if str(target) in MOVES or (isinstance(target, OpOverload) and target.is_view):
+def _data_dependent(call: Call, known: Knowledge) -> Found:
+    if call.name.startswith(DATA_DEPENDENT):
+        return Verdict.UNPROVEN, "how many elements it gives, and where, follows the values of all rows"
+    return None
+
+
+def _moves(call: Call, known: Knowledge) -> Found:
+    if call.name in MOVES or (isinstance(call.target, OpOverload) and call.target.is_view):
         return Verdict.ROW_LOCAL, "makes or moves elements"
     return None
 
 
-def _pointwise(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    if isinstance(target, OpOverload) and (torch.Tag.pointwise in target.tags or str(target) in POINTWISE_PRIMS):
+def _pointwise(call: Call, known: Knowledge) -> Found:
+    if isinstance(call.target, OpOverload) and (
+        torch.Tag.pointwise in call.target.tags or call.name in POINTWISE_PRIMS
+    ):
         return Verdict.ROW_LOCAL, "pointwise"
     return None
 
 
-def _order_free(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    return (Verdict.ROW_LOCAL, "the same in every order") if str(target) in ORDER_FREE else None
-
-
-def _holds_graphs(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
-    """Higher-order operators: what they hold is judged; a mutable operator that was made functional by its own name."""
-    if not isinstance(target, HigherOrderOperator):
-        return None
-    if target.name().startswith("auto_functionalized"):
-        inner = node.args[0]
-        for rule in SPEC:
-            found = rule(node, inner, known) if rule is not _in_a_table else None
-            if found:
-                return found
-        return Verdict.UNPROVEN, _unknown(inner)
-    if target.name() in ("cond", "while_loop", "invoke_subgraph"):
-        return Verdict.ROW_LOCAL, "the graphs that it holds are judged by themselves"
-    return None
+def _order_free(call: Call, known: Knowledge) -> Found:
+    return (Verdict.ROW_LOCAL, "the same in every order") if call.name in ORDER_FREE else None
 
 
 #: the rules, first match first
 SPEC: tuple[Rule, ...] = (
-    _symbolic_arithmetic,
     _ours,
     _trusted,
     _in_a_table,
     _random,
     _accumulates,
+    _data_dependent,
     _moves,
     _pointwise,
     _order_free,
-    _holds_graphs,
 )
 
 
-def _unknown(target: Any) -> str:
-    name = str(target)
+def judge(call: Call, known: Knowledge) -> tuple[Verdict, str]:
+    """The verdict on an operator by itself: the first rule that knows it."""
+    return next((found for rule in SPEC if (found := rule(call, known))), (Verdict.UNPROVEN, _unknown(call.name)))
+
+
+def _short(name: str) -> str:
+    """`ns::packet`, as trust names it."""
+    return name.removesuffix(".default").replace(".", "::", 1)
+
+
+def _unknown(name: str) -> str:
     return (
         f"nothing is known about {name}; if it is invariant, say so and why: "
-        f'trust={{"{name.removesuffix(".default").replace(".", "::", 1)}": "the reason"}}; otherwise replace it in a pass of yours'
+        f'trust={{"{_short(name)}": "the reason"}}; otherwise replace it in a pass of yours'
     )
 
 
@@ -265,33 +284,93 @@ class Report:
 
 
 def audit(graph: fx.Graph, knowledge: Knowledge, batch: Mapping[str, int] | None = None) -> Report:
-    """Judge every node.
+    """Judge every node, also of the graphs that higher-order operators hold.
 
     Args:
         graph: with fake values in `meta["val"]`.
         batch: placeholder -> its batch dimension, for a graph of static shapes. Otherwise a batch dimension is one whose
             size holds the free symbol of the first symbolic dimension of an input.
     """
-    batch_dims = rows.batch_dimensions(graph, batch)
-    return Report(knowledge.target.name, tuple(_judge(node, knowledge, batch_dims) for node in graph.nodes))
+    return Report(knowledge.target.name, tuple(_findings(graph, knowledge, rows.follow(graph, batch), "")))
 
 
-def _judge(node: fx.Node, known: Knowledge, batch_dims: rows.BatchDims) -> Finding:
-    def finding(verdict: Verdict, reason: str) -> Finding:
-        return Finding(node.name, operator_name(node), verdict, reason, source_line(node))
+def _findings(graph: fx.Graph, known: Knowledge, found: rows.Rows, inside: str) -> Iterator[Finding]:
+    for node in graph.nodes:
+        verdict, reason = _judge_node(node, known, found)
+        yield Finding(
+            inside + node.name,
+            operator_name(node),
+            verdict,
+            reason,
+            source_line(node),
+            {x.name: found.dims(x) for x in node.all_input_nodes if found.dims(x)},
+            found.dims(node),
+            _described(_value(node)),
+            ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())]),
+        )
+        for name, body, inner in found.bodies.get(node, ()):
+            yield from _findings(body, known, inner, f"{inside}{node.name}/{name}/")
 
-    mixed = rows.mixed_dimension(node, batch_dims)
-    if mixed is not None:
-        return finding(Verdict.MIXES_ROWS, mixed)
-    for rule in SPEC:
-        found = rule(node, node.target, known)
-        if found is not None:
-            return finding(*found)
-    return finding(Verdict.UNPROVEN, _unknown(node.target))
+
+def _judge_node(node: fx.Node, known: Knowledge, found: rows.Rows) -> tuple[Verdict, str]:
+    if node.op in ("placeholder", "get_attr", "output"):
+        return Verdict.ROW_LOCAL, "an input, a constant or the output"
+    if node in found.mixed:
+        return Verdict.MIXES_ROWS, found.mixed[node]
+    if node.target is operator.getitem:
+        return Verdict.ROW_LOCAL, "one of several outputs"
+    is_operator = isinstance(node.target, (OpOverload, HigherOrderOperator))
+    if not is_operator and not isinstance(node.meta.get("val"), Tensor):
+        return Verdict.ROW_LOCAL, "arithmetic on sizes"
+    if found.bodies.get(node):
+        return Verdict.ROW_LOCAL, "the graphs that it holds are judged with it"
+    return judge(call_of(node), known)
+
+
+def call_of(node: fx.Node) -> Call:
+    """What a node calls; a mutable operator that was made functional goes by its own name."""
+    kind = node.target.name() if isinstance(node.target, HigherOrderOperator) else ""
+    if kind and not kind.startswith("auto_functionalized"):  # what it holds has no values
+        return Call(node.target, node.args, node.kwargs)
+    args, kwargs = values_of(node)
+    if kind:
+        return Call(args[0], args[1:], kwargs, complete=kind == "auto_functionalized")
+    return Call(node.target, args, kwargs)
+
+
+def triton_kernel(kwargs: Mapping[str, Any]) -> str:
+    """`triton.NAME` of the kernel that a Triton wrapper's arguments name."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel: Any = kernel_side_table.get_kernel(kwargs["kernel_idx"])
+    while not hasattr(kernel, "__name__"):  # what tunes or guards a kernel holds it as .fn
+        kernel = kernel.fn
+    return f"triton.{kernel.__name__}"
 
 
 def operator_name(node: fx.Node) -> str:
-    """What a node calls; a mutable operator that was made functional goes by its own name."""
-    if isinstance(node.target, HigherOrderOperator) and node.target.name().startswith("auto_functionalized"):
-        return str(node.args[0])
+    """What a node calls, as the verdict names it."""
+    if isinstance(node.target, HigherOrderOperator):
+        if node.target.name().startswith("auto_functionalized"):
+            return str(node.args[0])
+        return Call(node.target, (), node.kwargs).name
     return str(node.target)
+
+
+def _value(node: fx.Node) -> Any:
+    """The node's value; a constant's from the module that holds it, where no compiler has noted it."""
+    owner = node.graph.owning_module
+    if node.op == "get_attr" and "val" not in node.meta and owner is not None:
+        held = getattr(owner, str(node.target), None)
+        return held if isinstance(held, Tensor) else None
+    return node.meta.get("val")
+
+
+def _described(value: Any) -> str:
+    """`dtype[sizes]` of each tensor of a value."""
+    leaves = value if isinstance(value, (tuple, list)) else [value]
+    return ", ".join(
+        f"{str(v.dtype).removeprefix('torch.')}[{', '.join(map(str, v.shape))}]" if isinstance(v, Tensor) else str(v)
+        for v in leaves
+        if v is not None
+    )

@@ -1,6 +1,7 @@
-"""The command line: `bi-compile demo | inspect DIR | doctor | passes | verify … | bisect … | probe`.
+"""The command line: `bi-compile demo | inspect DIR | audit PATH | doctor | passes | verify … | bisect … | probe`.
 
-Exit codes: 0 all is well; 1 the demonstration or the doctor found something else than it should, or a row differs; 2 a command that
+Exit codes: 0 all is well; 1 the demonstration or the doctor found something else than it should, two certificates differ, or
+a row does; 2 a command that
 cannot be carried out, with one sentence that says why.
 """
 
@@ -66,6 +67,29 @@ def inspect(
 
     out = console()
     for table in inspection.tables(folder):
+        out.print(table)
+
+
+@app.command()
+@_sentences
+def audit(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="an audit.json, or a folder that dump_dir named")
+    ],
+    check: Annotated[bool, typer.Option("--check", help="compare two; exit code 1 if they differ")] = False,
+) -> None:
+    """Print certificates, node by node; with --check A B, say what differs between two."""
+    from . import certificate
+    from .errors import OptionError
+
+    if len(paths) != (2 if check else 1):
+        raise OptionError(f"audit takes {'two paths with --check' if check else 'one path'}, got {len(paths)}")
+    out = console()
+    if check:
+        table, count = certificate.differences(*paths)
+        out.print(table)
+        raise typer.Exit(1 if count else 0)
+    for table in certificate.tables(certificate.read(paths[0])):
         out.print(table)
 
 

@@ -4,7 +4,7 @@
                           /01_softmax.py       the same after the pass `softmax`
                           /changes.json        what each pass did, and how long it took
                           /changes.diff        from first to last
-       /graph_001_final/…/audit.json           the verdict on each node of the graph that runs
+       /graph_001_final/…/audit.json           the certificate: the verdict on each node of the graph that runs (see `certificate`)
 
 `bi-compile inspect DIR` prints them as tables.
 """
@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import SymInt, Tensor, fx
 
-from .audit import Report
 from .errors import OptionError
 from .rewrite import Change
 
@@ -76,9 +76,9 @@ class Dump:
         self.last = GraphDump(path, graph)
         return self.last
 
-    def audit(self, report: Report) -> None:
+    def audit(self, certificate: Mapping[str, Any]) -> None:
         if self.last is not None:
-            (self.last.path / "audit.json").write_text(json.dumps(report.to_json(), indent=1))
+            (self.last.path / "audit.json").write_text(json.dumps(certificate, indent=1))
 
 
 class GraphDump:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import logging
 import time
@@ -22,12 +23,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from . import certificate
 from .audit import Finding, Knowledge, Report, audit
 from .dump import Dump
 from .errors import OptionError
 from .options import ALL, Options, resolve_passes
 from .rewrite import Change, Decompositions, rewrite
-from .table import Table
+from .rows import held_graphs
+from .table import Pass, Table
 from .targets import Target, for_device, get_target
 
 log = logging.getLogger("bi_compile")
@@ -40,6 +43,8 @@ class Summary:
     graphs: int = 0
     nodes: int = 0
     seconds: float = 0.0
+    """Passes and audit."""
+    audit_seconds: float = 0.0
     replaced: Counter[str] = dataclasses.field(default_factory=Counter)
     left: Counter[str] = dataclasses.field(default_factory=Counter)
     """Operators that the audit objects to."""
@@ -91,19 +96,26 @@ class Pipeline:
         return for_device(found[0], compiled=self.options.inner == "inductor")
 
     def rewrite(self, graph: fx.Graph, stage: str, decompositions: Decompositions | None = None) -> list[Change]:
-        """Run every pass over `graph`, in order; changes it in place."""
+        """Run every pass over `graph` and the graphs that it holds, in order; changes them in place."""
         from . import groups  # imports Inductor, which takes a second, and which compiles the graph in any case
 
         start = time.perf_counter()
         known = self.knowledge(self.target_of(graph).name)
         dumped = self._dump.begin(stage, graph) if self._dump else None
         changes: list[Change] = []
+        bodies = list(held_graphs(graph))
         for p in self.passes:
             began = time.perf_counter()
-            done = groups.replace(graph, p, stage) + rewrite(graph, known.table, p.name, decompositions)
+            done = [
+                change
+                for g in (graph, *(body.graph for body in bodies))
+                for change in groups.replace(g, p, stage) + rewrite(g, known.table, p.name, decompositions)
+            ]
             changes += done
             if dumped and done:
                 dumped.after(p.name, graph, done, time.perf_counter() - began)
+        for body in bodies:
+            body.recompile()
         self.summary.replaced.update(c.operator for c in changes)
         if dumped:
             dumped.end(graph)
@@ -123,12 +135,13 @@ class Pipeline:
         report = audit(graph, known, self.options.batch)
         if self.options.probe is not None:
             report = self._measured(report, graph, known.target)
+        self.summary.audit_seconds += time.perf_counter() - start
         self.summary.graphs += 1
         self.summary.nodes += len(report.findings)
         self.summary.left.update(f.operator for f in report.objections)
         self.summary.trusted.update({f.operator: f.reason for f in report.findings if f.verdict.value == "trusted"})
         if self._dump:
-            self._dump.audit(report)
+            self._dump.audit(self.certificate(report, known))
         self.summary.seconds += time.perf_counter() - start
         if self.options.on_unproven == "error":
             report.raise_objections()
@@ -147,6 +160,16 @@ class Pipeline:
                 "name a file of that device"
             )
         return probe.apply(data, report, graph, native=self.options.inner != "inductor")
+
+    def certificate(self, report: Report, known: Knowledge) -> dict[str, object]:
+        """What `bi-compile audit` prints and compares."""
+        return certificate.make(
+            report,
+            passes={p.name: pass_digest(p) for p in self.passes},
+            source=_package_digest(),
+            trust=known.trust,
+            batch=self.options.batch,
+        )
 
     def _warn(self, finding: Finding) -> None:
         if finding.operator not in self._warned:
@@ -170,15 +193,19 @@ def _package_digest() -> str:
     return h.hexdigest()
 
 
+def pass_digest(p: type[Pass]) -> str:
+    """A digest of the source of a pass and of what stands beside it in its module."""
+    module = inspect.getmodule(p)
+    source = inspect.getsource(module if module is not None and hasattr(module, "__file__") else p)
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
 def digest(options: Options) -> str:
     """See `Pipeline.uuid`."""
-    import inspect
-
     h = hashlib.sha256(_package_digest().encode())
     probe = None if options.probe is None else Path(options.probe).read_text()
     settings = dataclasses.asdict(options) | {"dump_dir": None, "probe": probe}
     h.update(json.dumps(settings, sort_keys=True, default=dict).encode())
     for p in resolve_passes(options.passes):
-        module = inspect.getmodule(p)
-        h.update(inspect.getsource(module if module is not None and hasattr(module, "__file__") else p).encode())
+        h.update(pass_digest(p).encode())
     return h.hexdigest()

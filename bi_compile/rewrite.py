@@ -155,7 +155,17 @@ class Tracer:
             return replacement(*a, **kw)
 
         with self.mode, torch.no_grad():
-            return make_fx(call, decomposition_table=self.decompositions)(*(flat[i] for i in holes)).graph
+            given = _each_by_itself([flat[i] for i in holes])
+            return make_fx(call, decomposition_table=self.decompositions)(*given).graph
+
+
+def _each_by_itself(values: list[Any]) -> list[Any]:
+    """The values, none the same object as another: a tracer takes one tensor given twice for one argument.
+
+    What was traced is used again for other nodes, where the two arguments differ: addmm(x, x, w), then addmm(y, x, w).
+    """
+    before = [set(map(id, values[:i])) for i in range(len(values))]
+    return [x.detach() if isinstance(x, Tensor) and id(x) in b else x for x, b in zip(values, before, strict=True)]
 
 
 def splice(graph: fx.Graph, node: fx.Node, entry: Entry, replacement: Replacement, tracer: Tracer) -> Change:

@@ -137,6 +137,14 @@ def traced(f: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> fx.Gra
     return make_fx(f, tracing_mode="symbolic" if dynamic else "fake")(*inputs)
 
 
+def traced_rows(f: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """`traced`, with a symbol for the number of rows of the first input, and for no other size."""
+    mode = fake_mode()
+    dynamic = [inputs[0].shape[0]]
+    with mode, torch.no_grad():
+        return make_fx(f)(*(faked(mode, x, f"x{i}", dynamic) for i, x in enumerate(inputs)))
+
+
 def captured(
     f: Callable[..., Any], *inputs: Any, dynamic: bool = False, decompositions: Mapping[Any, Any] | None = None
 ) -> fx.GraphModule:

@@ -178,6 +178,18 @@ def test_different_arguments_are_traced_apart() -> None:
     close(run(gm, *inputs), [op(*args, **kwargs) for op, args, kwargs in todo])
 
 
+def test_one_value_given_twice_is_two_arguments() -> None:
+    """What is traced for addmm(x, x, w) serves addmm(y, x, w) too."""
+
+    def twice(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.relu(x)
+        return torch.addmm(x, x, w), torch.addmm(y, x, w)
+
+    gm, x, w = traced(twice, rand(6, 6), rand(6, 6, seed=1)), rand(6, 6), rand(6, 6, seed=1)
+    assert len(rewrite_all(gm.graph)) == 2
+    close(run(gm, x, w), list(twice(x, w)))
+
+
 # ---- operators that write into their arguments ----
 
 

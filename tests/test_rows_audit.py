@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import captured, graph_of, knowledge, pipeline, rand, rewrite_all, traced
+from functorch.compile import make_boxed_func
+from support import captured, graph_of, knowledge, pipeline, rand, rewrite_all, traced, traced_rows
 from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 
 from bi_compile import AuditError, OptionError, ops
 from bi_compile.audit import Finding, Report, Verdict, audit
@@ -419,9 +423,141 @@ def test_higher_order_operators() -> None:
     (unproven,) = audit(call(auto_functionalized, fill), knowledge()).objections
     assert unproven.verdict is Verdict.UNPROVEN and "somebody::fill" in unproven.reason
     assert not audit(call(auto_functionalized, fill), knowledge(trust={"somebody::fill": "fills"})).objections
-    assert not audit(call(torch.ops.higher_order.cond), knowledge()).objections
-    (unproven,) = audit(call(torch.ops.higher_order.associative_scan), knowledge()).objections
-    assert unproven.verdict is Verdict.UNPROVEN
+    # without a graph that can be read, and where nobody knows what is done with it
+    for operator in (torch.ops.higher_order.cond, torch.ops.higher_order.associative_scan):
+        (unproven,) = audit(call(operator), knowledge()).objections
+        assert unproven.verdict is Verdict.UNPROVEN and operator.name() in unproven.reason
+
+
+def within(x: Tensor, w: Tensor) -> Any:
+    """Graphs within the graph, each with an operator that a pass replaces."""
+    loop = while_loop(lambda i, y: i < 2, lambda i, y: (i + 1, y @ w), (torch.zeros((), dtype=torch.int64), x))
+    return (
+        torch.cond(w.amax() > 0, lambda x: x.softmax(-1), lambda x: x * 2, (x,)),
+        loop[1],
+        torch._higher_order_ops.map(lambda row, w: row.sum() + w, x, w[0]),
+        scan(lambda c, column: (c + column, column * c), x[:, 0].clone(), x.t().contiguous())[1],
+    )
+
+
+def compiled_graph(f: Function, x: Tensor, w: Tensor) -> fx.GraphModule:
+    graphs: list[fx.GraphModule] = []
+
+    def grab(gm: fx.GraphModule, _: Any) -> Function:
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
+
+    torch._dynamo.reset()
+    torch._dynamo.mark_dynamic(x, 0)
+    with torch.no_grad():
+        torch.compile(f, backend=aot_autograd(fw_compiler=grab, inference_compiler=grab))(x, w)
+    (gm,) = graphs
+    return gm
+
+
+def test_graphs_within_the_graph_are_followed_judged_and_rewritten() -> None:
+    gm = compiled_graph(within, rand(ROWS, 10), rand(10, 10))
+    found = {f.node.split("/")[0]: f for f in audit(gm.graph, knowledge()).objections}
+    assert {k: f.operator for k, f in found.items()} == {
+        "cond": "aten._softmax.default", "while_loop": "aten.mm.default", "map_impl": "aten.sum.default",
+    }  # fmt: skip
+    assert all(f.verdict is Verdict.VARIANT and "/" in f.node for f in found.values())
+    done = pipeline(inner="eager")
+    with torch.no_grad():
+        x, w = X[:, 0].contiguous(), rand(10, 10)
+        want = within(x, w)
+        changes = done.rewrite(gm.graph, "captured")
+        assert {"aten._softmax.default", "aten.mm.default", "aten.sum.default"} <= {c.operator for c in changes}
+        report = done.audit(gm.graph)
+        assert not report.objections
+        inputs = [X.shape[0] if "Sym" in str(n.meta["val"]) or not isinstance(n.meta["val"], Tensor) else
+                  x if not isinstance(n.meta["val"].shape[0], int) else w
+                  for n in gm.graph.nodes if n.op == "placeholder"]  # fmt: skip
+        for have, right in zip(gm(*inputs), want, strict=True):
+            torch.testing.assert_close(have, right, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_a_loop_mixes_are_found() -> None:
+    """In the graph that it holds; and where it scans along them."""
+
+    def mixing(x: Tensor, w: Tensor) -> Any:
+        y = while_loop(lambda i, y: i < 2, lambda i, y: (i + 1, y - y.amax(0)), (torch.zeros((), dtype=torch.int64), x))
+        return y[1], scan(lambda c, row: (c + row, row * c), w[0].clone(), x)[1]
+
+    gm = compiled_graph(mixing, rand(ROWS, 10), rand(10, 10))
+    found = [f for f in audit(gm.graph, knowledge()).objections if f.verdict is Verdict.MIXES_ROWS]
+    assert [f.operator for f in found] == ["aten.amax.default", "scan"]
+    assert found[0].node.startswith("while_loop/while_loop_body_graph_0/") and "scans the rows" in found[1].reason
+
+
+def test_a_triton_kernel_is_named_by_its_name() -> None:
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+
+    def my_kernel() -> None: ...
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    with torch._subclasses.FakeTensorMode() as mode:
+        x.meta["val"] = mode.from_tensor(TABLE)
+    held = {"kernel_idx": kernel_side_table.add_kernel(my_kernel), "kwargs": {"x": x}, "grid": [(1,)]}
+    node = graph.call_function(triton_kernel_wrapper_functional, (), held)
+    node.meta["val"] = {"x": x.meta["val"]}
+    graph.output(node)
+    (objection,) = audit(graph, knowledge()).objections
+    assert objection.operator == "triton.my_kernel" and 'trust={"triton::my_kernel"' in objection.reason
+    assert not audit(graph, knowledge(trust={"triton::my_kernel": "one program for each row"})).objections
+
+
+#: a function of x [6, 4, 10], and the batch dimensions of its result when x's is 0
+THROUGH: dict[str, tuple[Function, set[int]]] = {
+    "split in pairs": (lambda x: x.view(3, 2, 40), {0, 1}),
+    "merged behind a transpose": (lambda x: x.transpose(0, 1).reshape(24, 10), {0}),
+    "and apart again": (lambda x: x.transpose(0, 1).reshape(24, 10).view(4, 6, 10), {1}),
+    "merged with the features": (lambda x: x.transpose(0, 1).reshape(4, 60), {1}),
+    "repeated": (lambda x: x.repeat(2, 1, 1), {0}),
+    "repeated and apart": (lambda x: x.repeat(2, 1, 1).view(2, 6, 4, 10), {1}),
+    "windows of rows": (lambda x: x.unfold(0, 2, 1), {0, 3}),
+    "windows of features": (lambda x: x.unfold(2, 2, 1), {0}),
+    "strides over rows": (lambda x: x.as_strided((5, 80), (40, 1)), {0, 1}),
+    "strides within rows": (lambda x: x.as_strided((6, 40), (40, 1)), {0}),
+    "a diagonal": (lambda x: x.diagonal(0, 0, 1), {1}),
+    "rows picked by number": (lambda x: x[torch.tensor([0, 0, 3])], {0}),
+    "rows picked by index_select": (lambda x: x.index_select(0, torch.tensor([1, 2])), {0}),
+    "parts": (lambda x: x.split(2, 1)[1], {0}),
+    "one of the heads": (lambda x: x.unbind(1)[2], {0}),
+    "stacked": (lambda x: torch.stack([x, x], 1), {0}),
+    "one behind the other": (lambda x: torch.cat([x, x]), {0}),
+    "flipped and padded": (lambda x: torch.nn.functional.pad(x.flip(0), (1, 1)), {0}),
+    "gathered": (lambda x: x.gather(2, x.argmax(2, keepdim=True)), {0}),
+    "attention": (lambda x: torch.nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]), {0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THROUGH)
+def test_the_rows_are_followed_through(name: str) -> None:
+    f, want = THROUGH[name]
+    gm = traced(f, X)
+    assert batch_dimensions(gm.graph, {"x_1": 0})[last(gm.graph)] == want
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_view_that_merges_rows_into_the_reduced_dimension(dynamic: bool) -> None:
+    def pairs(x: Tensor) -> Tensor:
+        return x.view(x.shape[0] // 2, 2, 10).sum(1)
+
+    gm = traced_rows(pairs, TABLE) if dynamic else traced(pairs, TABLE)
+    report = audit(gm.graph, knowledge(), None if dynamic else {"x_1": 0})
+    assert [o.verdict for o in report.objections] == [Verdict.MIXES_ROWS]
+
+
+def test_attention_over_rows_mixes_them() -> None:
+    """Tokens of all requests in one sequence, each of which sees the others."""
+
+    def attend(x: Tensor) -> Tensor:
+        q = x[None, None]
+        return ops.scaled_dot_product_attention(q, q, q)[0]
+
+    assert Verdict.MIXES_ROWS in verdicts(judged(attend, TABLE, named={"x_1": 0}))
 
 
 def test_an_audit_changes_nothing() -> None:

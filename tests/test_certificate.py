@@ -1,0 +1,143 @@
+"""A certificate says what was judged; two are compared; one that is truncated or foreign is refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import pipeline, rand, traced_rows
+from torch import Tensor
+from typer.testing import CliRunner
+
+from bi_compile import OptionError
+from bi_compile.certificate import compare, read
+from bi_compile.cli import app
+
+runner = CliRunner()
+
+
+def model(x: Tensor, w: Tensor) -> Tensor:
+    return (x @ w).softmax(-1)
+
+
+def certified(folder: Path, w: Tensor | None = None, **options: Any) -> Path:
+    """The audit.json of `model` with the weight `w`, [12, 12] if none is given."""
+    done = pipeline(dump_dir=str(folder), on_unproven="warn", **options)
+    gm = traced_rows(model, rand(5, 12), rand(12, 12) if w is None else w)
+    done.rewrite(gm.graph, "final")
+    done.audit(gm.graph)
+    (path,) = folder.glob("graph_*/audit.json")
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return certified(tmp_path / "a")
+
+
+def test_it_holds_what_the_proof_rests_on(path: Path) -> None:
+    (c,) = read(path).values()
+    assert c["invariant"] and c["target"] == "cpu" and c["versions"]["torch"] == torch.__version__
+    assert [p["name"] for p in c["passes"]][:2] == ["add_rms_norm", "rms_norm"] and all(p["uuid"] for p in c["passes"])
+    by_operator = {n["operator"]: n for n in c["nodes"]}
+    product = by_operator["bi_compile.mm.default"]
+    assert (product["rows_in"], product["rows_out"], product["verdict"]) == ({"x_1": [0]}, [0], "replaced")
+    assert by_operator["w_1"]["value"] == "float32[12, 12]"
+
+
+def test_the_same_twice_has_no_difference(path: Path, tmp_path: Path) -> None:
+    again = certified(tmp_path / "b")
+    result = runner.invoke(app, ["audit", "--check", str(path), str(again)])
+    assert result.exit_code == 0 and "none: the same graphs" in result.output, result.output
+
+
+def differences(a: Path, b: Path) -> dict[str, tuple[str, str]]:
+    (one,), (other,) = read(a).values(), read(b).values()
+    return {d.what: (d.a, d.b) for d in compare(one, other)}
+
+
+def test_another_shape_of_a_weight_is_named_first(path: Path, tmp_path: Path) -> None:
+    other = certified(tmp_path / "b", rand(12, 24))
+    found = differences(path, other)
+    assert next(iter(found.items())) == ("input w_1: value", ("float32[12, 12]", "float32[12, 24]"))
+    result = runner.invoke(app, ["audit", "--check", str(path), str(other)])
+    assert result.exit_code == 1 and "input w_1: value" in result.output and "float32[12, 24]" in result.output
+
+
+def test_a_pass_less_is_named(path: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="aten.mm"):
+        other = certified(tmp_path / "b", passes=("softmax",))
+    found = differences(path, other)
+    assert found["pass matmul"][1] == "" and found["pass matmul"][0]
+    assert "pass softmax" not in found
+    assert any(what.startswith("node ") and pair[1].startswith("aten.mm") for what, pair in found.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda c: c["versions"].update(torch="9.9"), "version of torch"),
+        (lambda c: c["versions"].update(triton="9.9"), "version of triton"),
+        (lambda c: c["passes"][3].update(uuid="0" * 64), "pass softmax"),
+        (lambda c: c["passes"].reverse(), "order of the passes"),
+        (lambda c: c.update(source="0" * 64), "source of bi_compile"),
+        (lambda c: c["trust"].update({"my::op": "row by row"}), "trust in my::op"),
+        (lambda c: c.update(target="cuda"), "target"),
+        (lambda c: c["nodes"][2].update(verdict="trusted"), "node mm_default: verdict"),
+    ],
+)
+def test_one_change_is_one_difference(path: Path, tmp_path: Path, change: Any, what: str) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    other = tmp_path / "audit.json"
+    other.write_text(json.dumps(data))
+    found = list(differences(path, other))
+    assert found == [what] or (what.startswith("node") and len(found) == 1 and found[0].endswith(": verdict"))
+
+
+def test_trust_of_the_user_is_in_it(tmp_path: Path) -> None:
+    (c,) = read(certified(tmp_path / "c", trust={"my::op": "row by row"})).values()
+    assert c["trust"] == {"my::op": "row by row"}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (lambda text: text[: len(text) // 2], "is truncated or no JSON"),
+        (lambda text: "", "is truncated or no JSON"),
+        (lambda text: '{"target": "cpu"}', "is no certificate of this version of bi_compile: its format is None"),
+        (lambda text: "[1]", "is no certificate"),
+        (lambda text: json.dumps({"format": "bi_compile certificate 1"}), r"is no whole certificate \(graph, target"),
+        (lambda text: text.replace("bi_compile.mm.default", "aten.mm.default"), "was changed: its nodes do not have the hash"),
+    ],
+    ids=["half", "empty", "foreign", "a list", "without content", "changed"],
+)  # fmt: skip
+def test_what_is_no_certificate_is_refused_in_a_sentence(path: Path, content: Any, sentence: str) -> None:
+    path.write_text(content(path.read_text()))
+    with pytest.raises(OptionError, match=sentence):
+        read(path)
+    result = runner.invoke(app, ["audit", str(path)])
+    assert result.exit_code == 2 and result.output.count("\n") == 1
+
+
+def test_a_folder_without_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="holds no certificate"):
+        read(tmp_path)
+    with pytest.raises(OptionError, match="cannot be read"):
+        read(tmp_path / "nothing")
+
+
+def test_it_is_printed_as_a_table(path: Path) -> None:
+    for where in (path, path.parent, path.parent.parent):
+        result = runner.invoke(app, ["audit", str(where)])
+        assert result.exit_code == 0, result.output
+        for word in ("batch-invariant on cpu", "bi_compile.mm.default", "x_1: 0", "replaced", "passes add_rms_norm"):
+            assert word in result.output, result.output
+
+
+def test_check_takes_two_paths(path: Path) -> None:
+    assert runner.invoke(app, ["audit", "--check", str(path)]).exit_code == 2
+    assert runner.invoke(app, ["audit", str(path), str(path)]).exit_code == 2
