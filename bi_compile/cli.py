@@ -199,7 +199,10 @@ def verify_function(
 @verify_app.command("vllm")
 @_sentences
 def verify_vllm(
-    model: Model,
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL_DIR", help="a folder with a model, or counterexample.json to run that one again"),
+    ],
     compilation_config: Config = None,
     engine_args: EngineArgs = "{}",
     requests: Annotated[int, typer.Option(help="how many")] = 16,
@@ -215,14 +218,17 @@ def verify_vllm(
 
     from .measure import engine
 
+    again = model.is_file()
     plan = _plan(compilation_config, engine_args, requests=requests, tokens=tokens, seed=seed, time_limit=time_limit)
+    if again:
+        model, plan = engine.read(model)
     with console().status("the engine starts, then requests run alone and together"):
         result = engine.verify(model, **plan)
     typer.echo(engine.line(result))
-    if result["mismatch"] is not None:
+    if result["mismatch"] is not None and not again:
         only = {k: result["mismatch"][k] for k in ("request", "batch")}
-        write.write_text(json.dumps({"model": str(model), **plan, "only": only}))
-        typer.echo(f'to see it again: python -m bi_compile.measure.engine "$(cat {write})"')
+        write.write_text(json.dumps({"model": str(model.resolve()), **plan, "only": only}))
+        typer.echo(f"to see it again: bi-compile verify vllm {write}")
     raise typer.Exit(0 if result["mismatch"] is None else 1)
 
 

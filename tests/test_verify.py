@@ -193,15 +193,16 @@ def test_a_product_varies_and_ours_does_not() -> None:
     assert ours.rows["size"] == sum(n for n in measured.SIZES) and "graph" in ours.not_run
 
 
-def block(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.softmax(torch.nn.functional.silu(x @ weight) @ weight.t(), -1)
-
-
 def test_compiled_functions() -> None:
     """In static and in dynamic graphs."""
+
+    def block(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.softmax(torch.nn.functional.silu(x @ weight) @ weight.t(), -1)
+
     given = (rand(33, 64), rand(64, 500, seed=1))
     ours = bi_compile.verify(block, given, (0, None), backend="bi_ascend", sizes=(1, 3))
     assert ours.equal and ours.left == 0 and ours.batches["graph"] == 4, ours.line()
+    assert "import path" in ours.not_run["process"]
 
 
 @pytest.mark.parametrize(("dim", "shape"), [(1, (3, 9, 4)), (0, (9, 3, 4)), (-1, (3, 4, 9))])

@@ -55,6 +55,17 @@ def check(model: Path, settings: dict[str, Any]) -> None:
         raise MeasureError(CACHING)
 
 
+def read(counterexample: Path) -> tuple[Path, dict[str, Any]]:
+    """The model and the plan of a counterexample that the command wrote. Raises MeasureError."""
+    try:
+        plan = json.loads(counterexample.read_text())
+        return Path(plan.pop("model")), {**plan, "only": plan["only"]}
+    except (ValueError, KeyError, AttributeError) as error:
+        raise MeasureError(
+            f"{counterexample} is no counterexample ({error!r}): name a model's folder, or a file that `bi-compile verify vllm` wrote"
+        ) from None
+
+
 CACHING = (
     "prefix caching is on: the second run of a request would read the keys and values of its first, and a mismatch would "
     "stay hidden; leave out enable_prefix_caching"
@@ -180,7 +191,9 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     deadline = began + own["time_limit"]
     if own["only"]:
-        return {"mismatch": asked.mismatch(own["only"]["batch"], own["only"]["request"])}
+        batch, request = own["only"]["batch"], own["only"]["request"]
+        found = asked.mismatch(batch, request)
+        return {"batches": {"given": 1}, "rows": 1, "left": 0, "mismatch": found, "seconds": time.monotonic() - began}
     if asked.together([0])[0] != asked.alone(0):
         raise MeasureError("the engine is not deterministic: request 0 alone got other logprobs the second time")
     result: dict[str, Any] = {"batches": {}, "rows": 0, "left": 0, "mismatch": None}

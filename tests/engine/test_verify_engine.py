@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from bi_compile.cli import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import engine, engine_bisect
 from bi_compile.passes import PASSES
@@ -30,13 +32,22 @@ def test_an_engine_with_the_pass(model: Model) -> None:
     assert result["rows"] == 3 * 3 * 16 and set(result["batches"]) == {"given", "reversed", "shuffled"}
 
 
-def test_an_engine_without_it_and_its_counterexample(model: Model) -> None:
-    """The smallest batch is found, and the same plan with `only` shows the same."""
-    settings = {"dtype": "float32", "enforce_eager": True, "requests": 8, "sizes": [8]}
-    found = engine.verify(model("qwen3"), **settings)["mismatch"]
-    assert found is not None and found["request"] in found["batch"] and len(found["batch"]) <= 8
-    only = {"request": found["request"], "batch": found["batch"]}
-    assert engine.verify(model("qwen3"), **settings, only=only)["mismatch"] == found
+def test_an_engine_without_it_and_its_counterexample(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command finds a small batch, writes it down, and shows the same when it reads that."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--requests", "8", "--engine-args", '{"dtype": "float32", "enforce_eager": true}']
+    first = CliRunner().invoke(app, ["verify", "vllm", str(model("qwen3")), *arguments])
+    assert first.exit_code == 1 and "not batch-invariant: request" in first.output, first.output
+    again = CliRunner().invoke(app, ["verify", "vllm", "counterexample.json"])
+    assert again.exit_code == 1 and again.output.strip() in first.output, again.output
+
+
+def test_what_is_no_counterexample(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    result = CliRunner().invoke(app, ["verify", "vllm", str(tmp_path / "other.json")])
+    assert result.exit_code == 2 and "is no counterexample" in result.output
 
 
 PRODUCTS = {entry.operator for p in PASSES if p.name == "matmul" for entry in p.entries}
