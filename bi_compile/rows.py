@@ -1,13 +1,11 @@
 """Where the rows are: an abstract interpretation of a graph over which dimensions carry the batch.
 
-The abstract value of a tensor is its *layout*: for each dimension the factors that it is made of, from the slowest to the
-fastest, each with its size and whether it counts rows. A view that merges the batch with other dimensions makes one
-dimension of several factors; a view that splits it again finds them. `FLOW` is a table from an operator to the layout of
-its result and to the dimensions that it combines; an operator that combines a dimension with a factor of rows mixes rows.
+The abstract value is the layout of a tensor, and `flow.FLOW` is the table of what each operator makes of it; an operator
+that combines a dimension with a factor of rows mixes rows.
 
 Where it starts: with symbolic shapes, at each dimension whose size holds a batch symbol, and the batch symbols are those of
 the first symbolic dimension of each graph input that no later dimension has. With static shapes the caller names a
-dimension of some inputs. Factors are told apart by the sizes that the compiler saw.
+dimension of some inputs.
 
 What it does not follow: which row goes where. A gather, a flip or a slice along the batch moves rows.
 """
@@ -15,33 +13,18 @@ What it does not follow: which row goes where. A gather, a flip or a slice along
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import SymInt, Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from .errors import OptionError
-from .ops import NAMESPACE
+from .flow import Factor, Layout, Node, as_one, carries, plain, rule_of, size_of
 
-
-@dataclasses.dataclass(frozen=True)
-class Factor:
-    """A part of a dimension."""
-
-    size: int
-    rows: bool
-
-
-Dim = tuple[Factor, ...]
-Layout = tuple[Dim, ...]
 #: node -> dimensions of its value (for several outputs: of the first) that the batch runs along
 BatchDims = dict[fx.Node, frozenset[int]]
-#: a node that is combined, the dimension along which
-Combined = tuple[fx.Node, int]
 
 
 @dataclasses.dataclass
@@ -61,10 +44,6 @@ class Rows:
         if not isinstance(node.meta.get("val"), Tensor):
             layout = next(iter(layout), None) if layout else None
         return tuple(i for i, dim in enumerate(layout or ()) if carries(dim))
-
-
-def carries(dim: Dim) -> bool:
-    return any(f.rows for f in dim)
 
 
 def batch_dimensions(graph: fx.Graph, named: Mapping[str, int] | None = None) -> BatchDims:
@@ -88,7 +67,7 @@ def follow(graph: fx.Graph, named: Mapping[str, int] | None = None) -> Rows:
             raise OptionError(
                 f"batch={{{name!r}: {dim}}}: the graph has no input {name!r} with a dimension {dim}; its inputs are {', '.join(inputs)}"
             )
-        seeds[inputs[name]] = _plain(value, {dim % value.dim()})
+        seeds[inputs[name]] = plain(value, {dim % value.dim()})
     return _Follower(symbols).run(graph, seeds)
 
 
@@ -110,466 +89,6 @@ def batch_symbols(graph: fx.Graph) -> set[Any]:
             first |= leading
             later |= set().union(*(symbols[1:] if leading else symbols))
     return first - later
-
-
-# -- layouts --------------------------------------------------------------------------------------------------------
-
-
-def _size(n: Any) -> int:
-    """A size as the compiler saw it; 0 where it follows the data and nobody has seen it."""
-    if isinstance(n, int):
-        return n
-    return int(n.node.hint) if isinstance(n, SymInt) and n.node.has_hint() else 0
-
-
-def _plain(value: Tensor, dims: Iterable[int] = ()) -> Layout:
-    """One factor for each dimension; those in `dims` carry rows."""
-    return tuple((Factor(_size(n), i in dims),) for i, n in enumerate(value.shape))
-
-
-def _one(dim: Dim, size: int) -> Dim:
-    """The dimension as one factor of another size."""
-    return (Factor(size, carries(dim)),)
-
-
-def _union(a: Dim, b: Dim) -> Dim:
-    """A dimension in which the two meet element by element."""
-    if carries(a) and carries(b) and a != b and len(a) == len(b):
-        return tuple(Factor(x.size, x.rows or y.rows) for x, y in zip(a, b, strict=True))
-    return a if carries(a) else b
-
-
-def _split(layout: Layout, shape: Sequence[int]) -> Layout:
-    """The layout after a reshape to `shape`: the factors in order, dealt out to the new dimensions, cut where one ends."""
-    factors = [f for dim in layout for f in dim if f.size != 1]
-    found: list[Dim] = []
-    for n in shape:
-        dim: list[Factor] = []
-        need = n
-        while need != 1 and factors:
-            f = factors.pop(0)
-            if f.size and need % f.size == 0:
-                dim.append(f)
-                need //= f.size
-            elif need and f.size % need == 0:
-                dim.append(Factor(need, f.rows))
-                factors.insert(0, Factor(f.size // need, f.rows))
-                need = 1
-            else:  # sizes without a common factor, or a size that nobody has seen: rows may be in all that is left
-                rows = f.rows or any(g.rows for g in (*dim, *factors))
-                return (*found, *((Factor(m, rows),) for m in shape[len(found) :]))
-        found.append(tuple(dim) or (Factor(n, False),))
-    return tuple(found)
-
-
-# -- the rules: what an operator combines, and where the rows are afterwards ----------------------------------------
-
-
-class Node:
-    """A node as the rules see it."""
-
-    def __init__(self, node: fx.Node, layouts: Mapping[fx.Node, Any]) -> None:
-        self.node = node
-        self.layouts = layouts
-        self.value = node.meta.get("val")
-        self.packet = node.target._overloadpacket.__name__  # type: ignore[union-attr]
-
-    def arg(self, name: str, default: Any = None) -> Any:
-        for i, a in enumerate(self.node.target._schema.arguments):  # type: ignore[union-attr]
-            if a.name == name:
-                return self.node.args[i] if i < len(self.node.args) else self.node.kwargs.get(name, a.default_value)
-        return default
-
-    def layout(self, x: Any) -> Layout:
-        """The layout of an argument; empty for what is no tensor."""
-        return (self.layouts.get(x) or ()) if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor) else ()
-
-    @property
-    def tensors(self) -> list[fx.Node]:
-        return [a for a in self.node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
-
-    @property
-    def first(self) -> fx.Node:
-        return self.tensors[0]
-
-    @property
-    def shape(self) -> list[int]:
-        """The size of the (first) result."""
-        value = self.value if isinstance(self.value, Tensor) else next(v for v in self.value if isinstance(v, Tensor))
-        return [_size(n) for n in value.shape]
-
-
-#: the layout of the result, or one for each output; and what is combined
-Flow = tuple[Any, Sequence[Combined]]
-Rule = Callable[[Node], Flow]
-
-
-def _aligned(n: Node, tensors: Sequence[fx.Node], shape: Sequence[int]) -> Layout:
-    """Broadcast together, aligned at the right."""
-    out: list[Dim] = [(Factor(size, False),) for size in shape]
-    for x in tensors:
-        layout = n.layout(x)
-        for i in range(1, min(len(layout), len(out)) + 1):
-            if carries(layout[-i]):
-                out[-i] = _union(out[-i], layout[-i])
-    return tuple(out)
-
-
-def _elementwise(n: Node) -> Flow:
-    return _aligned(n, n.tensors, n.shape), ()
-
-
-def _by_size(n: Node) -> Flow:
-    """An operator of which nothing more is known: a dimension stays where its size does."""
-    out: list[Dim] = [(Factor(size, False),) for size in n.shape]
-    for x in n.tensors:
-        for i, dim in enumerate(n.layout(x)[: len(out)]):
-            if carries(dim) and n.shape[i] == _size(x.meta["val"].shape[i]):
-                out[i] = _union(out[i], dim)
-    return tuple(out), ()
-
-
-def _reshaped(n: Node) -> Flow:
-    return _split(n.layout(n.first), n.shape), ()
-
-
-def _permuted(n: Node) -> Flow:
-    layout = n.layout(n.first)
-    order = list(range(len(layout)))
-    if n.packet in ("permute", "permute_copy"):
-        order = [d % len(order) for d in n.arg("dims")]
-    elif n.packet == "t":
-        order.reverse()
-    elif order:
-        a, b = n.arg("dim0") % len(order), n.arg("dim1") % len(order)
-        order[a], order[b] = order[b], order[a]
-    return tuple(layout[i] for i in order), ()
-
-
-def _dims(n: Node, rank: int, name: str = "dim") -> list[int]:
-    """The dimensions that an argument names; all if it names none."""
-    dim = n.arg(name, n.arg("dims"))
-    if dim is None or dim == [] or not rank:
-        return list(range(rank))
-    return [d % rank for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
-
-
-def _kept(layout: Layout, gone: Sequence[int], rank: int) -> Layout:
-    """Without the dimensions `gone`, or with them at size 1 where the rank stays."""
-    if len(layout) == rank:
-        return tuple((Factor(1, False),) if i in gone else dim for i, dim in enumerate(layout))
-    return tuple(dim for i, dim in enumerate(layout) if i not in gone)
-
-
-def _reduced(n: Node) -> Flow:
-    if n.packet in ("max", "min") and len(n.tensors) > 1:
-        return _elementwise(n)
-    layout = n.layout(n.first)
-    dims = _dims(n, len(layout))
-    return _kept(layout, dims, len(n.shape)), [(n.first, d) for d in dims]
-
-
-def _along(n: Node) -> Flow:
-    """Combines a dimension and keeps it: softmax, cumsum, sort."""
-    layout = n.layout(n.first)
-    dims = [n.arg("dim", -1) % len(layout)] if layout else []
-    out = tuple(
-        _one(dim, size) if i in dims else dim for i, (dim, size) in enumerate(zip(layout, n.shape, strict=True))
-    )
-    return out, [(n.first, d) for d in dims]
-
-
-def _selected(n: Node) -> Flow:
-    layout = n.layout(n.first)
-    return _kept(layout, [n.arg("dim", 0) % len(layout)], len(layout) - 1), ()
-
-
-def _squeezed(n: Node) -> Flow:
-    layout, shape = n.layout(n.first), n.first.meta["val"].shape
-    gone = [d for d in _dims(n, len(layout)) if _size(shape[d]) == 1]
-    return _kept(layout, gone, len(layout) - len(gone) or -1), ()
-
-
-def _unsqueezed(n: Node) -> Flow:
-    layout = n.layout(n.first)
-    at = n.arg("dim") % (len(layout) + 1)
-    return (*layout[:at], (Factor(1, False),), *layout[at:]), ()
-
-
-def _resized(n: Node) -> Flow:
-    """Slices, paddings, rolls: the same dimensions, some of another size."""
-    layout = n.layout(n.first)
-    return tuple(dim if _length(dim) == m else _one(dim, m) for dim, m in zip(layout, n.shape, strict=True)), ()
-
-
-def _length(dim: Dim) -> int:
-    return math.prod(f.size for f in dim)
-
-
-def _parts(n: Node) -> Flow:
-    """split, chunk, unbind: each part has the dimensions of the whole, unbind's without the one it takes apart."""
-    layout = n.layout(n.first)
-    outs = []
-    for value in n.value:
-        shape = [_size(m) for m in value.shape]
-        if len(shape) < len(layout):
-            outs.append(_kept(layout, [n.arg("dim", 0) % len(layout)], len(shape)))
-        else:
-            outs.append(tuple(d if _length(d) == m else _one(d, m) for d, m in zip(layout, shape, strict=True)))
-    return tuple(outs), ()
-
-
-def _joined(n: Node) -> Flow:
-    """cat: rows of several tensors one behind the other; and stack."""
-    # an empty tensor of one dimension is passed over, as cat does
-    layouts = [n.layout(x) for x in n.arg("tensors")]
-    rank = max(map(len, layouts))
-    merged = [
-        (Factor(0, any(carries(x[i]) for x in layouts if len(x) == rank)),)
-        if len({x[i] for x in layouts if len(x) == rank}) > 1
-        else next(x for x in layouts if len(x) == rank)[i]
-        for i in range(rank)
-    ]
-    if n.packet == "stack":
-        merged.insert(n.arg("dim") % (rank + 1), (Factor(0, False),))
-    return tuple(dim if _length(dim) == m else _one(dim, m) for dim, m in zip(merged, n.shape, strict=True)), ()
-
-
-def _embedded(n: Node) -> Flow:
-    indices = n.layout(n.arg("indices"))
-    return (*indices, (Factor(n.shape[-1], False),)), ()
-
-
-def _index_selected(n: Node) -> Flow:
-    layout, index = n.layout(n.arg("self")), n.layout(n.arg("index"))
-    if not layout:
-        return _by_size(n)
-    at = n.arg("dim") % len(layout)
-    rows = carries(layout[at]) or any(map(carries, index))
-    return tuple((Factor(m, rows),) if i == at else d for i, (d, m) in enumerate(zip(layout, n.shape, strict=True))), ()
-
-
-def _gathered(n: Node) -> Flow:
-    layout, index = n.layout(n.arg("self")), n.layout(n.arg("index"))
-    at = n.arg("dim", 0) % max(len(index), 1)
-    if len(layout) != len(index):
-        return _by_size(n)
-    return tuple(
-        i if carries(i) or not carries(d) else _one(d, m) if d_ == at or _length(d) != m else d
-        for d_, (d, i, m) in enumerate(zip(layout, index, n.shape, strict=True))
-    ), ()
-
-
-def _indexed(n: Node) -> Flow:
-    """x[i, j, :]: the indices are broadcast together and stand where the first of them stood, in front if they are apart."""
-    layout, indices = n.layout(n.arg("self")), list(n.arg("indices"))
-    at = [i for i, x in enumerate(indices) if x is not None]
-    given = [indices[i] for i in at]
-    if any(x.meta["val"].dtype in (torch.bool, torch.uint8) for x in given):
-        return _by_size(n)
-    width = max((len(n.layout(x)) for x in given), default=0)
-    start = at[0] if at and at == list(range(at[0], at[-1] + 1)) else 0
-    index = list(_aligned(n, given, n.shape[start : start + width]))
-    if any(carries(layout[i]) for i in at) and not any(map(carries, index)) and index:
-        index[0] = (Factor(n.shape[start], True),)  # rows that are picked by fixed numbers are rows
-    rest = [dim for i, dim in enumerate(layout) if i not in at]
-    return (*rest[:start], *index, *rest[start:]), ()
-
-
-def _repeated(n: Node) -> Flow:
-    layout = n.layout(n.first)
-    padded = ((Factor(1, False),),) * (len(n.shape) - len(layout)) + layout
-    return tuple(
-        dim if _length(dim) == m else (Factor(m // (_length(dim) or 1), False), *dim)
-        for dim, m in zip(padded, n.shape, strict=True)
-    ), ()
-
-
-def _strided(n: Node) -> Flow:
-    """as_strided: a dimension carries rows if a step along it may reach another row."""
-    value, layout = n.first.meta["val"], n.layout(n.first)
-    steps = [_size(value.stride(i)) for i, dim in enumerate(layout) if carries(dim)]
-    same = [_size(s) for s in value.stride()] == [_size(s) for s in n.value.stride()]
-    if same and [_size(m) for m in value.shape] == n.shape:
-        return layout, ()
-    reach = [_size(s) * (m - 1) for s, m in zip(n.value.stride(), n.shape, strict=True)]
-    return tuple((Factor(m, any(r >= s for s in steps)),) for r, m in zip(reach, n.shape, strict=True)), ()
-
-
-def _unfolded(n: Node) -> Flow:
-    layout = n.layout(n.first)
-    at = n.arg("dimension") % len(layout)
-    window: Dim = (Factor(n.shape[-1], carries(layout[at])),)
-    return (*(_one(d, n.shape[i]) if i == at else d for i, d in enumerate(layout)), window), ()
-
-
-def _diagonal(n: Node) -> Flow:
-    layout = n.layout(n.first)
-    two = [n.arg("dim1", 0) % len(layout), n.arg("dim2", 1) % len(layout)]
-    return (*_kept(layout, two, -1), (Factor(n.shape[-1], any(carries(layout[i]) for i in two)),)), ()
-
-
-def _product(a: str, b: str) -> Rule:
-    """[..., M, K] by [..., K, N]; either may have one dimension, which is K."""
-
-    def rule(n: Node) -> Flow:
-        x, y = n.arg(a), n.arg(b)
-        left, right = n.layout(x), n.layout(y)
-        combined = [(x, len(left) - 1), (y, max(len(right) - 2, 0))]
-        ends = (*left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
-        lead = n.shape[: len(n.shape) - len(ends)]
-        batch: list[Dim] = [(Factor(m, False),) for m in lead]
-        for layout in (left, right):
-            for i in range(1, min(len(layout) - 2, len(batch)) + 1):
-                if carries(layout[-2 - i]):
-                    batch[-i] = _union(batch[-i], layout[-2 - i])
-        out = [*batch, *ends]
-        for t in n.tensors:
-            if t not in (x, y):  # the bias
-                out = [_union(o, p) for o, p in zip(out, _aligned(n, [t], n.shape), strict=True)]
-        return tuple(out), combined
-
-    return rule
-
-
-def _linear(n: Node) -> Flow:
-    x, w = n.arg("input"), n.arg("weight")
-    layout, weight = n.layout(x), n.layout(w)
-    return (*layout[:-1], *weight[:-1]), [(x, len(layout) - 1), (w, len(weight) - 1)]
-
-
-def _attention(n: Node) -> Flow:
-    """Every query meets every key of its batch: the keys, and the features of the queries, are combined."""
-    q, k, v = n.arg("query"), n.arg("key"), n.arg("value")
-    layout = n.layout(q)
-    rank = len(layout)
-    combined = [(q, rank - 1), (k, rank - 1), (k, rank - 2), (v, rank - 2)]
-    out = [*layout[:-1], (Factor(n.shape[-1], False),)]
-    for x in (k, v):
-        for i, dim in enumerate(n.layout(x)[:-2]):
-            out[i] = _union(out[i], dim) if carries(dim) else out[i]
-    if isinstance(n.value, Tensor):
-        return tuple(out), combined
-    return tuple(tuple(out[: v.dim()]) if isinstance(v, Tensor) else () for v in n.value), combined
-
-
-def _normalised(start: Callable[[Node, int], int]) -> Rule:
-    """Statistics over the dimensions from `start` on: the result, then the statistics."""
-
-    def rule(n: Node) -> Flow:
-        layout = n.layout(n.first)
-        at = start(n, len(layout)) % max(len(layout), 1)
-        outs = []
-        for value in n.value if isinstance(n.value, (tuple, list)) else [n.value]:
-            shape = [_size(m) for m in value.shape]
-            outs.append(
-                tuple(
-                    d if i < at or shape == n.shape else (Factor(m, False),)
-                    for i, (d, m) in enumerate(zip(layout, shape, strict=False))
-                )
-            )
-        out = tuple(outs) if isinstance(n.value, (tuple, list)) else outs[0]
-        return out, [(n.first, d) for d in range(at, len(layout))]
-
-    return rule
-
-
-def _batch_norm(n: Node) -> Flow:
-    """Statistics over all but the channels where it trains; fixed ones otherwise."""
-    layout = n.layout(n.first)
-    trains = n.arg("training", n.arg("train", "no_training" not in n.packet))
-    out = tuple(layout if isinstance(v, Tensor) and v.dim() == len(layout) else () for v in n.value)
-    return out, [(n.first, d) for d in range(len(layout)) if d != 1] if trains else ()
-
-
-def _convolved(n: Node) -> Flow:
-    layout = n.layout(n.first)
-    return (layout[0], *((Factor(m, False),) for m in n.shape[1:])), [(n.first, d) for d in range(1, len(layout))]
-
-
-def _spread(n: Node) -> Flow:
-    return (*n.layout(n.first), (Factor(n.shape[-1], False),)), ()
-
-
-def _first(n: Node) -> Flow:
-    return n.layout(n.first)[:-1], ()
-
-
-def _fresh(n: Node) -> Flow:
-    return tuple((Factor(m, False),) for m in n.shape), ()
-
-
-def _bag(n: Node) -> Flow:
-    """embedding_bag: the bags are cut out of one list of indices."""
-    return _by_size(n)[0], [(n.arg("indices"), 0)] if len(n.layout(n.arg("indices"))) == 1 else ()
-
-
-def _table(*rows: tuple[str, Rule]) -> dict[str, Rule]:
-    return {name: rule for names, rule in rows for name in names.split()}
-
-
-#: operators by name, without namespace and overload; an operator in place follows the rule of the functional one
-FLOW: dict[str, Rule] = _table(
-    ("view reshape _unsafe_view _reshape_copy view_copy flatten collapse", _reshaped),
-    ("permute permute_copy t transpose", _permuted),
-    ("select select_copy", _selected),
-    ("squeeze squeeze_copy", _squeezed),
-    ("unsqueeze unsqueeze_copy", _unsqueezed),
-    ("slice slice_copy narrow narrow_copy constant_pad_nd flip roll rev index_fill", _resized),
-    ("split split_with_sizes chunk unbind unsafe_split split_copy split_with_sizes_copy unbind_copy", _parts),
-    ("cat stack", _joined),
-    ("expand clone copy _to_copy where contiguous expand_copy broadcast_in_dim slice_scatter pointwise", _elementwise),
-    ("embedding", _embedded),
-    ("index_select", _index_selected),
-    ("gather", _gathered),
-    ("index _unsafe_index", _indexed),
-    ("repeat", _repeated),
-    ("as_strided as_strided_copy", _strided),
-    ("unfold unfold_copy", _unfolded),
-    ("diagonal diagonal_copy", _diagonal),
-    ("full full_like new_full zeros zeros_like new_zeros ones ones_like new_ones empty empty_like new_empty arange iota", _fresh),
-    ("sum nansum mean prod amax amin aminmax max min argmax argmin any all var std var_mean std_mean norm nanmedian", _reduced),
-    ("linalg_vector_norm logsumexp median mode kthvalue count_nonzero xor_sum", _reduced),
-    ("softmax _softmax log_softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin logcumsumexp", _along),
-    ("sort topk argsort unique_dim unique_consecutive", _along),
-    ("mm bmm matmul dot", lambda n: _product("self" if n.arg("self") is not None else "a", _second(n))(n)),
-    ("mv", _product("self", "vec")),
-    ("addmv", _product("mat", "vec")),
-    ("addmm addbmm", lambda n: _product(*(("mat1", "mat2") if n.arg("mat1") is not None else ("a", "b")))(n)),
-    ("baddbmm", lambda n: _product(*(("batch1", "batch2") if n.arg("batch1") is not None else ("a", "b")))(n)),
-    ("linear", _linear),
-    ("scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu", _attention),
-    ("_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention", _attention),
-    ("_scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math", _attention),
-    ("rms_norm add_rms_norm layer_norm npu_rms_norm npu_add_rms_norm", _normalised(lambda n, rank: -1)),
-    ("native_layer_norm _fused_rms_norm", _normalised(lambda n, rank: rank - len(n.arg("normalized_shape")))),
-    ("group_norm native_group_norm", _normalised(lambda n, rank: 1)),
-    ("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training", _batch_norm),
-    ("_native_batch_norm_legit_functional cudnn_batch_norm _batch_norm_with_update", _batch_norm),
-    ("convolution _convolution", _convolved),
-    ("_embedding_bag _embedding_bag_forward_only", _bag),
-    ("spread", _spread),
-    ("first", _first),
-)  # fmt: skip
-
-
-def _second(n: Node) -> str:
-    return next(name for name in ("mat2", "other", "tensor", "b") if n.arg(name) is not None)
-
-
-#: namespaces whose operators the names in FLOW mean
-_NAMESPACES = ("aten", "prims", NAMESPACE, "npu", "vllm_ir")
-
-
-def _rule(target: OpOverload) -> Rule:
-    name = target._overloadpacket.__name__
-    if target.namespace in _NAMESPACES:
-        found = FLOW.get(name) or FLOW.get(name.removesuffix("_"))
-        if found is not None:
-            return found
-        if torch.Tag.pointwise in target.tags:
-            return _elementwise
-    return _by_size
 
 
 # -- higher-order operators -----------------------------------------------------------------------------------------
@@ -652,7 +171,7 @@ class _Follower:
         ):
             return self.each((), value)
         n = Node(node, found.layouts)
-        layout, combined = _rule(node.target)(n)
+        layout, combined = rule_of(node.target)(n)
         for x, dim in combined:
             dims = found.layouts.get(x) or ()
             if dim < len(dims) and carries(dims[dim]) and node not in found.mixed:
@@ -675,11 +194,11 @@ class _Follower:
         """The layout of a value; one that was made with a batch symbol in its size carries rows there."""
         if not isinstance(value, Tensor):
             return ()
-        layout = layout if len(layout) == value.dim() else _plain(value)
+        layout = layout if len(layout) == value.dim() else plain(value)
         if any(map(carries, layout)):
             return layout
         return tuple(
-            (Factor(_size(n), True),) if self.symbolic(n) else dim for dim, n in zip(layout, value.shape, strict=True)
+            (Factor(size_of(n), True),) if self.symbolic(n) else dim for dim, n in zip(layout, value.shape, strict=True)
         )
 
     def symbolic(self, n: Any) -> bool:
@@ -728,7 +247,7 @@ class _Follower:
         value = _items(node.meta["val"])[i]
         if not isinstance(value, Tensor):
             return ()
-        out = _plain(value)
+        out = plain(value)
         stacked = any(
             isinstance(x, fx.Node) and carries((found.layouts.get(x) or ((),))[0])
             for _, _, _, sliced in bodies(node)
@@ -739,7 +258,7 @@ class _Follower:
             layout = rows.layouts.get(outs[i], ()) if i < len(outs) and isinstance(outs[i], fx.Node) else ()
             layout = ((Factor(0, stacked),), *layout) if len(layout) == value.dim() - 1 else layout
             if len(layout) == len(out):
-                out = tuple(_one(b, a[0].size) if carries(b) else a for a, b in zip(out, layout, strict=True))
+                out = tuple(as_one(b, a[0].size) if carries(b) else a for a, b in zip(out, layout, strict=True))
         return out
 
 
