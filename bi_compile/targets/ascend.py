@@ -27,6 +27,8 @@ _HOST = {
     "vllm::muls_add": "x * scale + y, pointwise (vllm_ascend/ops/triton/muls_add.py)",
     "vllm::quantize": "each element by itself (npu_quantize)",
     "vllm::npu_rotary_embedding": "each row is turned by its own angle (vllm_ascend/ops/rotary_embedding.py)",
+    "vllm::maybe_all_reduce_tensor_model_parallel": "sums over ranks in HCCL, whose order HCCL_DETERMINISTIC=strict keeps (it is set)",
+    "vllm::maybe_pad_and_reduce": "sums over ranks in HCCL, whose order HCCL_DETERMINISTIC=strict keeps (it is set)",
     "vllm::prefetch_preprocess": "moves weights into the cache",
     "vllm::prefetch_postprocess": "waits for a stream",
     "vllm::moe_forward": "its kernels are called in eager code, where the table replaces them: products of each expert "
@@ -34,6 +36,7 @@ _HOST = {
 }
 _HOST_NEEDED = {
     "vllm::qkv_rmsnorm_rope": "norm and rotation in one Triton kernel: set ascend_compilation_config.fuse_qknorm_rope=False",
+    "vllm::matmul_and_reduce": "a product and a sum over ranks in one: switch sequence parallelism off (VLLM_ASCEND_ENABLE_FLASHCOMM1=0)",
     "_C_ascend::matmul_allreduce_add_rmsnorm": "set ascend_compilation_config.fuse_allreduce_rms=False",
 }
 

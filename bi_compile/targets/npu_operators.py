@@ -20,7 +20,7 @@ def _named(reasons: Mapping[str, str]) -> dict[str, str]:
 ROW_LOCAL = _named({
     "pointwise": """_npu_dtype_cast npu_dtype_cast npu_dtype_cast_ fast_gelu npu_fast_gelu npu_gelu npu_gelu_mul npu_silu npu_silu_
         npu_mish npu_swiglu npu_clipped_swiglu npu_geglu one_ npu_masked_fill_range""",
-    "each element is scaled and rounded by itself": "npu_quantize npu_anti_quant npu_group_quant npu_trans_quant_param",
+    "each element is scaled and rounded by itself": "npu_quantize npu_anti_quant npu_anti_mx_quant npu_group_quant npu_trans_quant_param",
     "each row is turned by its own angle": "npu_rotary_mul npu_apply_rotary_pos_emb npu_interleave_rope npu_mrope",
     "a maximum or an order comes out the same in every order of work": "npu_max.dim npu_min.dim npu_sort_v2 npu_sort_v2.out",
     "makes or moves elements": """_npu_format_cast _npu_format_cast.aclnn _npu_format_cast.input_dtype npu_format_cast
@@ -116,10 +116,10 @@ UNPROVEN = _named({
         npu_attention_worker_combine npu_ffn_to_attention npu_ffn_worker_batching attention_worker_scheduler attention_worker_scheduler_
         ffn_worker_scheduler ffn_worker_scheduler_""",
     "mixture of experts without an invariant form here: needs its documented meaning written with invariant operators": """
-        _npu_moe_token_unpermute _npu_moe_token_unpermute_with_routing_map npu_moe_finalize_routing npu_moe_gating_top_k
+        _npu_moe_token_unpermute _npu_moe_token_unpermute_with_routing_map npu_moe_finalize_routing
         npu_moe_gating_top_k_softmax_v2 npu_moe_init_routing_quant npu_moe_token_unpermute_with_routing_map npu_moe_update_expert""",
     "a row sum in a fused kernel: needs the norm or softmax apart, which is replaced": """npu_add_rms_norm_dynamic_mx_quant
-        npu_add_rms_norm_v2 npu_attn_softmax_ npu_deep_norm npu_group_norm_swish npu_kv_rmsnorm_rope_cache npu_kv_rmsnorm_rope_cache_v2
+        npu_add_rms_norm_v2 npu_add_rms_norm_v2_functional npu_attn_softmax_ npu_deep_norm npu_group_norm_swish npu_kv_rmsnorm_rope_cache npu_kv_rmsnorm_rope_cache_v2
         npu_kv_rmsnorm_rope_cache_v2_functional npu_masked_softmax_with_rel_pos_bias npu_qkv_rms_norm_rope_cache
         npu_qkv_rms_norm_rope_cache_functional npu_rms_norm_dynamic_mx_quant npu_rms_norm_quant npu_rms_norm_quant_v2
         npu_scaled_masked_softmax npu_top_k_top_p""",
