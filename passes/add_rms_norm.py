@@ -83,7 +83,9 @@ class AddRmsNorm(Pass):
             smoothed = y if smooth is None else y * smooth.float()
             # a maximum comes out the same in every order
             scale = smoothed.abs().amax(-1) / 127
-            quantised.append(_scaled(smoothed, scale.unsqueeze(-1), None, True) if out else y.new_empty(0, dtype=torch.int8))
+            quantised.append(
+                _scaled(smoothed, scale.unsqueeze(-1), None, True) if out else y.new_empty(0, dtype=torch.int8)
+            )
             scales.append(scale if out else y.new_empty(0))
         return *quantised, s, *scales
 

@@ -75,7 +75,11 @@ class LayerNorm(Pass):
 
     @replaces("npu.npu_layer_norm_eval.default", why=NPU, source=NPU_SOURCE)
     def npu_layer_norm_eval(
-        input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
     ) -> Tensor:
         return LayerNorm.native_layer_norm(input, normalized_shape, weight, bias, eps)[0]
 

@@ -39,7 +39,9 @@ def _hccl_group(hcom: str) -> str:
         backend = group._get_backend(torch.device("npu"))
         if backend.get_hccl_comm_name(dist.get_rank()) == hcom:
             return group.group_name
-    raise RuntimeError(f"no process group of this process has the HCCL communicator {hcom!r}: make it with torch.distributed.new_group")
+    raise RuntimeError(
+        f"no process group of this process has the HCCL communicator {hcom!r}: make it with torch.distributed.new_group"
+    )
 
 
 class MatmulAllreduce(Pass):

@@ -62,7 +62,13 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> t
     # with a block table the lengths of the keys are counted for each request, without one they add up
     keys = [(0, n) for n in ends_kv] if table is not None else _requests(ends_kv)
     head = query.shape[-1]
-    out = query.new_zeros(query.shape[0], heads, value.shape[-1] // (1 if table is None else kv_heads) if table is not None and value.dim() == 3 else value.shape[-1])
+    out = query.new_zeros(
+        query.shape[0],
+        heads,
+        value.shape[-1] // (1 if table is None else kv_heads)
+        if table is not None and value.dim() == 3
+        else value.shape[-1],
+    )
     lse = query.new_full((query.shape[0], heads, 1), float("inf"), dtype=torch.float32)
     for i, (start, end) in enumerate(_requests(list(arguments["actual_seq_lengths"]))):
         first, last = keys[i]
@@ -73,7 +79,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> t
             k, v = key[first:last], value[first:last]
         else:
             blocks = table[i, : -(-count // arguments["block_size"])].long()
-            k, v = (cache[blocks].reshape(-1, kv_heads, cache.numel() // (cache.shape[0] * arguments["block_size"] * kv_heads))[:count] for cache in (key, value))
+            k, v = (
+                cache[blocks].reshape(
+                    -1, kv_heads, cache.numel() // (cache.shape[0] * arguments["block_size"] * kv_heads)
+                )[:count]
+                for cache in (key, value)
+            )
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query[start:end].reshape(length, heads, head), k, v))
         mask = None
         if arguments.get("sparse_mode", 0) == 3:

@@ -25,7 +25,9 @@ def _per_token(input: Tensor, *args: Any, quant_mode: str = "pertoken", **kwargs
 def _gate(x: Tensor, k: int, renorm: int, scale: float, others: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """softmax, the k largest, divided by their sum where `renorm` says so, times `scale`."""
     plain = {"k_group": 1, "group_count": 1}
-    given = [name for name, value in others.items() if name != "eps" and value not in (None, 0, False, plain.get(name, 0))]
+    given = [
+        name for name, value in others.items() if name != "eps" and value not in (None, 0, False, plain.get(name, 0))
+    ]
     if given:
         raise NotImplementedError(
             f"gating with {', '.join(given)} has no invariant form here: it has one for softmax over all experts, without groups and bias"
@@ -53,7 +55,14 @@ class NpuMoe(Pass):
         split_item: int | None = 0, group_type: int | None = None, group_list_type: int | None = 0, **others: Any,
     ) -> list[Tensor]:  # fmt: skip
         given = [name for name, value in others.items() if value not in (None, 0, [])]
-        if given or len(x) != 1 or len(weight) != 1 or group_type != 0 or split_item not in (2, 3) or group_list is None:
+        if (
+            given
+            or len(x) != 1
+            or len(weight) != 1
+            or group_type != 0
+            or split_item not in (2, 3)
+            or group_list is None
+        ):
             raise NotImplementedError(
                 f"npu_grouped_matmul with {', '.join(given) or 'these lists, split_item or group_type'} has no invariant form here: it has "
                 "one for one tensor of rows, one of weights, split_item 2 or 3, group_type 0 and no quantisation"
@@ -80,7 +89,9 @@ class NpuMoe(Pass):
     @replaces("npu.npu_moe_gating_top_k_softmax.default", why="a row sum in a fused kernel", source=MEANING)
     def gating_top_k_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         if finished is not None:
-            raise NotImplementedError("npu_moe_gating_top_k_softmax with finished has no invariant form here: leave it out")
+            raise NotImplementedError(
+                "npu_moe_gating_top_k_softmax with finished has no invariant form here: leave it out"
+            )
         y, experts, _ = _gate(x, k, 0, 1.0, {})
         rows = x.numel() // x.shape[-1]
         at = torch.arange(rows, device=x.device, dtype=torch.int32).reshape(*x.shape[:-1], 1)
@@ -92,7 +103,9 @@ class NpuMoe(Pass):
         x: Tensor, k: int, *, renorm: int = 0, routed_scaling_factor: float = 1.0, **others: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         if renorm:
-            raise NotImplementedError("npu_moe_gating_top_k with renorm has no invariant form here: renormalise outside of it")
+            raise NotImplementedError(
+                "npu_moe_gating_top_k with renorm has no invariant form here: renormalise outside of it"
+            )
         return _gate(x, k, 0, routed_scaling_factor, others)
 
     @replaces(
@@ -108,14 +121,18 @@ class NpuMoe(Pass):
         return _gate(x, k, renorm, routed_scaling_factor, more)
 
     @replaces(
-        "npu.npu_moe_token_unpermute.default", why="the sum over a token's experts, in an order of the kernel's", source=MEANING
+        "npu.npu_moe_token_unpermute.default",
+        why="the sum over a token's experts, in an order of the kernel's",
+        source=MEANING,
     )
     def token_unpermute(
         permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None = None, padded_mode: bool = False,
         restore_shape: Sequence[int] | None = None,
     ) -> Tensor:  # fmt: skip
         if padded_mode:
-            raise NotImplementedError("npu_moe_token_unpermute with padded_mode has no invariant form here: leave it out")
+            raise NotImplementedError(
+                "npu_moe_token_unpermute with padded_mode has no invariant form here: leave it out"
+            )
         moved = permuted_tokens.index_select(0, sorted_indices.abs().long())
         if probs is None:
             return moved
@@ -127,7 +144,10 @@ class NpuMoe(Pass):
         return total.to(permuted_tokens.dtype)
 
     @replaces(
-        "npu.npu_quant_matmul.default", unless=_int8, why="float8 and float4 products round each partial sum", source=MEANING
+        "npu.npu_quant_matmul.default",
+        unless=_int8,
+        why="float8 and float4 products round each partial sum",
+        source=MEANING,
     )
     def quant_matmul(x1: Tensor, x2: Tensor, scale: Tensor, **others: Any) -> Tensor:
         raise NotImplementedError(
