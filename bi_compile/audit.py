@@ -143,10 +143,25 @@ def _ours(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] |
 def _trusted(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
     name = str(target)
     for trust in (known.trust, known.target.trusted):
-        reason = trust.get(name) or trust.get(name.removesuffix(".default").replace(".", "::", 1))
+        reason = trust.get(name) or trust.get(registered_name(name))
         if reason:
             return Verdict.TRUSTED, reason
     return None
+
+
+def _row_local_here(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
+    reason = known.target.row_local.get(registered_name(target))
+    return None if reason is None else (Verdict.ROW_LOCAL, reason)
+
+
+def _known_to_be_unknown(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
+    needed = known.target.needed.get(registered_name(target))
+    return None if needed is None else (Verdict.UNPROVEN, f"{needed}; {_unknown(target)}")
+
+
+def registered_name(target: Any) -> str:
+    """`ns::packet`, or `ns::packet.overload` where the overload has a name."""
+    return str(target).removesuffix(".default").replace(".", "::", 1)
 
 
 def _in_a_table(node: fx.Node, target: Any, known: Knowledge) -> tuple[Verdict, str] | None:
@@ -217,6 +232,8 @@ SPEC: tuple[Rule, ...] = (
     _ours,
     _trusted,
     _in_a_table,
+    _row_local_here,
+    _known_to_be_unknown,
     _random,
     _accumulates,
     _moves,
@@ -230,7 +247,7 @@ def _unknown(target: Any) -> str:
     name = str(target)
     return (
         f"nothing is known about {name}; if it is invariant, say so and why: "
-        f'trust={{"{name.removesuffix(".default").replace(".", "::", 1)}": "the reason"}}; otherwise replace it in a pass of yours'
+        f'trust={{"{registered_name(target)}": "the reason"}}; otherwise replace it in a pass of yours'
     )
 
 

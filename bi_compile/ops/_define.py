@@ -22,6 +22,7 @@ NAMESPACE = "bi_compile"
 KERNELS = {
     "cpu": ("CPU", "bi_compile.kernels.cpu"),
     "cuda": ("CUDA", "bi_compile.kernels.triton"),
+    # torch_npu registers its device as PrivateUse1
     "npu": ("PrivateUse1", "bi_compile.kernels.ascend"),
 }
 #: operators written with other operators, so the same on every device
