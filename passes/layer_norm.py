@@ -12,6 +12,8 @@ from bi_compile.table import Group, Pass, replaces
 
 aten = torch.ops.aten
 SOURCE = "aten/src/ATen/native/cuda/layer_norm_kernel.cu; Inductor lowers it to a reduction that it tiles by the number of rows"
+NPU = "a fused kernel that chooses its tiling from the number of rows"
+NPU_SOURCE = "assumed from AclnnAddRmsNorm (vllm-ascend PR 6910); not measured"
 
 
 def _layer_norm(x: Tensor, eps: float) -> Tensor:
@@ -70,3 +72,29 @@ class LayerNorm(Pass):
         y, mean, rstd = ops.group_norm(input, weight, bias, group, eps)
         dtype = _statistic(input, weight, bias)
         return y, mean.to(dtype), rstd.to(dtype)
+
+    @replaces("npu.npu_layer_norm_eval.default", why=NPU, source=NPU_SOURCE)
+    def npu_layer_norm_eval(
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        return LayerNorm.native_layer_norm(input, normalized_shape, weight, bias, eps)[0]
+
+    @replaces("npu.npu_add_layer_norm.default", why=NPU, source=NPU_SOURCE)
+    def npu_add_layer_norm(
+        x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor, epsilon: float = 1e-5, additional_output: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        s = x1 + x2
+        y, mean, rstd = ops.layer_norm(s, gamma, beta, epsilon)
+        return y, mean, rstd, s
+
+    @replaces("npu.npu_group_norm_silu.default", why=NPU, source=NPU_SOURCE)
+    def npu_group_norm_silu(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, group: int, eps: float = 1e-5
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = ops.group_norm(input, weight, bias, group, eps)
+        dtype = input.dtype if weight is None or bias is None else weight.dtype
+        return torch.nn.functional.silu(y), mean.to(dtype), rstd.to(dtype)

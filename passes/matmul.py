@@ -79,6 +79,21 @@ class Matmul(Pass):
         return out.squeeze(-1) if other.dim() == 1 else out
 
     @replaces(
+        "vllm.unquantized_gemm.default",
+        "npu.npu_linear.default",
+        why="AclnnMatmul splits K by the number of rows",
+        source="vllm-ascend PR 6910; vllm_ascend/ops/linear.py: every product of its graphs is such an operator",
+    )
+    def unquantized_gemm(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return Matmul.linear(x, weight, bias)
+
+    @replaces("npu.npu_bmmV2.default", why="AclnnMatmul splits K by the number of rows", source="vllm-ascend PR 6910")
+    def npu_bmm(input: Tensor, mat2: Tensor, output_sizes: list[int]) -> Tensor:
+        if output_sizes:
+            raise NotImplementedError("npu_bmmV2 with output_sizes has no invariant form: call torch.bmm and reshape")
+        return ops.bmm(input, mat2)
+
+    @replaces(
         aten._scaled_mm.default,
         "aten._scaled_grouped_mm.default",
         "aten._grouped_mm.default",

@@ -28,6 +28,22 @@ def _vllm_group(name: str) -> str:
     return group.device_group.group_name
 
 
+def _hccl_group(hcom: str) -> str:
+    """torch.distributed's name for the group whose HCCL communicator is called `hcom`.
+
+    Raises:
+        RuntimeError: no group of this process has it.
+    """
+    dist = torch.distributed.distributed_c10d
+    for group in dist._world.pg_map:
+        backend = group._get_backend(torch.device("npu"))
+        if backend.get_hccl_comm_name(dist.get_rank()) == hcom:
+            return group.group_name
+    raise RuntimeError(
+        f"no process group of this process has the HCCL communicator {hcom!r}: make it with torch.distributed.new_group"
+    )
+
+
 class MatmulAllreduce(Pass):
     """Sums over ranks in rank order; fused products taken apart into a product and such a sum."""
 
@@ -81,8 +97,9 @@ class MatmulAllreduce(Pass):
     )
     def npu_mm_all_reduce_base(
         x1: Tensor, x2: Tensor, hcom: str, *, reduce_op: str = "sum", bias: Tensor | None = None, x3: Tensor | None = None,
-        comm_turn: int = 0, **quantised: Any,
+        comm_turn: int = 0, comm_mode: str | None = None, **quantised: Any,
     ) -> Tensor:  # fmt: skip
+        # comm_turn and comm_mode say how the native kernel cuts its work, nothing about the result
         given = [k for k, v in quantised.items() if v not in (None, 0)]
         if given:
             raise NotImplementedError(
@@ -91,4 +108,4 @@ class MatmulAllreduce(Pass):
         x = x1.reshape(-1, x1.shape[-1])
         y = ops.mm(x, x2) if bias is None else ops.addmm(bias, x, x2)
         y = y.view(*x1.shape[:-1], x2.shape[1])
-        return ops.all_reduce(y if x3 is None else y + x3, reduce_op, hcom)
+        return ops.all_reduce(y if x3 is None else y + x3, reduce_op, _hccl_group(hcom))

@@ -54,3 +54,11 @@ class RmsNorm(Pass):
         head = wide[..., :variance_size]
         y = wide * torch.rsqrt(ops.mean(head * head, [-1], True) + epsilon)
         return (y if weight is None else y.to(weight.dtype) * weight).to(x.dtype)
+
+    @replaces(
+        "npu.npu_gemma_rms_norm.default",
+        why=WHY,
+        source="a fused kernel of which nothing is known; AclnnAddRmsNorm varies",
+    )
+    def npu_gemma_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+        return ops.rms_norm(input, gamma.float() + 1, epsilon)

@@ -19,7 +19,12 @@ import torch
 
 NAMESPACE = "bi_compile"
 #: device -> (dispatch key, module whose `register(library)` gives every operator its implementation under that key)
-KERNELS = {"cpu": ("CPU", "bi_compile.kernels.cpu"), "cuda": ("CUDA", "bi_compile.kernels.triton")}
+KERNELS = {
+    "cpu": ("CPU", "bi_compile.kernels.cpu"),
+    "cuda": ("CUDA", "bi_compile.kernels.triton"),
+    # torch_npu registers its device as PrivateUse1
+    "npu": ("PrivateUse1", "bi_compile.kernels.ascend"),
+}
 #: operators written with other operators, so the same on every device
 COMPOSITE: dict[str, Callable[..., Any]] = {}
 #: every operator of this package by name
@@ -32,7 +37,7 @@ _loaded: dict[str, torch.library.Library] = {}
 
 
 def load_kernels(device: str) -> None:
-    """Load (on a CPU: compile, if that was not done before) the kernels for `device` ("cpu", "cuda").
+    """Load (on a CPU: compile, if that was not done before) the kernels for `device` ("cpu", "cuda", "npu").
 
     From then on a call goes from the dispatcher straight to the kernel. Loading twice does nothing.
 

@@ -23,14 +23,18 @@ class Target:
     """torch's name of the device type."""
     trusted: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Native operators (`ns.packet.overload`) that are invariant here, each with its reason."""
+    row_local: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Native operators of this device (`ns::packet`) that are row-local by their meaning, each with what that is."""
+    needed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Native operators (`ns::packet`) of which nothing is known, each with what would be needed."""
     inductor: Mapping[str, object] = dataclasses.field(default_factory=dict)
     """Settings of Inductor (`torch._inductor.config`) that the guarantee needs."""
 
 
 def _targets() -> dict[str, Target]:
-    from . import cpu, cuda
+    from . import ascend, cpu, cuda
 
-    return {t.name: t for t in (cpu.TARGET, cpu.EAGER, cuda.TARGET)}
+    return {t.name: t for t in (cpu.TARGET, cpu.EAGER, cuda.TARGET, ascend.A2, ascend.A3, ascend.A950)}
 
 
 def get_target(name: str) -> Target:
@@ -48,6 +52,14 @@ def get_target(name: str) -> Target:
 
 
 def for_device(device: str, compiled: bool) -> Target:
-    """The target of a device ("cpu", "cuda"), with Inductor as its compiler or without a compiler."""
+    """The target of a device ("cpu", "cuda", "npu"), with Inductor as its compiler or without a compiler.
+
+    Raises:
+        HostError: an NPU that is not supported, or whose software is not.
+    """
+    if device == "npu":
+        from .ascend import of_this_machine
+
+        return of_this_machine()
     eager = f"{device}_eager"
     return get_target(eager if not compiled and eager in _targets() else device)

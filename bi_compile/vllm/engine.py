@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from .. import eager
 from ..errors import HostError
 from ..options import Options, read_options, resolve_passes
-from ..targets import get_target
+from ..targets import ascend, for_device, get_target
 from .hooks import KEY
 
 log = init_logger("vllm.plugins.bi_compile")
@@ -26,6 +26,7 @@ OLDEST, NEWEST = Version("0.23"), Version("0.34")
 ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
     "cpu": {"VLLM_CPU_ATTN_SPLIT_KV": ("0", "attention splits the keys by how many requests there are")},
     "cuda": {},
+    "npu": ascend.ENVIRONMENT,
 }
 #: what `prepare_worker` changed in this process, and how to undo it
 _prepared = contextlib.ExitStack()
@@ -53,9 +54,8 @@ def options_of(vllm_config: Any) -> Options:
         OptionError: an unknown pass or option.
     """
     given = (vllm_config.additional_config or {}).get(OPTIONS)
-    target = _platform()
     return read_options(
-        given, passes=tuple(getattr(vllm_config.compilation_config, KEY)), inner="inductor", target=target
+        given, passes=tuple(getattr(vllm_config.compilation_config, KEY)), inner="inductor", target=_target()
     )
 
 
@@ -68,6 +68,32 @@ def _platform() -> str:
             f"bi_compile has no target for vLLM's platform {device!r}: it has {', '.join(ENVIRONMENT)}; remove {KEY} from the compilation config"
         )
     return device
+
+
+def _target() -> str:
+    return for_device(_platform(), compiled=True).name
+
+
+def before_config(vllm_config: Any) -> None:
+    """What has to be settled before the platform reads the configuration; called before a VllmConfig is made.
+
+    Raises:
+        HostError: what is wrong, and what to write instead.
+    """
+    if _platform() == "npu":
+        from .ascend import before_config
+
+        before_config(vllm_config)
+
+
+def _pass(options: Options, theirs: Any) -> Any:
+    if _platform() == "npu":
+        from .ascend import AscendPass
+
+        return AscendPass(options, theirs)
+    from .inductor import PostGradPass
+
+    return PostGradPass(options, theirs)
 
 
 def configure(vllm_config: Any) -> None:
@@ -86,22 +112,23 @@ def configure(vllm_config: Any) -> None:
             raise HostError(f"{name}={os.environ[name]} is set, and {why}: set {name}={value} or unset it")
     if vllm_config.lora_config is not None:
         raise HostError(f"{KEY} does not cover LoRA's kernels: serve the merged model, or remove {KEY}")
-    # without a compiler vLLM calls fused kernels of its own, of which nothing is known; its plain PyTorch code is in the table
+    # without a compiler vLLM calls fused kernels of its own, of which nothing is known; its plain PyTorch code is in the table.
+    # On Ascend "all" stands for torch_npu's operators, which are in the table themselves
     custom_ops = vllm_config.compilation_config.custom_ops
-    if "all" in custom_ops:
+    if "all" in custom_ops and _platform() != "npu":
         custom_ops[custom_ops.index("all")] = "none"
     # a norm arrives as one operator, not as what its implementation is made of
     if vllm_config.compilation_config.backend == "inductor":
         vllm_config.compilation_config.ir_enable_torch_wrap = True
     config = vllm_config.compilation_config.inductor_compile_config
-    for name, needed in get_target(_platform()).inductor.items():
+    for name, needed in get_target(_target()).inductor.items():
         if config.setdefault(name, needed) != needed:
             raise HostError(
                 f"inductor_compile_config sets {name}={config[name]!r}, but the guarantee needs {needed!r}: remove that line"
             )
     key = current_platform.pass_key
     if not isinstance(config.get(key), PostGradPass):
-        config[key] = PostGradPass(options, config.get(key))
+        config[key] = _pass(options, config.get(key))
 
 
 def prepare_worker(vllm_config: Any) -> None:
@@ -113,7 +140,7 @@ def prepare_worker(vllm_config: Any) -> None:
         for name, (value, _) in ENVIRONMENT[device].items():
             stack.enter_context(_environment(name, value))
         _fallback = stack.enter_context(eager.invariant(options, device))
-        for switch in WORKER[device]:
+        for switch in _worker_switches(device):
             stack.enter_context(switch())
         _prepared.push(stack.pop_all())
 
@@ -158,11 +185,13 @@ def _plain_linear() -> Iterator[None]:
         utils.dispatch_cpu_unquantized_gemm = packed
 
 
-#: what is switched in a worker process of each platform
-WORKER: dict[str, tuple[Callable[[], contextlib.AbstractContextManager[None]], ...]] = {
-    "cpu": (_plain_linear,),
-    "cuda": (),
-}
+def _worker_switches(device: str) -> tuple[Callable[[], contextlib.AbstractContextManager[None]], ...]:
+    """What is switched in a worker process of the platform."""
+    if device == "npu":
+        from .ascend import deterministic_algorithms, own_mode_off, variant_custom_ops_off
+
+        return variant_custom_ops_off, deterministic_algorithms, own_mode_off
+    return (_plain_linear,) if device == "cpu" else ()
 
 
 def report(vllm_config: Any) -> None:

@@ -31,6 +31,7 @@ def install() -> None:
         vars(half_imported)["config"] = sys.modules["vllm.config.utils"].config  # type: ignore[attr-defined]
     wrapt.register_post_import_hook(_wrap_vllm_config, "vllm.config.vllm")
     wrapt.register_post_import_hook(_wrap_worker, "vllm.v1.worker.worker_base")
+    wrapt.register_post_import_hook(_wrap_ascend_compiler, "vllm_ascend.compilation.compiler_interface")
 
 
 def check() -> None:
@@ -94,13 +95,32 @@ def _asked_for(vllm_config: Any) -> bool:
 
 def _wrap_vllm_config(module: ModuleType) -> None:
     def post_init(plain: Callable[..., None], self: Any, *args: Any) -> None:
+        asked = _asked_for(self)
+        if asked:
+            from .engine import before_config
+
+            before_config(self)
         plain(*args)
-        if _asked_for(self):
+        if asked:
             from .engine import configure
 
             configure(self)
 
     _wrap(module.VllmConfig, "__post_init__", post_init)
+
+
+def _wrap_ascend_compiler(module: ModuleType) -> None:
+    plain: Callable[..., None] = vars(module)["_configure_backend"]
+
+    @functools.wraps(plain)
+    def _configure_backend(config: Any, compilation: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if not _asked_for(vllm_config):
+            return plain(config, compilation, vllm_config, *args, **kwargs)
+        from .ascend import configure_backend
+
+        return configure_backend(plain, config, compilation, vllm_config, *args, **kwargs)
+
+    module._configure_backend = _configure_backend  # type: ignore[attr-defined]
 
 
 def _wrap_worker(module: ModuleType) -> None:

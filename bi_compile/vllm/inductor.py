@@ -25,7 +25,7 @@ class PostGradPass(FinalPass, InductorPass):
         return FinalPass.uuid(self)
 
     def __reduce__(self) -> Any:
-        return PostGradPass, (self.pipeline.options, self.theirs)
+        return type(self), (self.pipeline.options, self.theirs)
 
     def __deepcopy__(self, memo: Any) -> PostGradPass:
         # vLLM copies its configuration; the copies report to one summary

@@ -14,7 +14,7 @@ from torch import Tensor
 from bi_compile import ops
 
 from .reduce import divide, exp, fold
-from .tiles import ATTENTION, Tile, accumulator, choose, fitting, launch, target
+from .tiles import ATTENTION, ATTENTION_HEAD, Tile, accumulator, choose, fitting, folds, launch, target
 
 
 @triton.jit
@@ -43,12 +43,12 @@ def _attention(
     q_batch, q_head, q_row, q_col, k_batch, k_head, k_row, k_col, v_batch, v_head, v_row, v_col,
     mask_batch, mask_head, mask_row, mask_col,
     SCALE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the keys in blocks of BLOCK_N, ascending, with a running maximum, sum and output in float32.
 
-    The sum of the weights: lane j of BLOCK_N adds up the keys j, j + BLOCK_N, ... ascending, then `fold`. The output:
-    one dot after the other. In float64 a dot is a `fold` of the products.
+    The sum of the weights: lane j of BLOCK_N adds up the keys j, j + BLOCK_N, ... ascending, then `fold`, or `tl.sum`
+    if not FOLD. The output: one dot after the other. In float64 a dot is a `fold` of the products.
 
     Row r of a key head's queries is query r // group of its head r % group. A block none of whose keys a row sees
     leaves the row's numbers as they are, so it does not matter whether it is skipped, as causal blocks behind the
@@ -118,7 +118,10 @@ def _attention(
         if MASK:
             mask_tile += BLOCK_N * mask_col
 
-    total = tl.reshape(fold(lanes[:, :, None]), (BLOCK_M,))
+    if FOLD:
+        total = tl.reshape(fold(lanes[:, :, None]), (BLOCK_M,))
+    else:
+        total = tl.sum(lanes, 1)
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
     acc = divide(acc, tl.broadcast_to(total[:, None], BLOCK_M, BLOCK_DV))
@@ -149,14 +152,16 @@ def attention(
     kind, mask, mask_strides = _mask(mask, [batches, q_heads, length, keys])
     group = q_heads // heads
     width = max(16, triton.next_power_of_2(max(dim, value_dim)))
-    tile = fitting(tile or choose(ATTENTION[target(query)][query.element_size()], length * group), width)
+    device = target(query)
+    tile = tile or choose(ATTENTION[device][query.element_size()], length * group)
+    tile = fitting(tile, width, ATTENTION_HEAD[device])
     tiles = triton.cdiv(length * group, tile.height)
     launch(
         _attention, batches * heads * tiles, query, query, key, value, mask, *outs,
         tiles, heads, group, length, keys, dim, value_dim,
         *query.stride(), *key.stride(), *value.stride(), *mask_strides,
         SCALE=1 / math.sqrt(dim) if scale is None and dim else float(scale or 0), MASK=kind, CAUSAL=causal,
-        HALF=query.element_size() == 2, ACC=accumulator(query.dtype), BLOCK_M=tile.height, BLOCK_N=tile.width,
+        HALF=query.element_size() == 2, ACC=accumulator(query.dtype), FOLD=folds(query), BLOCK_M=tile.height, BLOCK_N=tile.width,
         BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .tiles import PRODUCT, PRODUCT_K, Tile, choose, index_type, launch, target
+from .tiles import PRODUCT, PRODUCT_K, Tile, choose, index_type, launch, target, turned
 
 #: tiles of one column of tiles that run side by side, so that they share their columns of b in the cache
 GROUP = 8
@@ -48,29 +48,51 @@ def _finish(
     tl.store(out_tile, acc.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _tile(x, rows, row, cols, col, TURNED: tl.constexpr):
+    """Pointers to x's elements [rows, cols], or [cols, rows] if TURNED."""
+    if TURNED:
+        result = x + cols[:, None] * col + rows[None, :] * row
+    else:
+        result = x + rows[:, None] * row + cols[None, :] * col
+    return result
+
+
+@triton.jit
+def _load(tile, rows, row_end, cols, col_end, TURNED: tl.constexpr):
+    """The elements [rows, cols] that `_tile` points to, zeros behind the ends."""
+    if TURNED:
+        result = tl.trans(tl.load(tile, mask=(cols < col_end)[:, None] & (rows < row_end)[None, :], other=0.0))
+    else:
+        result = tl.load(tile, mask=(rows < row_end)[:, None] & (cols < col_end)[None, :], other=0.0)
+    return result
+
+
 @triton.jit(do_not_specialize=["M"])
 def _product(
     a, b, bias, out, M, N, K,
     a_batch, a_row, a_col, b_batch, b_row, b_col, bias_batch, bias_row, bias_col, alpha, beta,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, CHAINED: tl.constexpr, INDEX: tl.constexpr,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, CHAINED: tl.constexpr,
+    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out = alpha * (a @ b) + beta * bias, K in blocks of BLOCK_K, ascending, in one float32 accumulator per element.
 
     If CHAINED, a block's products are added to the accumulator one after the other (or as the matrix unit does it); if
     not, to a sum of their own, which is then added to the accumulator: less error, as float32 needs it. Ragged blocks
-    are filled with zeros. Epilogue: `_finish`.
+    are filled with zeros. A_TURNED, B_TURNED: the operand's tile is read
+    transposed, as it lies, and turned on the chip. Epilogue: `_finish`.
     """
     batch, row, col = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
     cols = (col + tl.arange(0, BLOCK_N)).to(INDEX)
     ks = tl.arange(0, BLOCK_K).to(INDEX)
-    a_tile = a + batch * a_batch + rows[:, None] * a_row + ks[None, :] * a_col
-    b_tile = b + batch * b_batch + ks[:, None] * b_row + cols[None, :] * b_col
+    a_tile = _tile(a + batch * a_batch, rows, a_row, ks, a_col, A_TURNED)
+    b_tile = _tile(b + batch * b_batch, ks, b_row, cols, b_col, B_TURNED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
-        left = tl.load(a_tile, mask=(rows < M)[:, None] & (ks < K - k)[None, :], other=0.0)
-        right = tl.load(b_tile, mask=(ks < K - k)[:, None] & (cols < N)[None, :], other=0.0)
+        left = _load(a_tile, rows, M, ks, K - k, A_TURNED)
+        right = _load(b_tile, ks, K - k, cols, N, B_TURNED)
         if CHAINED:
             acc = tl.dot(left, right, acc, input_precision="ieee")
         else:
@@ -156,7 +178,8 @@ def product(
     launch(
         _product, programs, a, a, b, bias, out, m, n, a.shape[2],
         *a.stride(), *b.stride(), *((0, 0, 0) if bias is None else bias.stride()), float(alpha), float(beta),
-        SCALED=alpha != 1, BIASED=bias is not None, CHAINED=size == 2, INDEX=index_type(a, b, bias, out),
+        SCALED=alpha != 1, BIASED=bias is not None, CHAINED=size == 2 or target(a) == "npu",
+        A_TURNED=turned(a), B_TURNED=turned(b), INDEX=index_type(a, b, bias, out),
         BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size], GROUP_M=GROUP,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

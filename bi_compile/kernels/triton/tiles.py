@@ -17,6 +17,8 @@ from torch import Tensor
 #: a pointer that Triton may read in 16-byte words; other pointers compile to another kernel with another layout
 ALIGNMENT = 16
 INT32_MAX = 2**31 - 1
+#: options of a launch that Ascend's compiler does not know
+GPU_OPTIONS = ("num_warps", "num_stages")
 
 
 class Tile(NamedTuple):
@@ -28,6 +30,15 @@ class Tile(NamedTuple):
     stages: int
 
 
+#: products on Ascend: (up to this many rows, tile). A block of K of either operand fills at most half of L0A and L0B
+#: (64 KB each, two buffers) at every height, so the cube takes it whole in each of these tiles. Narrow tiles for few rows:
+#: 4096 columns are 64 tiles for the 24 cube cores.
+NPU_PRODUCT = [
+    (16, Tile(16, 64, 1, 1)),
+    (32, Tile(32, 64, 1, 1)),
+    (64, Tile(64, 128, 1, 1)),
+    (INT32_MAX, Tile(128, 128, 1, 1)),
+]
 #: target -> bytes per element -> (up to this many rows, tile), ascending. 16-bit products run on the matrix units. In
 #: 32 and 64 bits the products are fused multiply-adds in the vector units.
 PRODUCT: dict[str, dict[int, list[tuple[int, Tile]]]] = {
@@ -42,10 +53,11 @@ PRODUCT: dict[str, dict[int, list[tuple[int, Tile]]]] = {
         ],
         4: [(16, Tile(16, 64, 4, 3)), (INT32_MAX, Tile(64, 64, 4, 3))],
         8: [(INT32_MAX, Tile(32, 32, 4, 1))],
-    }
+    },
+    "npu": {2: NPU_PRODUCT, 4: NPU_PRODUCT},
 }
 #: target -> bytes per element -> how many elements of K one step takes: part of the sum's order, never follows the rows
-PRODUCT_K: dict[str, dict[int, int]] = {"cuda": {2: 64, 4: 32, 8: 32}}
+PRODUCT_K: dict[str, dict[int, int]] = {"cuda": {2: 64, 4: 32, 8: 32}, "npu": {2: 128, 4: 64}}
 
 #: target -> bytes per element -> (up to this many rows, tile) of attention; rows are the queries of all heads that
 #: share a key head. The width is the number of keys that one step takes and must not follow the rows. In 16 bits one
@@ -55,18 +67,38 @@ ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
         2: [(INT32_MAX, Tile(64, 64, 4, 3))],
         4: [(16, Tile(16, 32, 4, 1)), (INT32_MAX, Tile(32, 32, 4, 1))],
         8: [(INT32_MAX, Tile(4, 16, 4, 1))],
-    }
+    },
+    "npu": {2: [(INT32_MAX, Tile(32, 64, 1, 1))], 4: [(INT32_MAX, Tile(32, 64, 1, 1))]},
 }
 
+#: target -> the longest head that attention's tile has room for at its full height
+ATTENTION_HEAD: dict[str, int] = {"cuda": 256, "npu": 128}
+
 #: target -> (columns one program holds at once, elements of a tile of short rows, elements for each warp)
-ROWS: dict[str, tuple[int, int, int]] = {"cuda": (8192, 1024, 512)}
+ROWS: dict[str, tuple[int, int, int]] = {"cuda": (8192, 1024, 512), "npu": (4096, 4096, 4096)}
 #: target -> rows that one program of cumsum walks along
-SCAN_ROWS: dict[str, int] = {"cuda": 32}
+SCAN_ROWS: dict[str, int] = {"cuda": 32, "npu": 32}
+
+
+#: the table's key for tensors of a CPU, which Triton's interpreter reads
+HOST = "cuda"
 
 
 def target(x: Tensor) -> str:
-    """The table's key for x's device. Tensors of a CPU, which Triton's interpreter reads, take CUDA's tiles."""
-    return "cuda" if x.device.type == "cpu" else x.device.type
+    """The tables' key for x's device."""
+    return HOST if x.device.type == "cpu" else x.device.type
+
+
+def turned(x: Tensor) -> bool:
+    """Whether an operand [B, R, C] is read as [C, R]: on Ascend, where the cube's loads take rows as they lie in memory
+    and turn them on the way, and columns would be gathered by the vector cores and written back first."""
+    return target(x) == "npu" and x.stride(1) == 1 and x.stride(2) != 1
+
+
+def folds(x: Tensor) -> bool:
+    """Whether a sum over lanes is `reduce.fold`. Not on Ascend, where one tile, so one compiled order, serves all rows
+    and the fold's many small dimensions overflow the unified buffer."""
+    return target(x) != "npu"
 
 
 def choose(table: list[tuple[int, Tile]], rows: int) -> Tile:
@@ -74,9 +106,9 @@ def choose(table: list[tuple[int, Tile]], rows: int) -> Tile:
     return next(tile for limit, tile in table if rows <= limit)
 
 
-def fitting(tile: Tile, head: int) -> Tile:
-    """The tile of attention, with fewer stages and rows where heads of `head` elements would overflow shared memory."""
-    height = tile.height if head <= 256 else min(tile.height, 16)
+def fitting(tile: Tile, head: int, widest_head: int) -> Tile:
+    """The tile of attention, with fewer stages and rows where heads of `head` elements would overflow memory."""
+    height = tile.height if head <= widest_head else min(tile.height, 16)
     warps = max(1, tile.warps * height // tile.height)
     return Tile(height, tile.width, warps, max(1, min(tile.stages, 512 // head)))
 
@@ -136,5 +168,8 @@ def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **meta: Any) -> No
     """Run `programs` programs of the kernel on x's device; none if there are none."""
     if programs == 0:
         return
-    with torch.cuda.device_of(x):
+    if target(x) == "npu":
+        meta = {name: value for name, value in meta.items() if name not in GPU_OPTIONS}
+    guard = torch.npu.device(x.device) if x.device.type == "npu" else torch.cuda.device_of(x)
+    with guard:
         kernel[(programs,)](*args, **meta)

@@ -1,0 +1,175 @@
+"""vllm-ascend: its settings before it reads them, the pass in both of its compilers, and its own batch-invariant mode.
+
+vllm-ascend 0.23 compiles in two ways, and which one follows the graph mode. With PIECEWISE its `GraphFusionPassManager` calls
+each pass with the graph, ours last. With a FULL mode npugraph_ex (torchair where that is not there) compiles; its pattern
+passes put fused norms back, and ours comes after them as `post_grad_custom_post_pass`. What npugraph_ex does to the graph
+after that is audited once more, on the graph that is executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import types
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import fx
+from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
+from vllm.logger import init_logger
+
+from ..errors import HostError
+from ..options import Options
+from ..targets import ascend
+from .inductor import PostGradPass
+
+log = init_logger("vllm.plugins.bi_compile")
+
+
+class AscendPass(PostGradPass, VllmInductorPass):
+    """The passes and the audit as vllm-ascend's pass manager and npugraph_ex want them.
+
+    Replacements are spliced in as they are: neither compiler decomposes operators.
+    """
+
+    def __init__(self, options: Options, theirs: Any = None) -> None:
+        PostGradPass.__init__(self, options, theirs)
+        self.pass_name = type(self).__name__
+
+    def __call__(self, graph: fx.Graph | fx.GraphModule) -> None:
+        inner = graph.graph if isinstance(graph, fx.GraphModule) else graph
+        if self.theirs is not None:
+            # an operator that theirs would fuse is still whole here
+            self.pipeline.rewrite(inner, "post_grad")
+            self.theirs(graph)
+        self.pipeline.rewrite(inner, "final")
+        self.pipeline.audit(inner)
+
+
+def before_config(vllm_config: Any) -> None:
+    """Put vllm-ascend's settings into `additional_config`, before its platform reads them.
+
+    Raises:
+        HostError: a setting or variable says something else, or the NPU's software is not usable; the message has the remedy.
+    """
+    ascend.of_this_machine()
+    ascend.check_kernels()
+    ascend.check_environment()
+    if vllm_config.additional_config is None:
+        vllm_config.additional_config = {}
+    additional = vllm_config.additional_config
+    _settle(additional, ascend.ADDITIONAL, "additional_config")
+    nested = additional.setdefault("ascend_compilation_config", {})
+    _settle(nested, ascend.COMPILATION, 'additional_config["ascend_compilation_config"]')
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode is None:
+        from vllm.config import CUDAGraphMode
+
+        # the lengths of the requests cannot be part of a captured graph (passes/npu_attention.py)
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    elif compilation.cudagraph_mode.has_full_cudagraphs():
+        log.warning(
+            "bi_compile: cudagraph_mode=%s captures attention, which has no invariant form in an ACL graph: the engine will stop when it "
+            'captures one. Write compilation_config={"cudagraph_mode": "PIECEWISE"}',
+            compilation.cudagraph_mode.name,
+        )
+
+
+def _settle(settings: MutableMapping[str, Any], needed: dict[str, tuple[object, str]], where: str) -> None:
+    for name, (value, why) in needed.items():
+        if settings.setdefault(name, value) != value:
+            raise HostError(
+                f"{where} sets {name}={settings[name]!r}, and {why}: write {name}={value!r} there or remove the line"
+            )
+
+
+def configure_backend(
+    plain: Callable[..., None], config: Any, compilation: Any, vllm_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Around `vllm_ascend.compilation.compiler_interface._configure_backend`, which makes npugraph_ex's `CompilerConfig`."""
+    from vllm.platforms import current_platform
+
+    plain(config, compilation, vllm_config, *args, **kwargs)
+    ours = vllm_config.compilation_config.inductor_compile_config[current_platform.pass_key]
+    into_compiler(config, ours)
+
+
+def into_compiler(config: Any, ours: AscendPass) -> None:
+    """Put `ours` last into a `CompilerConfig` of npugraph_ex or torchair, and audit what it executes."""
+    theirs = config.post_grad_custom_post_pass.value
+
+    def bi_compile_post_pass(gm: fx.GraphModule, example_inputs: Any = None, config: Any = None) -> None:
+        if theirs is not None:
+            theirs(gm, example_inputs, config)
+        ours(gm)
+        gm.recompile()
+
+    bi_compile_post_pass.ours = ours  # type: ignore[attr-defined]
+    config.post_grad_custom_post_pass = bi_compile_post_pass
+    _audit_what_is_executed(type(config).__module__.partition(".configs")[0])
+
+
+@functools.cache
+def _audit_what_is_executed(compiler: str) -> None:
+    """After the last pass of the compiler ("npugraph_ex", "torchair") its graph is audited, if it has our pass."""
+    cls = importlib.import_module(f"{compiler}._acl_concrete_graph.fx2acl_converter").AclConcreteGraph
+    plain = cls.optimize_graph_without_runtime
+
+    @functools.wraps(plain)
+    def optimize_graph_without_runtime(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = plain(self, *args, **kwargs)
+        ours = getattr(self.config.post_grad_custom_post_pass.value, "ours", None)
+        if ours is not None:
+            ours.pipeline.audit(self.fx_graph.graph)
+        return result
+
+    cls.optimize_graph_without_runtime = optimize_graph_without_runtime
+
+
+# -- what is switched in a worker -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def variant_custom_ops_off() -> Iterator[None]:
+    """vllm-ascend's own fused operators (`_C_ascend`) stay off: it does the same in its batch-invariant mode."""
+    import vllm_ascend.utils as utils
+
+    with _attribute(utils, "_CUSTOM_OP_ENABLED", False):
+        yield
+
+
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """torch.use_deterministic_algorithms(True): some operators of an Ascend 950 are deterministic only if asked for."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextlib.contextmanager
+def own_mode_off() -> Iterator[None]:
+    """VLLM_BATCH_INVARIANT=1: vllm-ascend keeps its settings, and leaves the operators to us, so that none is patched twice."""
+    import vllm_ascend.batch_invariant as own
+
+    if own._batch_invariant_LIB is not None:
+        raise HostError(
+            "vllm-ascend's own batch-invariant mode has patched operators in this process already: start the engine in a fresh process, "
+            "or unset VLLM_BATCH_INVARIANT"
+        )
+    with _attribute(own, "enable_batch_invariant_mode", lambda: None):
+        yield
+
+
+@contextlib.contextmanager
+def _attribute(module: types.ModuleType, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)

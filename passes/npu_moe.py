@@ -1,0 +1,168 @@
+"""Ascend's operators for mixtures of experts, and its quantised operators."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bi_compile import ops
+from bi_compile.table import Pass, replaces
+
+MEANING = "the operator's documented meaning (torch_npu 2.13)"
+
+
+def _int8(x1: Tensor, x2: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """int8 operands: their sums are exact in int32."""
+    return x1.dtype == torch.int8 and x2.dtype == torch.int8 and kwargs.get("group_sizes") is None
+
+
+def _per_token(input: Tensor, *args: Any, quant_mode: str = "pertoken", **kwargs: Any) -> bool:
+    """quant_mode="pertoken": a row's scale is the row's maximum, the same in every order."""
+    return quant_mode == "pertoken"
+
+
+def _gate(x: Tensor, k: int, renorm: int, scale: float, others: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax, the k largest, divided by their sum where `renorm` says so, times `scale`."""
+    plain = {"k_group": 1, "group_count": 1}
+    given = [
+        name for name, value in others.items() if name != "eps" and value not in (None, 0, False, plain.get(name, 0))
+    ]
+    if given:
+        raise NotImplementedError(
+            f"gating with {', '.join(given)} has no invariant form here: it has one for softmax over all experts, without groups and bias"
+        )
+    scores = ops.softmax(x, -1, dtype=torch.float32)
+    # a stable sort takes the first of equal experts in every batch
+    y, experts = (t[..., :k].contiguous() for t in torch.sort(scores, dim=-1, descending=True, stable=True))
+    if renorm:
+        y = y / ops.sum(y, [-1], True)
+    return (y * scale).to(x.dtype), experts.to(torch.int32), scores
+
+
+class NpuMoe(Pass):
+    """Products of experts, gating and the sum over a token's experts; quantised operators where they are exact."""
+
+    name = "npu_moe"
+
+    @replaces(
+        "npu.npu_grouped_matmul.default",
+        why="the kernel's tiling follows the number of rows of each expert",
+        source=MEANING + "; vllm-ascend's batch-invariant mode leaves it",
+    )
+    def grouped_matmul(
+        x: Sequence[Tensor], weight: Sequence[Tensor], *, bias: Sequence[Tensor] | None = None, group_list: Tensor | None = None,
+        split_item: int | None = 0, group_type: int | None = None, group_list_type: int | None = 0, **others: Any,
+    ) -> list[Tensor]:  # fmt: skip
+        given = [name for name, value in others.items() if value not in (None, 0, [])]
+        if (
+            given
+            or len(x) != 1
+            or len(weight) != 1
+            or group_type != 0
+            or split_item not in (2, 3)
+            or group_list is None
+        ):
+            raise NotImplementedError(
+                f"npu_grouped_matmul with {', '.join(given) or 'these lists, split_item or group_type'} has no invariant form here: it has "
+                "one for one tensor of rows, one of weights, split_item 2 or 3, group_type 0 and no quantisation"
+            )
+        if isinstance(group_list, torch._subclasses.FakeTensor):
+            raise NotImplementedError(
+                "npu_grouped_matmul can be replaced in eager code only, where the number of rows of each expert is known: keep it "
+                "inside an operator such as vllm::moe_forward"
+            )
+        counts = [int(n) for n in group_list.tolist()]
+        if group_list_type == 0:  # cumulative
+            counts = [b - a for a, b in zip([0, *counts[:-1]], counts, strict=True)]
+        out, start = x[0].new_zeros(x[0].shape[0], weight[0].shape[-1]), 0
+        for expert, count in enumerate(counts):
+            rows = x[0][start : start + count]
+            if count:
+                w = weight[0][expert]
+                out[start : start + count] = (
+                    ops.mm(rows, w) if bias is None else ops.addmm(bias[0][expert].to(rows.dtype), rows, w)
+                )
+            start += count
+        return [out]
+
+    @replaces("npu.npu_moe_gating_top_k_softmax.default", why="a row sum in a fused kernel", source=MEANING)
+    def gating_top_k_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        if finished is not None:
+            raise NotImplementedError(
+                "npu_moe_gating_top_k_softmax with finished has no invariant form here: leave it out"
+            )
+        y, experts, _ = _gate(x, k, 0, 1.0, {})
+        rows = x.numel() // x.shape[-1]
+        at = torch.arange(rows, device=x.device, dtype=torch.int32).reshape(*x.shape[:-1], 1)
+        order = torch.arange(k, device=x.device, dtype=torch.int32) * rows + at
+        return y, experts, order.to(torch.int32)
+
+    @replaces("npu.npu_moe_gating_top_k.default", why="a row sum in a fused kernel", source=MEANING)
+    def gating_top_k(
+        x: Tensor, k: int, *, renorm: int = 0, routed_scaling_factor: float = 1.0, **others: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if renorm:
+            raise NotImplementedError(
+                "npu_moe_gating_top_k with renorm has no invariant form here: renormalise outside of it"
+            )
+        return _gate(x, k, 0, routed_scaling_factor, others)
+
+    @replaces(
+        "_C_ascend.moe_gating_top_k.default",
+        why="a row sum in a fused kernel",
+        source="vllm_ascend/device/device_op.py; renorm=1 divides by the sum of the k, as its A5 adaptor writes out",
+    )
+    def ascend_gating_top_k(
+        x: Tensor, k: int, *others: Any, renorm: int = 0, routed_scaling_factor: float = 1.0, **more: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if others:
+            raise NotImplementedError("moe_gating_top_k takes its arguments by name here")
+        return _gate(x, k, renorm, routed_scaling_factor, more)
+
+    @replaces(
+        "npu.npu_moe_token_unpermute.default",
+        why="the sum over a token's experts, in an order of the kernel's",
+        source=MEANING,
+    )
+    def token_unpermute(
+        permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None = None, padded_mode: bool = False,
+        restore_shape: Sequence[int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        if padded_mode:
+            raise NotImplementedError(
+                "npu_moe_token_unpermute with padded_mode has no invariant form here: leave it out"
+            )
+        moved = permuted_tokens.index_select(0, sorted_indices.abs().long())
+        if probs is None:
+            return moved
+        k = probs.shape[1]
+        parts = moved.reshape(-1, k, moved.shape[-1]).float() * probs.float().unsqueeze(-1)
+        total = parts[:, 0]
+        for i in range(1, k):  # the experts in the order in which the gate gave them
+            total = total + parts[:, i]
+        return total.to(permuted_tokens.dtype)
+
+    @replaces(
+        "npu.npu_quant_matmul.default",
+        unless=_int8,
+        why="float8 and float4 products round each partial sum",
+        source=MEANING,
+    )
+    def quant_matmul(x1: Tensor, x2: Tensor, scale: Tensor, **others: Any) -> Tensor:
+        raise NotImplementedError(
+            "npu_quant_matmul is invariant for int8 operands alone, whose sums are exact: quantise the model to int8 (W8A8), or serve "
+            "it in bfloat16"
+        )
+
+    @replaces(
+        "npu.npu_dynamic_quant.default",
+        "npu.npu_dynamic_quant_asymmetric.default",
+        unless=_per_token,
+        why="a scale of the whole tensor is one of every request in the batch",
+        source=MEANING,
+    )
+    def dynamic_quant(input: Tensor, **others: Any) -> Any:
+        raise NotImplementedError(
+            'npu_dynamic_quant is invariant with quant_mode="pertoken" alone: quantise the activations per token'
+        )

@@ -1,0 +1,185 @@
+"""Every kernel configuration that an operator can choose on Ascend, and the table of docs/ascend-kernels.md.
+
+    python tests/ascend/configurations.py > docs/ascend-kernels.md     # lowers each for each chip, some minutes
+
+A configuration is made by calling the operator's own host function, with the tiles of an NPU.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import lowering
+import torch
+from torch import Tensor
+
+from bi_compile.kernels.triton import IMPLEMENTATIONS, tiles
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+#: the columns that a program of a row kernel can hold, each a kernel of its own
+WIDTHS = [2**n for n in range(tiles.ROWS["npu"][0].bit_length())]
+HEADS = [16, 32, 64, 128, 256, 512]
+N, K = 512, 1024
+
+
+class Configuration(NamedTuple):
+    operator: str
+    dtype: str
+    tile: str
+    variant: str
+    run: Callable[[], Any]
+
+
+def empty(*shape: int, dtype: str) -> Tensor:
+    return torch.empty(shape, dtype=DTYPES[dtype])
+
+
+def strided(*shape: int, dtype: str) -> Tensor:
+    """A view none of whose dimensions is contiguous."""
+    return empty(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+
+
+def with_wide_offsets(a: Tensor, b: Tensor) -> Tensor:
+    """The product as it is launched for tensors too large for 32-bit offsets."""
+    limit, tiles.INT32_MAX = tiles.INT32_MAX, 0
+    try:
+        return IMPLEMENTATIONS["mm"](a, b)
+    finally:
+        tiles.INT32_MAX = limit
+
+
+def products() -> Iterator[Configuration]:
+    rows: Callable[..., Tensor] = lambda r, c, dtype: empty(r, c, dtype=dtype)
+    columns: Callable[..., Tensor] = lambda r, c, dtype: empty(c, r, dtype=dtype).t()
+    layouts = {"a @ w.t()": (rows, columns), "a @ w": (rows, rows), "a.t() @ w": (columns, rows)}
+    for dtype in DTYPES:
+        for limit, tile in tiles.PRODUCT["npu"][DTYPES[dtype].itemsize]:
+            m, name = (
+                min(limit, 4096),
+                f"{tile.height} x {tile.width} x {tiles.PRODUCT_K['npu'][DTYPES[dtype].itemsize]}",
+            )
+            for layout, (a, b) in layouts.items():
+                operands = a(m, K, dtype), b(K, N, dtype)
+                yield Configuration("mm", dtype, name, layout, lambda o=operands: IMPLEMENTATIONS["mm"](*o))
+            yield Configuration("mm", dtype, name, "64-bit offsets", lambda o=operands: with_wide_offsets(*o))
+            apart = strided(m, K, dtype=dtype), strided(K, N, dtype=dtype)
+            yield Configuration("mm", dtype, name, "strided", lambda o=apart: IMPLEMENTATIONS["mm"](*o))
+            biased = empty(1, N, dtype=dtype), rows(m, K, dtype), columns(K, N, dtype)
+            run: Callable[..., Any] = lambda o=biased, **scale: IMPLEMENTATIONS["addmm"](*o, **scale)
+            yield Configuration("addmm", dtype, name, "bias", run)
+            yield Configuration("addmm", dtype, name, "scaled", lambda f=run: f(beta=0.5, alpha=2))
+            batched = empty(3, m, K, dtype=dtype), empty(3, K, N, dtype=dtype)
+            yield Configuration("bmm", dtype, name, "", lambda o=batched: IMPLEMENTATIONS["bmm"](*o))
+            full = empty(3, m, N, dtype=dtype)
+            yield Configuration("baddbmm", dtype, name, "", lambda f=full, o=batched: IMPLEMENTATIONS["baddbmm"](f, *o))
+
+
+def row_kernels() -> Iterator[Configuration]:
+    calls: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        **{name: lambda x, w, f=IMPLEMENTATIONS[name]: f(x, [1]) for name in ("sum", "mean", "var_mean", "logsumexp")},
+        **{name: lambda x, w, f=IMPLEMENTATIONS[name]: f(x, 1) for name in ("softmax", "log_softmax")},
+        "rms_norm": lambda x, w: IMPLEMENTATIONS["rms_norm"](x, w, 1e-6),
+        "rms_norm of a view": lambda x, w: IMPLEMENTATIONS["rms_norm"](
+            x.new_empty(64, 2 * x.shape[1])[:, : x.shape[1]], w, 1e-6
+        ),
+        "add_rms_norm": lambda x, w: IMPLEMENTATIONS["add_rms_norm"](x, x, w, 1e-6),
+        "layer_norm": lambda x, w: IMPLEMENTATIONS["layer_norm"](x, w, w, 1e-5),
+        "group_norm": lambda x, w: IMPLEMENTATIONS["group_norm"](x[:, :, None].expand(-1, -1, 2), w, w, 1, 1e-5),
+    }
+    for operator, dtype, width in itertools.product(calls, DTYPES, WIDTHS):
+        if dtype == "float16" and width != WIDTHS[-1]:
+            continue  # the buffers of bfloat16
+        x, w = empty(64, width, dtype=dtype), empty(width, dtype=dtype)
+        yield Configuration(
+            operator,
+            dtype,
+            f"{WIDTHS[0]} to {WIDTHS[-1]} columns",
+            str(width),
+            lambda c=calls[operator], x=x, w=w: c(x, w),
+        )
+    for dtype in DTYPES:
+        x = empty(64, 100, dtype=dtype)
+        yield Configuration(
+            "cumsum", dtype, f"{tiles.SCAN_ROWS['npu']} rows", "", lambda x=x: IMPLEMENTATIONS["cumsum"](x, 1)
+        )
+
+
+def attention() -> Iterator[Configuration]:
+    for dtype, head in itertools.product(DTYPES, HEADS):
+        q, k = empty(1, 8, 64, head, dtype=dtype), empty(1, 2, 300, head, dtype=dtype)
+        masks: dict[str, tuple[Any, bool]] = {
+            "all keys": (None, False), "causal": (None, True), "bool mask": (torch.empty(64, 300, dtype=torch.bool), False),
+            "float mask": (empty(64, 300, dtype=dtype), False),
+        }  # fmt: skip
+        for variant, (mask, causal) in masks.items():
+            run = lambda q=q, k=k, m=mask, c=causal: IMPLEMENTATIONS["scaled_dot_product_attention"](q, k, k, m, c)
+            yield Configuration("scaled_dot_product_attention", dtype, f"heads of {head}", variant, run)
+
+
+def launches() -> dict[tuple[str, str, str, str], lowering.Launch]:
+    """(operator, dtype, tile, variant) -> the one kernel that it launches."""
+    found = {}
+    before, tiles.HOST = tiles.HOST, "npu"
+    try:
+        for c in itertools.chain(products(), row_kernels(), attention()):
+            with lowering.captured() as captured:
+                c.run()
+            (found[c[:4]],) = captured
+    finally:
+        tiles.HOST = before
+    return found
+
+
+def plan(work: tuple[lowering.Launch, str]) -> dict[str, float] | str:
+    """What the chip's memory plan uses, or the refusal."""
+    module = lowering.lower(*work)
+    return module.refusal if module.hivm is None else lowering.memory(module.hivm)
+
+
+def plans(work: list[tuple[lowering.Launch, str]]) -> list[dict[str, float] | str]:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(plan, work))
+
+
+HEADER = """# Kernels on Ascend
+
+What Huawei's kernel compiler (triton-ascend 3.2.0, bishengir-compile of ascendnpu-ir 1.2.0) makes of every kernel
+configuration that an operator can choose, for {chips}. The numbers are the parts of
+the unified buffer (UB), of L1 and of the accumulators (L0C) that the compiler's memory plan uses, the largest over the
+variants of a line. Generated: `python tests/ascend/configurations.py > docs/ascend-kernels.md`. None of them has run on
+a chip; what a closed assembler makes of the HIVM modules is not seen here.
+
+A product's tile is rows x columns x K of one step. Its rows and columns follow the number of rows, K does not, and a
+block of K fits whole into L0A and L0B in every tile.
+
+"""
+
+
+def document() -> str:
+    found = launches()
+    keys = list(found)
+    results = {chip: plans([(found[key], chip) for key in keys]) for chip in lowering.CHIPS.values()}
+    lines = ["| operator | dtype | tile | variants | " + " | ".join(lowering.CHIPS) + " |", "|---" * 7 + "|"]
+    for name, group in itertools.groupby(range(len(keys)), key=lambda i: keys[i][:3]):
+        places = list(group)
+        cells = [cell([results[chip][i] for i in places]) for chip in lowering.CHIPS.values()]
+        variants = ", ".join(keys[i][3] for i in places)
+        lines.append("| " + " | ".join([*name, variants, *cells]) + " |")
+    chips = ", ".join(f"{chip} ({name})" for name, chip in lowering.CHIPS.items())
+    return HEADER.format(chips=chips) + "\n".join(lines) + "\n"
+
+
+def cell(results: list[dict[str, float] | str]) -> str:
+    refused = [r for r in results if isinstance(r, str)]
+    if refused:
+        return f"{len(refused)} of {len(results)} refused: {refused[0]}"
+    names = {"ub": "UB", "cbuf": "L1", "cc": "L0C"}
+    most = {m: max(r[m] for r in results if not isinstance(r, str)) for m in names}
+    return "fits: " + ", ".join(f"{names[m]} {100 * part:.0f} %" for m, part in most.items() if part)
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -1,0 +1,84 @@
+"""A row's bits are its own at every number of rows and in every place, with Ascend's tiles, in Triton's interpreter.
+
+    TRITON_INTERPRET=1 python tests/ascend/sweep.py          # every number of rows from 1 to 257, some minutes
+    TRITON_INTERPRET=1 python tests/ascend/sweep.py 1 17 33  # these
+
+For each operator and dtype: the rows are computed one by one; then the first M of them together, in their order and in
+reverse, and compared in every place. Prints how many differ, and the error against float64 beside PyTorch's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "kernels"), str(Path(__file__).parent)]
+
+import interpreter  # noqa: E402
+import triton_suite as suite  # noqa: E402
+
+from bi_compile.kernels.triton import tiles  # noqa: E402
+
+tiles.HOST = "npu"
+interpreter.install()
+
+MOST, LENGTH = 257, 65
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Run = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+
+
+def attention(x: Tensor) -> tuple[Tensor, ...]:
+    """x's rows as queries of 2 heads of 32 over 70 fixed keys."""
+    keys, values = (suite.draw(1, 1, 70, 32, dtype=x.dtype, seed=seed, scale=0.5) for seed in (1, 2))
+    query = x[:, :64].reshape(1, x.shape[0], 2, 32).transpose(1, 2)
+    out, lse = suite.call("scaled_dot_product_attention", query, keys, values)
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+CALLS: dict[str, Run] = {**suite.ROW_CALLS, "attention": attention}
+
+
+def rows_that_differ(run: Run, dtype: torch.dtype, numbers: Sequence[int]) -> tuple[int, int]:
+    """(rows that differ, rows compared)."""
+    x = suite.draw(max(numbers), LENGTH, dtype=dtype)
+    alone = [suite.outputs(run(row[None])) for row in x]
+    expected = [torch.cat(parts) for parts in zip(*alone, strict=True)]
+    differ = compared = 0
+    for m in numbers:
+        for order in (torch.arange(m), torch.arange(m).flip(0)):
+            together = suite.outputs(run(x[order]))
+            unlike = torch.zeros(m, dtype=torch.bool)
+            for o, e in zip(together, expected, strict=True):
+                unlike |= (suite.bits(o) != suite.bits(e[order])).reshape(m, -1).any(1)
+            differ, compared = differ + int(unlike.sum()), compared + m
+    return differ, compared
+
+
+def errors() -> Iterator[tuple[str, torch.dtype, float, float]]:
+    """(operator, dtype, our error against float64, PyTorch's), root mean square over 64 rows of 129."""
+    for name, dtype in ((n, d) for n in suite.THEIRS for d in suite.ROUNDED if d != torch.float64):
+        x = suite.draw(64, 129, dtype=dtype)
+        ours, theirs = suite.outputs(suite.ROW_CALLS[name](x))[0], suite.THEIRS[name](x)
+        exact = suite.THEIRS[name](x.double())
+        yield name, dtype, *(suite.root_mean_square(t.reshape(exact.shape).double() - exact) for t in (ours, theirs))
+
+
+def main(numbers: Sequence[int]) -> int:
+    total = 0
+    for name, run in CALLS.items():
+        for dtype in DTYPES:
+            differ, compared = rows_that_differ(run, dtype, numbers)
+            total += differ
+            print(f"{name:14} {dtype!s:15} {differ} of {compared} rows differ", flush=True)
+    for name, dtype, ours, theirs in errors():
+        print(f"{name:14} {dtype!s:15} error {ours:.3e}, PyTorch's {theirs:.3e}")
+    print(f"in all {total} rows differ")
+    return 1 if total else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(n) for n in sys.argv[1:]] or range(1, MOST + 1)))

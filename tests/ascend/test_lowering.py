@@ -1,0 +1,114 @@
+"""Ascend's own kernel compiler takes every kernel that an operator can choose; the number of rows reaches none of them.
+
+On A2, the smallest memory of the three, every configuration is lowered here. A3 and the 950 are lowered for a sample;
+docs/ascend-kernels.md has them all.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import configurations
+import lowering
+import pytest
+import torch
+
+from bi_compile.kernels.triton import IMPLEMENTATIONS, tiles
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "ascend-kernels.md"
+LAUNCHES = configurations.launches()
+#: the widest variant of each operator, dtype and tile is the last
+LAST = {key[:3]: key for key in LAUNCHES}
+
+
+def documented() -> dict[tuple[str, ...], list[str]]:
+    """(operator, dtype, tile) -> variants and the cells of the chips."""
+    rows = [line.strip("|\n ").split(" | ") for line in DOCUMENT.read_text().splitlines() if line.count(" | ") == 6]
+    return {tuple(cell.strip() for cell in row[:3]): [cell.strip() for cell in row[3:]] for row in rows[1:]}
+
+
+def test_the_document_lists_every_configuration() -> None:
+    expected: dict[tuple[str, ...], list[str]] = {}
+    for key in LAUNCHES:
+        expected.setdefault(key[:3], []).append(key[3])
+    assert {name: cells[0] for name, cells in documented().items()} == {k: ", ".join(v) for k, v in expected.items()}
+
+
+def test_the_document_has_no_refusal() -> None:
+    assert all(cell.startswith("fits: ") for cells in documented().values() for cell in cells[1:])
+
+
+def test_every_configuration_fits_into_the_smallest_chip() -> None:
+    results = configurations.plans([(launch, lowering.CHIPS["A2"]) for launch in LAUNCHES.values()])
+    refused = {key: r for key, r in zip(LAUNCHES, results, strict=True) if isinstance(r, str)}
+    assert not refused
+    cells: dict[tuple[str, ...], list[Any]] = {}
+    for key, result in zip(LAUNCHES, results, strict=True):
+        cells.setdefault(key[:3], []).append(result)
+    table = documented()
+    assert {name: configurations.cell(found) for name, found in cells.items()} == {n: table[n][1] for n in cells}
+    print(len(results), "configurations fit")
+
+
+@pytest.mark.parametrize("generation", ["A3", "950"])
+def test_a_sample_fits_into_the_other_chips(generation: str) -> None:
+    sample = [LAUNCHES[key] for key in list(LAST.values())[::4]]
+    results = configurations.plans([(launch, lowering.CHIPS[generation]) for launch in sample])
+    assert not [r for r in results if isinstance(r, str)]
+
+
+def test_a_tile_that_does_not_fit_is_refused() -> None:
+    """The compiler does judge: an accumulator of 256 x 256 is twice L0C."""
+    from bi_compile.kernels.triton.matmul import product
+
+    a, b = torch.empty(1, 256, 512), torch.empty(1, 512, 256)
+    with pytest.MonkeyPatch.context() as patch, lowering.captured() as found:
+        patch.setattr(tiles, "HOST", "npu")
+        product(a.new_empty(1, 256, 256), a, b, tile=tiles.Tile(256, 256, 1, 1))
+    assert "cc overflow" in lowering.lower(found[0], lowering.CHIPS["A2"]).said
+
+
+def kernels_over_rows(name: str, rows: int, dtype: torch.dtype) -> list[str]:
+    """Names and cache keys of the kernels that the operator launches for that many rows."""
+    x, w = torch.empty(rows, 1024, dtype=dtype), torch.empty(1024, dtype=dtype)
+    calls = {
+        "mm": lambda f: f(x, torch.empty(512, 1024, dtype=dtype).t()),
+        "addmm": lambda f: f(torch.empty(1, 512, dtype=dtype), x, torch.empty(1024, 512, dtype=dtype), alpha=2),
+        "sum": lambda f: f(x, [1]), "mean": lambda f: f(x, [1]), "var_mean": lambda f: f(x, [1]),
+        "logsumexp": lambda f: f(x, [1]), "softmax": lambda f: f(x, 1), "log_softmax": lambda f: f(x, 1),
+        "cumsum": lambda f: f(x, 1), "rms_norm": lambda f: f(x, w, 1e-6), "add_rms_norm": lambda f: f(x, x, w, 1e-6),
+        "layer_norm": lambda f: f(x, w, w, 1e-5), "group_norm": lambda f: f(x[:, :, None], w, w, 4, 1e-5),
+        "scaled_dot_product_attention": lambda f: f(
+            x.view(1, rows, 8, 128).transpose(1, 2), *[torch.empty(1, 2, 300, 128, dtype=dtype)] * 2
+        ),
+    }  # fmt: skip
+    with lowering.captured() as found:
+        calls[name](IMPLEMENTATIONS[name])
+    return [f"{launch.name} {launch.key}" for launch in found]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS.keys() - {"bmm", "baddbmm"}))
+def test_the_number_of_rows_reaches_no_constant(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One module for all numbers of rows; of a product, one for each tile in the table."""
+    monkeypatch.setattr(tiles, "HOST", "npu")
+    table = tiles.PRODUCT["npu"][dtype.itemsize] if name in ("mm", "addmm") else [(1, None)]
+    found = {key for rows in (*range(1, 258), 512, 1024, 4095) for key in kernels_over_rows(name, rows, dtype)}
+    assert len(found) == len(table), found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_tile_of_a_product_takes_k_in_the_same_steps(dtype: str) -> None:
+    """In the code handed to bishengir-compile: one matrix product in one ascending loop, its K that of the table. A block
+    fits whole, and twice, into L0A and L0B, so that nothing there cuts it by the tile's height."""
+    block = tiles.PRODUCT_K["npu"][configurations.DTYPES[dtype].itemsize]
+    for (operator, d, name, variant), launch in LAUNCHES.items():
+        if (operator, d) not in (("mm", dtype), ("addmm", dtype)):
+            continue
+        height, width = map(int, name.split(" x ")[:2])
+        linalg = launch.linalg(lowering.CHIPS["A2"])
+        dots = re.findall(r"linalg.matmul.*ins\(.*: tensor<(\d+)x(\d+)x\w+>, tensor<(\d+)x(\d+)x\w+>\)", linalg)
+        assert dots == [(str(height), str(block), str(block), str(width))], (operator, name, variant)
+        assert 2 * block * max(height, width) * configurations.DTYPES[dtype].itemsize <= 2**16
