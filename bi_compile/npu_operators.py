@@ -1,6 +1,6 @@
 """docs/npu-operators.md: the verdict on every operator of torch_npu's registry, from the targets' lists and the tables.
 
-    python -m bi_compile.npu_operators docs/npu-operators.md
+python -m bi_compile.npu_operators docs/npu-operators.md
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def verdicts() -> list[tuple[str, str, str]]:
     check_torch_npu()
     table = Table(resolve_passes([ALL]), "ascend-a2")
     replaced = {
-        op.name(): f"{entry.why} (pass `{entry.pass_name}`)" for op, (entry, _) in table.by_overload.items() if op.namespace == "npu"
+        op.name(): f"{entry.why} (pass `{entry.pass_name}`)"
+        for op, (entry, _) in table.by_overload.items()
+        if op.namespace == "npu"
     }
     kinds = {"row-local": ROW_LOCAL, "trusted": TRUSTED, "replaced": replaced, "unproven": UNPROVEN}
     rows = []

@@ -45,7 +45,12 @@ def engine_config(model: str, mode: str | None = None, **kwargs: Any) -> Any:
     compilation = {"custom_passes": ["bi_ascend"], **({} if mode is None else {"cudagraph_mode": mode})}
     compilation.update(kwargs.pop("compilation_config", {}))
     return EngineArgs(
-        model=model, skip_tokenizer_init=True, max_model_len=256, dtype="float16", compilation_config=compilation, **kwargs
+        model=model,
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        dtype="float16",
+        compilation_config=compilation,
+        **kwargs,
     ).create_engine_config()
 
 
@@ -73,7 +78,6 @@ def trace_layer(config: Any, kind: str) -> tuple[fx.GraphModule, list[Any], Fake
     """The second decoder layer of the model (it has a residual) as a graph over a symbolic number of rows."""
     import vllm_ascend.utils as utils
     from vllm.model_executor.models import qwen3, qwen3_moe
-
     from vllm_ascend.ascend_config import get_ascend_config
 
     # as its model runner does before it builds a model

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import support
+
 from bi_compile import HostError
 from bi_compile.vllm.ascend import AscendPass
 
@@ -78,6 +79,7 @@ def test_without_kernels_the_engine_is_refused(model: str, monkeypatch: pytest.M
 def test_vllm_ascends_own_mode_patches_nothing_while_ours_is_active() -> None:
     """It keeps its settings, so VLLM_BATCH_INVARIANT=1 may be set or not."""
     import vllm_ascend.batch_invariant as own
+
     from bi_compile.vllm.ascend import own_mode_off
 
     before = own.enable_batch_invariant_mode
@@ -93,5 +95,5 @@ def test_a_package_without_the_operator_is_refused(tmp_path: Path, monkeypatch: 
 
     (tmp_path / "batch_invariant_ops.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(HostError, match="lacks npu_mm_batch_invariant.*install its current release"):
+    with pytest.raises(HostError, match=r"lacks npu_mm_batch_invariant.*install its current release"):
         ascendc_operators()

@@ -9,10 +9,11 @@ import support
 import torch
 import torch_npu
 import torch_npu.dynamo  # makes npugraph_ex importable
-from bi_compile import AuditError, Options
-from bi_compile.vllm.ascend import AscendPass, into_compiler
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from bi_compile import AuditError, Options
+from bi_compile.vllm.ascend import AscendPass, into_compiler
 
 
 def cast(x: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -20,7 +21,9 @@ def cast(x: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor, scale: to
     return y, new, y.to(torch.float32)
 
 
-def quant(x: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def quant(
+    x: torch.Tensor, residual: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     y, _, new = torch_npu.npu_add_rms_norm(x, residual, gamma, 1e-6)
     return torch_npu.npu_quantize(y, scale, None, torch.qint8, -1, True), new
 
@@ -33,7 +36,12 @@ def executed(function: object, monkeypatch: pytest.MonkeyPatch, ours: AscendPass
     mode = FakeTensorMode()
     with mode, torch.no_grad():
         half = {"dtype": torch.float16, "device": "npu:0"}
-        args = [torch.empty(8, 128, **half), torch.empty(8, 128, **half), torch.empty(128, **half), torch.empty(128, **half)]
+        args = [
+            torch.empty(8, 128, **half),
+            torch.empty(8, 128, **half),
+            torch.empty(128, **half),
+            torch.empty(128, **half),
+        ]
         graph = make_fx(function)(*args)
     config = nge.CompilerConfig()
     config.force_eager = True

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch_npu  # noqa: F401  registers the operators
+
 from bi_compile import npu_operators
 
 ROOT = Path(__file__).parent.parent.parent

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch_npu  # noqa: F401  the device npu
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
 from bi_compile import Options, Pipeline
 from bi_compile.ops import OPERATORS
 from bi_compile.options import resolve_passes
 from bi_compile.table import Table
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "no dim": lambda x: torch.sum(x),
@@ -31,9 +32,9 @@ FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_every_form_is_replaced_and_keeps_shape_and_dtype(form: str) -> None:
     with FakeTensorMode():
         graph = make_fx(FORMS[form])(torch.empty(2, 3, 4, dtype=torch.float16, device="npu:0"))
-    before = [n.args[0] for n in graph.graph.nodes if n.op == "output"][0].meta["val"]
+    before = next(n.args[0] for n in graph.graph.nodes if n.op == "output").meta["val"]
     Pipeline(Options(target="ascend-a2")).rewrite(graph.graph, "captured")
-    after = [n.args[0] for n in graph.graph.nodes if n.op == "output"][0].meta["val"]
+    after = next(n.args[0] for n in graph.graph.nodes if n.op == "output").meta["val"]
     assert (after.shape, after.dtype, after.device) == (before.shape, before.dtype, before.device)
     names = [str(n.target) for n in graph.graph.nodes]
     assert "bi_compile.sum.default" in names and not [n for n in names if n.startswith("aten.sum")], names

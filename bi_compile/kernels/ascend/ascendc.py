@@ -25,13 +25,21 @@ def _mm(theirs: Callable[..., Any], ours: Callable[..., Any], a: Tensor, b: Tens
 
 
 def _reduce(
-    theirs: Callable[..., Any], ours: Callable[..., Any], x: Tensor, dim: list[int], keepdim: bool = False, *, dtype: Any = None
+    theirs: Callable[..., Any],
+    ours: Callable[..., Any],
+    x: Tensor,
+    dim: list[int],
+    keepdim: bool = False,
+    *,
+    dtype: Any = None,
 ) -> Tensor:
     fits = len(dim) == 1 and dtype in (None, x.dtype) and x.dtype in DTYPES and x.numel()
     return theirs(x, dim, keepdim) if fits else ours(x, dim, keepdim, dtype=dtype)
 
 
-def _log_softmax(theirs: Callable[..., Any], ours: Callable[..., Any], x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
+def _log_softmax(
+    theirs: Callable[..., Any], ours: Callable[..., Any], x: Tensor, dim: int, *, dtype: Any = None
+) -> Tensor:
     fits = dtype in (None, x.dtype) and x.dtype in DTYPES and x.numel()
     return theirs(x, dim=dim).contiguous() if fits else ours(x, dim, dtype=dtype)
 
