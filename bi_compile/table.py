@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -153,6 +153,17 @@ def replaces(
         return fn
 
     return mark
+
+
+def given(arguments: Mapping[str, Any], plain: Mapping[str, Any] | None = None) -> list[str]:
+    """The arguments that say something: not None, 0, False, empty, or the value that `plain` names. For a refusal by name."""
+
+    def says_nothing(name: str, value: Any) -> bool:
+        if isinstance(value, torch.Tensor):
+            return False
+        return not value or value == (plain or {}).get(name)
+
+    return [name for name, value in arguments.items() if not says_nothing(name, value)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch.distributed._functional_collectives
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass, replaces
+from bi_compile.table import Pass, given, replaces
 
 collectives = torch.ops._c10d_functional
 WHY = "a collective library chooses its algorithm, and with it the order of the sum over ranks, from the message's size"
@@ -100,10 +100,9 @@ class MatmulAllreduce(Pass):
         comm_turn: int = 0, comm_mode: str | None = None, **quantised: Any,
     ) -> Tensor:  # fmt: skip
         # comm_turn and comm_mode say how the native kernel cuts its work, nothing about the result
-        given = [k for k, v in quantised.items() if v not in (None, 0)]
-        if given:
+        if given(quantised):
             raise NotImplementedError(
-                f"npu_mm_all_reduce_base with {', '.join(given)}: only products without quantisation have an invariant form"
+                f"npu_mm_all_reduce_base with {', '.join(given(quantised))}: only products without quantisation have an invariant form"
             )
         x = x1.reshape(-1, x1.shape[-1])
         y = ops.mm(x, x2) if bias is None else ops.addmm(bias, x, x2)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass, replaces
+from bi_compile.table import Pass, given, replaces
 from bi_compile.targets.ascend import is_capturing
 
 WHY = "how the keys are split over cores follows the batch, and the parts' sums follow the split"
@@ -26,15 +26,11 @@ def _refuse(what: str) -> None:
 
 
 def _check(arguments: dict[str, Any]) -> None:
-    given = [
-        name
-        for name, value in arguments.items()
-        if name not in READ and value not in (None, 0, False) and value != DEFAULTS.get(name)
-    ]
     # a causal mask has no keys behind a query, so how many of those may be seen says nothing
-    given = [name for name in given if not (name == "next_tokens" and arguments.get("sparse_mode") == 3)]
-    if given:
-        _refuse(", ".join(given))
+    plain = DEFAULTS | ({"next_tokens": arguments.get("next_tokens")} if arguments.get("sparse_mode") == 3 else {})
+    named = given({name: value for name, value in arguments.items() if name not in READ}, plain)
+    if named:
+        _refuse(", ".join(named))
     if arguments.get("input_layout", "BSH") != "TND":
         _refuse(f"input_layout={arguments.get('input_layout', 'BSH')!r}")
     if arguments.get("sparse_mode", 0) not in (0, 3):
@@ -62,13 +58,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> t
     # with a block table the lengths of the keys are counted for each request, without one they add up
     keys = [(0, n) for n in ends_kv] if table is not None else _requests(ends_kv)
     head = query.shape[-1]
-    out = query.new_zeros(
-        query.shape[0],
-        heads,
-        value.shape[-1] // (1 if table is None else kv_heads)
-        if table is not None and value.dim() == 3
-        else value.shape[-1],
-    )
+    # pages are [blocks, block_size, kv_heads * head], or have a dimension for each
+    width = value.shape[-1] if table is None else value.numel() // (value.shape[0] * arguments["block_size"] * kv_heads)
+    out = query.new_zeros(query.shape[0], heads, width)
     lse = query.new_full((query.shape[0], heads, 1), float("inf"), dtype=torch.float32)
     for i, (start, end) in enumerate(_requests(list(arguments["actual_seq_lengths"]))):
         first, last = keys[i]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass, replaces
+from bi_compile.table import Pass, given, replaces
 
 MEANING = "the operator's documented meaning (torch_npu 2.13)"
 
@@ -24,13 +24,10 @@ def _per_token(input: Tensor, *args: Any, quant_mode: str = "pertoken", **kwargs
 
 def _gate(x: Tensor, k: int, renorm: int, scale: float, others: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """softmax, the k largest, divided by their sum where `renorm` says so, times `scale`."""
-    plain = {"k_group": 1, "group_count": 1}
-    given = [
-        name for name, value in others.items() if name != "eps" and value not in (None, 0, False, plain.get(name, 0))
-    ]
-    if given:
+    plain = {"k_group": 1, "group_count": 1, "eps": others.get("eps")}
+    if given(others, plain):
         raise NotImplementedError(
-            f"gating with {', '.join(given)} has no invariant form here: it has one for softmax over all experts, without groups and bias"
+            f"gating with {', '.join(given(others, plain))} has no invariant form here: it has one for softmax over all experts, without groups and bias"
         )
     scores = ops.softmax(x, -1, dtype=torch.float32)
     # a stable sort takes the first of equal experts in every batch
@@ -54,9 +51,9 @@ class NpuMoe(Pass):
         x: Sequence[Tensor], weight: Sequence[Tensor], *, bias: Sequence[Tensor] | None = None, group_list: Tensor | None = None,
         split_item: int | None = 0, group_type: int | None = None, group_list_type: int | None = 0, **others: Any,
     ) -> list[Tensor]:  # fmt: skip
-        given = [name for name, value in others.items() if value not in (None, 0, [])]
+        named = given(others)
         if (
-            given
+            named
             or len(x) != 1
             or len(weight) != 1
             or group_type != 0
@@ -64,7 +61,7 @@ class NpuMoe(Pass):
             or group_list is None
         ):
             raise NotImplementedError(
-                f"npu_grouped_matmul with {', '.join(given) or 'these lists, split_item or group_type'} has no invariant form here: it has "
+                f"npu_grouped_matmul with {', '.join(named) or 'these lists, split_item or group_type'} has no invariant form here: it has "
                 "one for one tensor of rows, one of weights, split_item 2 or 3, group_type 0 and no quantisation"
             )
         if isinstance(group_list, torch._subclasses.FakeTensor):

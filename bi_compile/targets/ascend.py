@@ -78,7 +78,7 @@ A2, A3, A950 = _target("ascend-a2"), _target("ascend-a3"), _target("ascend-950")
 #: names that ACL gives chips -> target; None: refused
 CHIPS: tuple[tuple[str, Target | None], ...] = (
     (r"Ascend910_93\w*", A3),
-    (r"Ascend910B\w*", A2),
+    (r"Ascend910B[\w-]*", A2),
     (r"Ascend950\w*", A950),
     (r"Ascend310P\w*", None),
 )

@@ -1,0 +1,183 @@
+"""What can be said of Ascend without torch_npu: chips, versions, and the replacements' arithmetic on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bi_compile import HostError
+from bi_compile.passes.add_rms_norm import AddRmsNorm
+from bi_compile.passes.npu_attention import NpuAttention
+from bi_compile.passes.npu_moe import NpuMoe
+from bi_compile.targets import ascend
+
+
+@pytest.mark.parametrize(
+    "chip, name",
+    [
+        ("Ascend910B2", "ascend-a2"),
+        ("Ascend910B4-1", "ascend-a2"),
+        ("Ascend910_9391", "ascend-a3"),
+        ("Ascend950PR_9599", "ascend-950"),
+    ],
+)
+def test_a_chip_is_found_by_the_name_that_acl_gives_it(chip: str, name: str) -> None:
+    assert ascend.of_chip(chip).name == name
+
+
+@pytest.mark.parametrize(
+    "chip, remedy", [("Ascend310P3", "use an Atlas A2, A3 or Ascend 950"), ("Ascend910ProB", "unknown chip")]
+)
+def test_other_chips_are_refused(chip: str, remedy: str) -> None:
+    with pytest.raises(HostError, match=remedy):
+        ascend.of_chip(chip)
+
+
+def test_torch_and_torch_npu_have_to_be_of_one_release() -> None:
+    ascend.check_versions("2.13.0+cpu", "2.13.0.post2")
+    with pytest.raises(HostError, match=r"pip install torch-npu==2\.13\.0, or torch==2\.10\.0"):
+        ascend.check_versions("2.13.0+cpu", "2.10.0.post4")
+
+
+def test_without_torch_npu_the_target_says_what_to_install() -> None:
+    with pytest.raises(HostError, match="pip install torch-npu"):
+        ascend.of_this_machine()
+
+
+def test_importing_the_package_needs_no_torch_npu() -> None:
+    code = "import sys; sys.modules['torch_npu'] = None; import bi_compile, bi_compile.targets.ascend, bi_compile.passes; print('ok')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "ok", run.stderr
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[L, H, D] by [S, H, D]; the last query sees every key."""
+    length, count = q.shape[0], k.shape[0]
+    scores = torch.einsum("lhd,shd->hls", q.double(), k.double()) / q.shape[-1] ** 0.5
+    hidden = torch.arange(count)[None] > torch.arange(count - length, count)[:, None]
+    return torch.einsum("hls,shd->lhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v.double())
+
+
+def paged(requests: list[tuple[int, int]], heads: int = 2, size: int = 8, block: int = 16) -> dict[str, object]:
+    """Requests of (queries, keys): prefill, chunked prefill and decode, in pages."""
+    pages = [-(-n // block) for _, n in requests]
+    table = torch.zeros(len(requests), max(pages), dtype=torch.int32)
+    order = torch.randperm(sum(pages))
+    for i, n in enumerate(pages):
+        table[i, :n] = order[sum(pages[:i]) : sum(pages[: i + 1])]
+    return {
+        "query": torch.randn(sum(n for n, _ in requests), heads, size),
+        "key": torch.randn(sum(pages), block, heads * size),
+        "value": torch.randn(sum(pages), block, heads * size),
+        "block_table": table,
+        "actual_seq_lengths": torch.tensor([n for n, _ in requests]).cumsum(0).tolist(),
+        "actual_seq_lengths_kv": [n for _, n in requests],
+        "num_heads": heads, "num_key_value_heads": heads, "scale": size**-0.5, "block_size": block, "input_layout": "TND",
+        "sparse_mode": 3, "atten_mask": torch.ones(1, dtype=torch.bool),
+    }  # fmt: skip
+
+
+def test_attention_of_prefill_chunk_and_decode_in_one_batch() -> None:
+    """Right, and for each request the bits that it has alone."""
+    requests = [(1, 40), (7, 7), (1, 3), (5, 33)]
+    given = paged(requests)
+    out, _ = NpuAttention.fused_infer_attention_score(**given)
+    start = 0
+    for i, (length, count) in enumerate(requests):
+        blocks = given["block_table"][i, : -(-count // 16)].long()
+        k, v = (given[name][blocks].reshape(-1, 2, 8)[:count] for name in ("key", "value"))
+        mine = slice(start, start + length)
+        assert torch.allclose(out[mine].double(), causal(given["query"][mine], k, v), atol=1e-5)
+        alone = given | {
+            "query": given["query"][mine], "block_table": given["block_table"][i : i + 1],
+            "actual_seq_lengths": [length], "actual_seq_lengths_kv": [count],
+        }  # fmt: skip
+        assert torch.equal(NpuAttention.fused_infer_attention_score(**alone)[0], out[mine])
+        start += length
+    into = [torch.empty_like(out), torch.empty(1)]
+    NpuAttention.fused_infer_attention_score_out(**given, out=into, workspace=None)
+    assert torch.equal(into[0], out)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"input_layout": "BNSD"},
+        {"sparse_mode": 4},
+        {"antiquant_mode": 1},
+        {"pre_tokens": 128},
+        {"pse_shift": torch.zeros(3)},
+    ],
+)
+def test_attention_refuses_by_name_what_it_has_no_form_for(argument: dict[str, object]) -> None:
+    with pytest.raises(NotImplementedError, match=next(iter(argument))):
+        NpuAttention.fused_infer_attention_score(**(paged([(1, 3)]) | argument))
+
+
+def test_experts_products_are_those_of_each_row_alone() -> None:
+    x, w = torch.randn(9, 32), torch.randn(3, 32, 16)
+    arguments = {"split_item": 2, "group_type": 0, "group_list_type": 1}
+    [out] = NpuMoe.grouped_matmul([x], [w], group_list=torch.tensor([4, 0, 5]), **arguments)
+    assert torch.allclose(out, torch.cat([x[:4] @ w[0], x[4:] @ w[2]]), atol=1e-5)
+    [cumulative] = NpuMoe.grouped_matmul(
+        [x], [w], group_list=torch.tensor([4, 4, 9]), **arguments | {"group_list_type": 0}
+    )
+    assert torch.equal(out, cumulative)
+    [alone] = NpuMoe.grouped_matmul([x[6:7]], [w], group_list=torch.tensor([0, 0, 1]), **arguments)
+    assert torch.equal(alone, out[6:7])
+    with pytest.raises(NotImplementedError, match="antiquant_scale"):
+        NpuMoe.grouped_matmul([x], [w], group_list=torch.tensor([4, 0, 5]), antiquant_scale=[w], **arguments)
+
+
+def test_gate_and_sum_over_experts() -> None:
+    x = torch.randn(6, 8)
+    y, experts, rows = NpuMoe.gating_top_k_softmax(x, None, 2)
+    want, which = x.softmax(-1).topk(2)
+    assert torch.allclose(y, want) and torch.equal(experts.long(), which)
+    assert rows.tolist() == [[m, m + 6] for m in range(6)]
+    renormalised, *_ = NpuMoe.ascend_gating_top_k(x, 2, renorm=1, group_count=1, k_group=1, norm_type=0)
+    assert torch.allclose(renormalised.sum(-1), torch.ones(6))
+    tokens, at = torch.randn(12, 16), torch.randperm(12)
+    total = NpuMoe.token_unpermute(tokens, at, y)
+    assert torch.allclose(total, (tokens[at].view(6, 2, 16) * y[..., None]).sum(1), atol=1e-6)
+    with pytest.raises(NotImplementedError, match="norm_type"):
+        NpuMoe.ascend_gating_top_k(x, 2, norm_type=1)
+
+
+def test_fused_norms_keep_every_output() -> None:
+    x, residual, gamma = torch.randn(5, 64), torch.randn(5, 64), torch.rand(64)
+    s = x + residual
+    y = torch.nn.functional.rms_norm(s, (64,), gamma, 1e-6)
+    wide, same, rstd, new = AddRmsNorm.npu_add_rms_norm_cast(x, residual, gamma)
+    assert (
+        torch.allclose(wide, y, atol=1e-5) and torch.equal(wide, same) and rstd.shape == (5, 1) and torch.equal(new, s)
+    )
+    scale, zero = torch.full((64,), 0.05), torch.full((64,), 3.0)
+    first, second, _ = AddRmsNorm.npu_add_rms_norm_quant(x, residual, gamma, scale, zero)
+    assert first.dtype == torch.int8 and torch.equal(first, second)
+    assert (first.float() - (y / 0.05 + 3).clamp(-128, 127)).abs().max() <= 0.51
+    y1, y2, _, scale1, scale2 = AddRmsNorm.npu_add_rms_norm_dynamic_quant(x, residual, gamma)
+    assert (y1.float() * scale1[:, None] - y).abs().max() <= scale1.max() * 0.51 and y2.numel() == scale2.numel() == 0
+    with pytest.raises(NotImplementedError, match="y_dtype"):
+        AddRmsNorm.npu_add_rms_norm_dynamic_quant(x, residual, gamma, y_dtype=290)
+
+
+def test_product_and_all_reduce_refuses_quantisation_by_name() -> None:
+    from bi_compile.passes.matmul_allreduce import MatmulAllreduce
+
+    x = torch.randn(4, 4)
+    with pytest.raises(NotImplementedError, match="dequant_scale, comm_quant_mode"):
+        MatmulAllreduce.npu_mm_all_reduce_base(
+            x, x, "hcom", dequant_scale=torch.ones(4), comm_quant_mode=1, antiquant_group_size=0
+        )
+
+
+def test_an_hccl_communicator_is_no_group_name() -> None:
+    """`hcom` names HCCL's communicator; a process without that one is told so."""
+    from bi_compile.passes.matmul_allreduce import _hccl_group
+
+    with pytest.raises(RuntimeError, match="HCCL communicator 'unknown'"):
+        _hccl_group("unknown")
