@@ -46,7 +46,7 @@ docs: $(READY)
 	$(BIN)/bi-compile passes --markdown > docs/operators.md
 
 npu-operators: $(READY_ASCEND)
-	$(RUN_ASCEND) -m bi_compile.npu_operators > docs/npu-operators.md
+	$(RUN_ASCEND) -m bi_compile.npu_operators docs/npu-operators.md
 
 clean:
 	rm -rf $(VENV) $(VENV_ASCEND)

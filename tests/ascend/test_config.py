@@ -1,0 +1,97 @@
+"""The engine's configuration with the real NPUPlatform, and what is refused before a model loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+from bi_compile import HostError
+from bi_compile.vllm.ascend import AscendPass
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return support.model_folder("dense", tmp_path_factory.mktemp("model"))
+
+
+def test_the_configuration_holds_the_pass_its_settings_and_a_stable_hash(model: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    def make() -> Any:
+        return EngineArgs(
+            model=model, skip_tokenizer_init=True, compilation_config={"custom_passes": ["bi_ascend"]}
+        ).create_engine_config()
+
+    config = make()
+    assert type(current_platform).__name__ == "NPUPlatform"
+    assert config.compilation_config.oot_compiler.endswith("AscendCompiler")
+    ours = config.compilation_config.inductor_compile_config["graph_fusion_manager"]
+    assert isinstance(ours, AscendPass) and ours.pipeline.options.target == "ascend-a2"
+    assert config.compilation_config.cudagraph_mode.name == "PIECEWISE"
+    assert config.additional_config["weight_nz_mode"] == 0
+    assert config.additional_config["enable_matmul_allreduce"] is False
+    assert config.additional_config["ascend_compilation_config"]["fuse_allreduce_rms"] is False
+    assert config.compute_hash() == make().compute_hash()
+
+
+def test_the_options_of_additional_config_are_read_and_change_the_hash(model: str) -> None:
+    plain = support.engine_config(model)
+    warn = support.engine_config(model, additional_config={"bi_compile": {"on_unproven": "warn"}})
+    ours = warn.compilation_config.inductor_compile_config["graph_fusion_manager"]
+    assert ours.pipeline.options.on_unproven == "warn"
+    assert plain.compute_hash() != warn.compute_hash()
+
+
+@pytest.mark.parametrize(
+    "additional, line",
+    [
+        ({"weight_nz_mode": 2}, "write weight_nz_mode=0"),
+        ({"enable_matmul_allreduce": True}, "write enable_matmul_allreduce=False"),
+        ({"ascend_compilation_config": {"fuse_allreduce_rms": True}}, "write fuse_allreduce_rms=False"),
+    ],
+)
+def test_a_setting_that_breaks_the_guarantee_is_refused_with_the_line_to_write(
+    additional: dict[str, Any], line: str, model: str
+) -> None:
+    with pytest.raises(HostError, match=line):
+        support.engine_config(model, additional_config=additional)
+
+
+def test_hccl_true_is_not_enough(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HCCL_DETERMINISTIC", "true")
+    with pytest.raises(HostError, match="set HCCL_DETERMINISTIC=strict or unset it"):
+        support.engine_config(model)
+
+
+def test_without_kernels_the_engine_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bi_compile.targets import ascend
+
+    real = ascend.importlib.util.find_spec
+    monkeypatch.setattr(ascend.importlib.util, "find_spec", lambda name: None if name == "triton" else real(name))
+    with pytest.raises(HostError, match="pip install triton-ascend"):
+        support.engine_config(model)
+
+
+def test_vllm_ascends_own_mode_patches_nothing_while_ours_is_active() -> None:
+    """It keeps its settings, so VLLM_BATCH_INVARIANT=1 may be set or not."""
+    import vllm_ascend.batch_invariant as own
+    from bi_compile.vllm.ascend import own_mode_off
+
+    before = own.enable_batch_invariant_mode
+    with own_mode_off():
+        own.enable_batch_invariant_mode()
+        assert own._batch_invariant_LIB is None
+    assert own.enable_batch_invariant_mode is before
+
+
+def test_a_package_without_the_operator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is nobody's here: an empty one stands in for an old release."""
+    from bi_compile.targets.ascend import ascendc_operators
+
+    (tmp_path / "batch_invariant_ops.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(HostError, match="lacks npu_mm_batch_invariant.*install its current release"):
+        ascendc_operators()
