@@ -14,7 +14,7 @@ from torch import Tensor
 from bi_compile import ops
 
 from .reduce import divide, exp, fold
-from .tiles import ATTENTION, ATTENTION_HEAD, Tile, accumulator, choose, fitting, folds, launch, target
+from .tiles import ATTENTION, ATTENTION_HEAD, LONGEST_HEAD, Tile, accumulator, choose, fitting, folds, launch, target
 
 
 @triton.jit
@@ -151,18 +151,24 @@ def attention(
         return outs
     kind, mask, mask_strides = _mask(mask, [batches, q_heads, length, keys])
     group = q_heads // heads
-    width = max(16, triton.next_power_of_2(max(dim, value_dim)))
-    device = target(query)
-    tile = tile or choose(ATTENTION[device][query.element_size()], length * group)
-    tile = fitting(tile, width, ATTENTION_HEAD[device])
+    device, size = target(query), query.element_size()
+    shortest, longest = ATTENTION_HEAD[device]
+    blocks = [max(shortest, triton.next_power_of_2(n)) for n in (dim, value_dim)]
+    limit = LONGEST_HEAD.get(device, {}).get(size)
+    if limit is not None and max(blocks) > limit:
+        raise NotImplementedError(
+            f"bi_compile::scaled_dot_product_attention: heads of {max(dim, value_dim)} in {query.dtype} do not fit into an "
+            f"Ascend NPU's on-chip memory, which holds {limit}: use a shorter head or a narrower dtype"
+        )
+    tile = fitting(tile or choose(ATTENTION[device][size], length * group), max(blocks), longest)
     tiles = triton.cdiv(length * group, tile.height)
     launch(
         _attention, batches * heads * tiles, query, query, key, value, mask, *outs,
         tiles, heads, group, length, keys, dim, value_dim,
         *query.stride(), *key.stride(), *value.stride(), *mask_strides,
         SCALE=1 / math.sqrt(dim) if scale is None and dim else float(scale or 0), MASK=kind, CAUSAL=causal,
-        HALF=query.element_size() == 2, ACC=accumulator(query.dtype), FOLD=folds(query), BLOCK_M=tile.height, BLOCK_N=tile.width,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+        HALF=size == 2, ACC=accumulator(query.dtype), FOLD=folds(query), BLOCK_M=tile.height, BLOCK_N=tile.width,
+        BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return outs

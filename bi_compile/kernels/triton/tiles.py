@@ -71,8 +71,10 @@ ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
     "npu": {2: [(INT32_MAX, Tile(32, 64, 1, 1))], 4: [(INT32_MAX, Tile(32, 64, 1, 1))]},
 }
 
-#: target -> the longest head that attention's tile has room for at its full height
-ATTENTION_HEAD: dict[str, int] = {"cuda": 256, "npu": 128}
+#: target -> the shortest length that a head is filled up to; the longest that attention's tile has room for at its full height
+ATTENTION_HEAD: dict[str, tuple[int, int]] = {"cuda": (16, 256), "npu": (32, 128)}
+#: target -> bytes per element -> the longest head that has room at all; longer ones are refused
+LONGEST_HEAD: dict[str, dict[int, int]] = {"npu": {2: 512, 4: 256}}
 
 #: target -> (columns one program holds at once, elements of a tile of short rows, elements for each warp)
 ROWS: dict[str, tuple[int, int, int]] = {"cuda": (8192, 1024, 512), "npu": (4096, 4096, 4096)}

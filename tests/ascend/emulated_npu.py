@@ -1,0 +1,325 @@
+"""A TEST BENCH, no part of the product: an NPU whose memory is the host's and whose native operators the CPU computes.
+
+The stand-ins for CANN give torch_npu a device of host memory. Every aten operator that torch_npu registers is computed
+there by PyTorch's CPU operator; the npu:: and atb:: operators that a dense model calls are written out after torch_npu's
+documentation. So the real vllm-ascend serves a model on a machine without an NPU. bi_compile's own operators are not
+emulated: their Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1).
+
+With `lie=True` every native operator with a sum that bi_compile's target does not trust really varies with the batch:
+products, sums, softmax, the fused add and norm, attention. Not emulated: the chip's own order of sums, streams, ACL graphs
+(a graph runs as it is), speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+#: allocation and metadata stay torch_npu's own, as views do
+OWN = {
+    "empty.memory_format", "empty_strided", "_reshape_alias", "_local_scalar_dense", "copy_", "_copy_from",
+    "_copy_from_and_resize", "set_", "set_.source_Tensor", "set_.source_Storage", "set_.source_Storage_storage_offset",
+    "resize_", "record_stream", "is_pinned", "_pin_memory", "_to_copy", "contiguous",
+}  # fmt: skip
+_libraries: list[torch.library.Library] = []
+
+
+def library(namespace: str, kind: str = "IMPL") -> torch.library.Library:
+    _libraries.append(torch.library.Library(namespace, kind))
+    return _libraries[-1]
+
+
+def host(t: Tensor) -> Tensor:
+    """The NPU tensor's memory as a tensor of the CPU, not copied."""
+    storage = t.untyped_storage()
+    whole = storage.nbytes() // t.element_size() * t.element_size()
+    if whole == 0:
+        return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype)
+    raw = (ctypes.c_char * whole).from_address(storage.data_ptr())
+    flat = torch.frombuffer(raw, dtype=torch.uint8).view(t.dtype)
+    return flat.as_strided(t.size(), t.stride(), t.storage_offset())
+
+
+def device(t: Tensor) -> Tensor:
+    """A copy of the CPU tensor on the NPU, with its strides."""
+    out = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="npu:0")
+    if t.numel():
+        host(out).copy_(t)
+    return out
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The CPU's `function` for tensors of the NPU; what it returns of its arguments is the NPU's own tensor again."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given: list[tuple[Tensor, Tensor]] = []
+
+        def down(x: Any) -> Any:
+            if isinstance(x, Tensor) and x.device.type == "npu":
+                given.append((x, host(x)))
+                return given[-1][1]
+            return torch.device("cpu") if isinstance(x, torch.device) and x.type == "npu" else x
+
+        def up(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return next((npu for npu, cpu in given if cpu is x), None) if _is_given(x, given) else device(x)
+
+        kwargs = {k: torch.device("cpu") if k == "device" and v is not None else v for k, v in kwargs.items()}
+        return tree_map(up, function(*tree_map(down, args), **tree_map(down, kwargs)))
+
+    return run
+
+
+def _is_given(x: Tensor, given: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    return any(cpu is x for _, cpu in given)
+
+
+# -- native operators, on the CPU's tensors -----------------------------------------------------------------------------
+
+
+def parts_of(count: int) -> int:
+    """In how many parts a lying operator takes its sums for so many rows."""
+    return 1 + count % 5
+
+
+class Native:
+    """The operators, each sum in `parts(rows)` parts."""
+
+    def __init__(self, lie: bool) -> None:
+        self.parts = parts_of if lie else lambda rows: 1
+
+    def mm(self, a: Tensor, b: Tensor) -> Tensor:
+        rows, length = a.shape[-2] if a.dim() > 1 else 1, a.shape[-1]
+        cuts = [length * i // self.parts(rows) for i in range(self.parts(rows) + 1)]
+        if not a.is_floating_point():
+            return torch.matmul(a, b)
+        blocks = [
+            torch.matmul(a[..., i:j].float(), b[..., i:j, :].float()) for i, j in zip(cuts[:-1], cuts[1:], strict=True)
+        ]
+        return _add_up(blocks).to(a.dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = self.mm(x.reshape(-1, x.shape[-1]), weight.t())
+        return (out if bias is None else out + bias).view(*x.shape[:-1], weight.shape[0])
+
+    def addmm(self, c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+        return beta * c + alpha * self.mm(a, b)
+
+    def sum(self, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+        if dim is None or not x.is_floating_point() or len(dim) != 1 or x.dim() < 2:
+            return torch.sum(x, dim, keepdim, dtype=dtype) if dim is not None else torch.sum(x, dtype=dtype)
+        rows = x.numel() // max(x.shape[dim[0]], 1)
+        parts = [p.sum(dim[0], keepdim, dtype=torch.float32) for p in x.tensor_split(self.parts(rows), dim[0])]
+        return _add_up(parts).to(dtype or x.dtype)
+
+    def softmax(self, x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+        e = torch.exp(x.float() - x.float().amax(dim, keepdim=True))
+        return (e / self.sum(e, [dim], True)).to(torch.float32 if half_to_float else x.dtype)
+
+    def log_softmax(self, x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+        shifted = x.float() - x.float().amax(dim, keepdim=True)
+        total = self.sum(torch.exp(shifted), [dim], True).log()
+        return (shifted - total).to(torch.float32 if half_to_float else x.dtype)
+
+    def add_rms_norm(self, x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, ...]:
+        """(x1 + x2) / rms * gamma, 1 / rms, x1 + x2."""
+        s = x1 + x2
+        square = self.sum(s.float().square().reshape(-1, s.shape[-1]), [1], True) / s.shape[-1]
+        scale = torch.rsqrt(square + epsilon).view(*s.shape[:-1], 1)
+        return (s.float() * scale * gamma.float()).to(s.dtype), scale, s
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, *, actual_seq_lengths: Sequence[int],
+        actual_seq_lengths_kv: Sequence[int], block_table: Tensor | None = None, num_heads: int = 1, scale: float = 1.0,
+        num_key_value_heads: int = 0, sparse_mode: int = 0, block_size: int = 0, **_: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """npu_fused_infer_attention_score in the layout TND: ends of the queries, lengths (paged) or ends of the keys."""
+        heads, kv_heads, width = num_heads, num_key_value_heads or num_heads, query.shape[-1]
+        out = torch.zeros_like(query)
+        start = kv_start = 0
+        for i, end in enumerate(actual_seq_lengths):
+            if block_table is None:
+                count = actual_seq_lengths_kv[i] - kv_start
+                k, v = (c[kv_start : kv_start + count].reshape(-1, kv_heads, width) for c in (key, value))
+                kv_start += count
+            else:
+                count = actual_seq_lengths_kv[i]
+                blocks = block_table[i][: -(-count // block_size)].long()
+                k, v = (c[blocks].reshape(-1, kv_heads, width)[:count] for c in (key, value))
+            length = end - start
+            if length <= 0 or count <= 0:
+                continue
+            q = query[start:end].reshape(length, heads, width).transpose(0, 1).float()
+            k, v = (c.repeat_interleave(heads // kv_heads, 1).transpose(0, 1).float() for c in (k, v))
+            scores = q @ k.transpose(1, 2) * scale
+            if sparse_mode in (3, 4):
+                behind = torch.arange(count)[None] > torch.arange(count - length, count)[:, None]
+                scores = scores.masked_fill(behind, float("-inf"))
+            weights, cuts = scores.softmax(-1), self.parts(query.shape[0])
+            parts = zip(weights.tensor_split(cuts, 2), v.tensor_split(cuts, 1), strict=True)
+            y = _add_up([w @ part for w, part in parts])
+            out[start:end] = y.transpose(0, 1).reshape(out[start:end].shape).to(out.dtype)
+            start = end
+        return out, torch.zeros(1)
+
+
+def _add_up(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+    return (x.float() * scale * gamma.float()).to(x.dtype), scale
+
+
+def swiglu(x: Tensor, dim: int = -1) -> Tensor:
+    gate, up = x.float().chunk(2, dim)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def rotate(positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_sin_cache: Tensor, is_neox: bool) -> None:
+    cos, sin = cos_sin_cache[positions.long()].float()[:, None].chunk(2, -1)
+    width = 2 * cos.shape[-1]
+    for t in (query, key):
+        x = t.float().reshape(t.shape[0], -1, head_size)
+        a, b = x[..., :width].chunk(2, -1) if is_neox else (x[..., 0:width:2], x[..., 1:width:2])
+        pair = [a * cos - b * sin, b * cos + a * sin]
+        turned = torch.cat(pair, -1) if is_neox else torch.stack(pair, -1).flatten(-2)
+        t.copy_(torch.cat([turned, x[..., width:]], -1).reshape(t.shape))
+
+
+def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_indices: Tensor) -> None:
+    slots = slot_indices.long()
+    for rows, cache in ((key, key_cache), (value, value_cache)):
+        flat = cache.view(-1, *cache.shape[2:])
+        flat[slots[slots >= 0]] = rows[: slots.numel()][slots >= 0].view(-1, *cache.shape[2:])
+
+
+def matmul_add(x: Tensor, weight: Tensor, c: Tensor) -> None:
+    """c += x.t() @ weight: vllm-ascend calls it once, to warm ATB up."""
+    c.add_(x.float().t() @ weight.float())
+
+
+# -- installation -------------------------------------------------------------------------------------------------------
+
+
+def install(lie: bool = False) -> None:
+    """Give the device its operators. Before vLLM is imported."""
+    import torch_npu  # noqa: F401
+
+    native, aten = Native(lie), library("aten")
+    for full in torch._C._dispatch_get_all_op_names():
+        if full.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(full, "PrivateUse1"):
+            packet, _, overload = full[6:].partition(".")
+            op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+            if op is not None and not op.is_view and full[6:] not in OWN:
+                aten.impl(full[6:], on_host(op), "PrivateUse1", allow_override=True)
+
+    def copy_(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        (host(to) if to.device.type == "npu" else to).copy_(host(source) if source.device.type == "npu" else source)
+        return to
+
+    aten.impl("copy_", copy_, "PrivateUse1", allow_override=True)
+    own = {
+        "aten": {
+            "mm": native.mm, "bmm": native.mm, "linear": native.linear, "addmm": native.addmm,
+            "sum.dim_IntList": native.sum, "_softmax": native.softmax, "_log_softmax": native.log_softmax,
+        },
+        "npu": {
+            "npu_rms_norm": rms_norm, "npu_add_rms_norm": native.add_rms_norm, "npu_swiglu": swiglu,
+            "npu_fused_infer_attention_score": native.attention,
+        },
+    }  # fmt: skip
+    for namespace, operators in own.items():
+        for name, function in operators.items():
+            library(namespace).impl(name, on_host(function), "PrivateUse1", allow_override=True)
+    atb = library("atb", "FRAGMENT")
+    for schema, in_place in {
+        "_npu_rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!) key, int head_size, Tensor cos_sin_cache, bool is_neox) -> ()": rotate,
+        "_npu_reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_indices) -> ()": reshape_and_cache,
+        "_npu_matmul_add_fp32(Tensor x, Tensor weight, Tensor(a!) c) -> ()": matmul_add,
+    }.items():
+        atb.define(schema)
+        atb.impl(schema.split("(")[0], on_host(in_place), "PrivateUse1")
+    _run_triton_on_this_memory()
+
+
+def _run_triton_on_this_memory() -> None:
+    """Triton's interpreter reads and writes the device's memory itself, not a packed copy of each view."""
+    import interpreter
+    from triton.runtime.interpreter import GridExecutor
+
+    interpreter.install()
+    down = lambda x: host(x) if isinstance(x, Tensor) and x.device.type == "npu" else x
+    GridExecutor._init_args_hst = lambda self, args, kwargs: (
+        [down(x) for x in args],
+        {k: down(v) for k, v in kwargs.items()},
+    )
+    GridExecutor._restore_args_dev = lambda self, *args: None
+
+
+def before_vllm() -> None:
+    """Stand-ins for what vllm-ascend imports and this machine lacks: pyACL, ATB, torchvision's CUDA operators."""
+    acl, rt = types.ModuleType("acl"), types.ModuleType("acl.rt")
+    rt.memcpy, acl.rt = lambda *args: 0, rt  # type: ignore[attr-defined]
+    sys.modules.update({"acl": acl, "acl.rt": rt})
+    import torch_npu.op_plugin.atb._atb_ops as atb_ops
+
+    atb_ops._register_atb_extensions = lambda: None
+    vision = library("torchvision", "DEF")
+    for name in ("nms", "qnms"):  # its extension is built for CUDA and does not load beside a torch for the CPU
+        vision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+class _SlotMapping:
+    """vllm-ascend's Triton kernel for slot numbers, written out."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(
+            num_tokens: int, max_tokens: int, query_start_loc: Tensor, positions: Tensor, block_table: Tensor, stride: int,
+            block_size: int, slot_mapping: Tensor, *, PAD_ID: int, **_: Any,
+        ) -> None:  # fmt: skip
+            ends, at, table = host(query_start_loc).tolist(), host(positions).long(), host(block_table).long()
+            out = host(slot_mapping)
+            for i in range(grid[0] - 1):
+                p = at[ends[i] : ends[i + 1]]
+                slots = table[i][p // block_size] * block_size + p % block_size
+                out[ends[i] : ends[i + 1]] = slots.to(out.dtype)
+            out[ends[grid[0] - 1] : max_tokens] = PAD_ID
+
+        return run
+
+
+def after_vllm() -> None:
+    """ACL graphs run as they are: there is nothing to capture."""
+    import vllm.model_executor.models.registry as registry
+    import vllm.v1.worker.worker_base as worker_base
+    import vllm_ascend.utils as utils
+
+    registry._run_in_subprocess = lambda function: function()  # the subprocess would not have these stand-ins
+
+    utils._CUSTOM_OP_ENABLED = False  # its C++ operators are not built here
+    plain = worker_base.WorkerWrapperBase.init_device
+
+    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+        import vllm_ascend.compilation.acl_graph as acl_graph
+        import vllm_ascend.worker.block_table as block_table
+        import vllm_ascend.worker.model_runner_v1 as runner
+
+        block_table._compute_slot_mapping_kernel = _SlotMapping()
+        acl_graph.ACLGraphWrapper.__call__ = lambda self, *a, **k: self.runnable(*a, **k)
+        runner.NPUModelRunner.capture_model = lambda self: 0
+        return plain(self, *args, **kwargs)
+
+    worker_base.WorkerWrapperBase.init_device = init_device

@@ -1,0 +1,50 @@
+"""A model served by the real vllm-ascend on the emulated NPU, its requests alone and together. One JSON line at the end.
+
+    python tests/ascend/serve.py MODEL '{"compilation_config": {"custom_passes": ["bi_ascend"]}}'
+
+The environment: LD_LIBRARY_PATH with the stand-ins for CANN, VLLM_PLUGINS, TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+import emulated_npu
+
+REQUESTS = 16
+
+
+def main(model: str, arguments: dict[str, Any]) -> None:
+    emulated_npu.before_vllm()
+    emulated_npu.install(lie=True)
+    from vllm import LLM, SamplingParams
+
+    emulated_npu.after_vllm()
+    llm = LLM(
+        model=model, skip_tokenizer_init=True, max_model_len=64, max_num_seqs=REQUESTS, dtype="float16", seed=0,
+        enable_prefix_caching=False, gpu_memory_utilization=0.05, **arguments,
+    )  # fmt: skip
+    greedy = SamplingParams(temperature=0, max_tokens=3, logprobs=3, detokenize=False)
+    rng = random.Random(0)
+    prompts = [
+        {"prompt_token_ids": [rng.randrange(10, 500) for _ in range(rng.randrange(3, 20))]} for _ in range(REQUESTS)
+    ]
+
+    def bits(output: Any) -> list[list[tuple[int, float]]]:
+        return [[(token, entry.logprob) for token, entry in step.items()] for step in output.outputs[0].logprobs]
+
+    alone = [bits(llm.generate([p], greedy, use_tqdm=False)[0]) for p in prompts]
+    together = [bits(output) for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    differ = sum(a != b for a, b in zip(alone, together, strict=True))
+    print("\n" + json.dumps({"differ": differ, "of": REQUESTS}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

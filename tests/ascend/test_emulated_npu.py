@@ -1,0 +1,95 @@
+"""The test bench's operators mean what torch_npu documents; lying, those that are not trusted vary with the batch."""
+
+from __future__ import annotations
+
+import emulated_npu
+import pytest
+import torch
+from emulated_npu import Native
+from torch import Tensor
+from torch.nn import functional
+
+TRUE, LIE = Native(lie=False), Native(lie=True)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_norms() -> None:
+    x, r, gamma = draw(5, 64), draw(5, 64, seed=1), draw(64, seed=2)
+    y, scale, s = TRUE.add_rms_norm(x, r, gamma, 1e-6)
+    torch.testing.assert_close(s, x + r)
+    torch.testing.assert_close(y, functional.rms_norm(x + r, (64,), gamma, 1e-6))
+    torch.testing.assert_close((y, scale), emulated_npu.rms_norm(s, gamma, 1e-6))
+
+
+def test_swiglu() -> None:
+    x = draw(5, 64)
+    torch.testing.assert_close(emulated_npu.swiglu(x), functional.silu(x[:, :32]) * x[:, 32:])
+
+
+@pytest.mark.parametrize("paged", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention(paged: bool, causal: bool) -> None:
+    """Layout TND, two requests, 4 heads over 2 key heads; the last query sees every key."""
+    lengths, counts, block = (3, 1), (7, 5), 4
+    q, k, v = draw(4, 4, 16), draw(12, 2, 16, seed=1), draw(12, 2, 16, seed=2)
+    keys = [(k[:7], v[:7]), (k[7:], v[7:])]
+    arguments = dict(num_heads=4, num_key_value_heads=2, scale=0.25, sparse_mode=3 if causal else 0)
+    if paged:
+        caches = [torch.zeros(5, block, 2 * 16) for _ in "kv"]
+        table = torch.tensor([[1, 3], [4, 2]])
+        for blocks, pair in zip(table, keys, strict=True):
+            for cache, part in zip(caches, pair, strict=True):
+                for i, row in enumerate(part):
+                    cache[blocks[i // block], i % block] = row.flatten()
+        out, _ = TRUE.attention(
+            q,
+            *caches,
+            actual_seq_lengths=[3, 4],
+            actual_seq_lengths_kv=list(counts),
+            block_table=table,
+            block_size=block,
+            **arguments,
+        )
+    else:
+        out, _ = TRUE.attention(q, k, v, actual_seq_lengths=[3, 4], actual_seq_lengths_kv=[7, 12], **arguments)
+    start = 0
+    for length, count, (one_k, one_v) in zip(lengths, counts, keys, strict=True):
+        seen = torch.arange(count)[None] <= torch.arange(count - length, count)[:, None] if causal else None
+        heads = [t.transpose(0, 1)[None] for t in (q[start : start + length], one_k, one_v)]
+        expected = functional.scaled_dot_product_attention(*heads, attn_mask=seen, scale=0.25, enable_gqa=True)
+        torch.testing.assert_close(out[start : start + length], expected[0].transpose(0, 1))
+        start += length
+
+
+@pytest.mark.parametrize("neox", [True, False])
+def test_rotation(neox: bool) -> None:
+    """A rotation by the position's angles: lengths stay, position 0 stays."""
+    angles = torch.arange(8)[:, None] * draw(8)[None]
+    cache = torch.cat([angles.cos(), angles.sin()], -1)
+    query, key = draw(3, 32), draw(3, 16, seed=1)
+    q, k = query.clone(), key.clone()
+    emulated_npu.rotate(torch.tensor([0, 5, 7]), q, k, 16, cache, neox)
+    torch.testing.assert_close((q[0], k[0]), (query[0], key[0]))
+    torch.testing.assert_close((q.norm(dim=1), k.norm(dim=1)), (query.norm(dim=1), key.norm(dim=1)))
+    assert not torch.allclose(q[1], query[1])
+
+
+def test_lies() -> None:
+    """Row 0 alone and among one to four others."""
+    x, w = draw(5, 257), draw(257, 64, seed=1)
+    calls = {
+        "mm": lambda n, x: n.mm(x, w), "linear": lambda n, x: n.linear(x, w.t().contiguous()),
+        "addmm": lambda n, x: n.addmm(w[0], x, w), "sum": lambda n, x: n.sum(x.exp(), [1]),
+        "softmax": lambda n, x: n.softmax(x, 1), "log_softmax": lambda n, x: n.log_softmax(x, 1),
+        "add_rms_norm": lambda n, x: n.add_rms_norm(x, x.flip(1), w[:, 0])[0],
+        "attention": lambda n, x: n.attention(
+            x[:, :64].reshape(-1, 2, 32), draw(90, 2, 32, seed=3), draw(90, 2, 32, seed=4),
+            actual_seq_lengths=[1], actual_seq_lengths_kv=[90], num_heads=2, scale=0.1,
+        )[0],
+    }  # fmt: skip
+    for name, call in calls.items():
+        assert any(not torch.equal(call(LIE, x[:1])[0], call(LIE, x[:n])[0]) for n in range(2, 6)), name
+        torch.testing.assert_close(call(LIE, x)[0], call(TRUE, x)[0], msg=name)

@@ -1,0 +1,70 @@
+"""The real vllm-ascend engine on the emulated NPU (`emulated_npu.py`), whose untrusted operators vary with the batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import CONFIGS
+
+SERVE = Path(__file__).with_name("serve.py")
+PASS = {"custom_passes": ["bi_ascend"]}
+#: patterns that vllm-ascend would trace on tensors of the device; that device has no quantisation
+PATTERNS = {"fuse_norm_quant": False, "fuse_qknorm_rope": False, "fuse_muls_add": False}
+PIECEWISE: dict[str, Any] = {
+    "compilation_config": {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [16]},
+    "additional_config": {"ascend_compilation_config": {"enable_npugraph_ex": False, **PATTERNS}},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of two layers with random weights."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("qwen3")
+    config = CONFIGS["dense"]
+    config.initializer_range = 0.1
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
+    return folder
+
+
+def serve(model: Path, cache: Path, arguments: dict[str, Any], **environment: str) -> tuple[int, str]:
+    """(requests that differ, everything that was printed)."""
+    variables = {
+        "VLLM_PLUGINS": "ascend,bi_compile", "TRITON_INTERPRET": "1", "VLLM_CACHE_ROOT": str(cache),
+        "HCCL_DETERMINISTIC": "strict", "LCCL_DETERMINISTIC": "1",
+        # vllm-ascend was made for torch 2.10
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(SERVE), str(model), json.dumps(arguments)],
+        env=os.environ | variables | environment, capture_output=True, text=True, check=False, timeout=540,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-6000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])["differ"], said
+
+
+def test_without_the_pass_requests_differ(model: Path, tmp_path: Path) -> None:
+    """With vllm-ascend's own mode switched on: it finds no kernels, says so in its log and serves."""
+    differ, said = serve(model, tmp_path, PIECEWISE, VLLM_BATCH_INVARIANT="1")
+    assert differ > 0
+    assert "skipping batch-invariant initialization" in said
+
+
+def test_with_the_pass_none_differs(model: Path, tmp_path: Path) -> None:
+    compilation = PIECEWISE["compilation_config"] | PASS
+    assert serve(model, tmp_path, PIECEWISE | {"compilation_config": compilation})[0] == 0
+
+
+def test_with_the_eager_fallback_alone_none_differs(model: Path, tmp_path: Path) -> None:
+    arguments = {"enforce_eager": True, "compilation_config": PASS}
+    assert serve(model, tmp_path, PIECEWISE | arguments)[0] == 0
