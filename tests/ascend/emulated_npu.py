@@ -13,6 +13,7 @@ products, sums, softmax, the fused add and norm, attention. Not emulated: the ch
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -102,7 +103,7 @@ class Native:
         if not a.is_floating_point():
             return torch.matmul(a, b)
         blocks = [
-            torch.matmul(a[..., i:j].float(), b[..., i:j, :].float()) for i, j in zip(cuts[:-1], cuts[1:], strict=True)
+            torch.matmul(a[..., i:j].float(), b[..., i:j, :].float()) for i, j in itertools.pairwise(cuts)
         ]
         return _add_up(blocks).to(a.dtype)
 
