@@ -12,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from ..demo import requests
 from ..demo.processes import ProcessFailed, run_module
-from ..errors import MeasureError
+from ..errors import HostError, MeasureError
 from .bits import difference
 
 #: keys of a plan that are not vLLM's. only: {"request": i, "batch": [i, j, …]}, a counterexample that is run again.
@@ -42,13 +43,16 @@ def verify(model: Path, **plan: Any) -> dict[str, Any]:
 
     Raises:
         MeasureError: prefix caching is on, the engine is not deterministic, there is no model, or the process failed.
+        HostError: there is no vLLM.
     """
     check(model, plan)
     return in_a_process(__name__, {"model": str(model), **plan})
 
 
 def check(model: Path, settings: dict[str, Any]) -> None:
-    """Raise MeasureError for what can be seen before an engine starts."""
+    """Raise MeasureError or HostError for what can be seen before an engine starts."""
+    if find_spec("vllm") is None:
+        raise HostError("an engine needs vLLM, which cannot be imported: pip install vllm")
     if not (model / "config.json").exists():
         raise MeasureError(f"{model} holds no model (config.json is missing): name the folder of one")
     if settings.get("enable_prefix_caching"):
