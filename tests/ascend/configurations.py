@@ -23,6 +23,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 WIDTHS = [2**n for n in range(tiles.ROWS["npu"][0].bit_length())]
 HEADS = [16, 32, 64, 128, 256, 512]
 N, K = 512, 1024
+#: memories as HIVM and as the document call them
+NAMES = {"ub": "UB", "cbuf": "L1", "cc": "L0C"}
 
 
 class Configuration(NamedTuple):
@@ -57,7 +59,10 @@ def products() -> Iterator[Configuration]:
     layouts = {"a @ w.t()": (rows, columns), "a @ w": (rows, rows), "a.t() @ w": (columns, rows)}
     for dtype in DTYPES:
         for limit, tile in tiles.PRODUCT["npu"][DTYPES[dtype].itemsize]:
-            m, name = min(limit, 4096), f"{tile.height} x {tile.width} x {tiles.PRODUCT_K['npu'][DTYPES[dtype].itemsize]}"
+            m, name = (
+                min(limit, 4096),
+                f"{tile.height} x {tile.width} x {tiles.PRODUCT_K['npu'][DTYPES[dtype].itemsize]}",
+            )
             for layout, (a, b) in layouts.items():
                 operands = a(m, K, dtype), b(K, N, dtype)
                 yield Configuration("mm", dtype, name, layout, lambda o=operands: IMPLEMENTATIONS["mm"](*o))
@@ -71,9 +76,7 @@ def products() -> Iterator[Configuration]:
             batched = empty(3, m, K, dtype=dtype), empty(3, K, N, dtype=dtype)
             yield Configuration("bmm", dtype, name, "", lambda o=batched: IMPLEMENTATIONS["bmm"](*o))
             full = empty(3, m, N, dtype=dtype)
-            yield Configuration(
-                "baddbmm", dtype, name, "", lambda f=full, o=batched: IMPLEMENTATIONS["baddbmm"](f, *o)
-            )
+            yield Configuration("baddbmm", dtype, name, "", lambda f=full, o=batched: IMPLEMENTATIONS["baddbmm"](f, *o))
 
 
 def row_kernels() -> Iterator[Configuration]:
@@ -81,7 +84,9 @@ def row_kernels() -> Iterator[Configuration]:
         **{name: lambda x, w, f=IMPLEMENTATIONS[name]: f(x, [1]) for name in ("sum", "mean", "var_mean", "logsumexp")},
         **{name: lambda x, w, f=IMPLEMENTATIONS[name]: f(x, 1) for name in ("softmax", "log_softmax")},
         "rms_norm": lambda x, w: IMPLEMENTATIONS["rms_norm"](x, w, 1e-6),
-        "rms_norm of a view": lambda x, w: IMPLEMENTATIONS["rms_norm"](x.new_empty(64, 2 * x.shape[1])[:, : x.shape[1]], w, 1e-6),
+        "rms_norm of a view": lambda x, w: IMPLEMENTATIONS["rms_norm"](
+            x.new_empty(64, 2 * x.shape[1])[:, : x.shape[1]], w, 1e-6
+        ),
         "add_rms_norm": lambda x, w: IMPLEMENTATIONS["add_rms_norm"](x, x, w, 1e-6),
         "layer_norm": lambda x, w: IMPLEMENTATIONS["layer_norm"](x, w, w, 1e-5),
         "group_norm": lambda x, w: IMPLEMENTATIONS["group_norm"](x[:, :, None].expand(-1, -1, 2), w, w, 1, 1e-5),
@@ -90,10 +95,18 @@ def row_kernels() -> Iterator[Configuration]:
         if dtype == "float16" and width != WIDTHS[-1]:
             continue  # the buffers of bfloat16
         x, w = empty(64, width, dtype=dtype), empty(width, dtype=dtype)
-        yield Configuration(operator, dtype, f"{WIDTHS[0]} to {WIDTHS[-1]} columns", str(width), lambda c=calls[operator], x=x, w=w: c(x, w))
+        yield Configuration(
+            operator,
+            dtype,
+            f"{WIDTHS[0]} to {WIDTHS[-1]} columns",
+            str(width),
+            lambda c=calls[operator], x=x, w=w: c(x, w),
+        )
     for dtype in DTYPES:
         x = empty(64, 100, dtype=dtype)
-        yield Configuration("cumsum", dtype, f"{tiles.SCAN_ROWS['npu']} rows", "", lambda x=x: IMPLEMENTATIONS["cumsum"](x, 1))
+        yield Configuration(
+            "cumsum", dtype, f"{tiles.SCAN_ROWS['npu']} rows", "", lambda x=x: IMPLEMENTATIONS["cumsum"](x, 1)
+        )
 
 
 def attention() -> Iterator[Configuration]:
@@ -152,7 +165,10 @@ block of K fits whole into L0A and L0B in every tile.
 def document() -> str:
     found = launches()
     keys = list(found)
-    results = {chip: plans([(found[key], chip) for key in keys]) for chip in lowering.CHIPS.values()}
+    return table(keys, {chip: plans([(found[key], chip) for key in keys]) for chip in lowering.CHIPS.values()})
+
+
+def table(keys: list[tuple[str, str, str, str]], results: dict[str, list[dict[str, float] | str]]) -> str:
     lines = ["| operator | dtype | tile | variants | " + " | ".join(lowering.CHIPS) + " |", "|---" * 7 + "|"]
     for name, group in itertools.groupby(range(len(keys)), key=lambda i: keys[i][:3]):
         places = list(group)
@@ -167,9 +183,8 @@ def cell(results: list[dict[str, float] | str]) -> str:
     refused = [r for r in results if isinstance(r, str)]
     if refused:
         return f"{len(refused)} of {len(results)} refused: {refused[0]}"
-    names = {"ub": "UB", "cbuf": "L1", "cc": "L0C"}
-    most = {m: max(r[m] for r in results if not isinstance(r, str)) for m in names}
-    return "fits: " + ", ".join(f"{names[m]} {100 * part:.0f} %" for m, part in most.items() if part)
+    most = {m: max(r[m] for r in results if not isinstance(r, str)) for m in NAMES}
+    return "fits: " + ", ".join(f"{NAMES[m]} {100 * part:.0f} %" for m, part in most.items() if part)
 
 
 if __name__ == "__main__":

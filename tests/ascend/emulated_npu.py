@@ -13,6 +13,7 @@ products, sums, softmax, the fused add and norm, attention. Not emulated: the ch
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -101,9 +102,7 @@ class Native:
         cuts = [length * i // self.parts(rows) for i in range(self.parts(rows) + 1)]
         if not a.is_floating_point():
             return torch.matmul(a, b)
-        blocks = [
-            torch.matmul(a[..., i:j].float(), b[..., i:j, :].float()) for i, j in zip(cuts[:-1], cuts[1:], strict=True)
-        ]
+        blocks = [torch.matmul(a[..., i:j].float(), b[..., i:j, :].float()) for i, j in itertools.pairwise(cuts)]
         return _add_up(blocks).to(a.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -188,9 +187,7 @@ def swiglu(x: Tensor, dim: int = -1) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
-def rotate(
-    positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_sin_cache: Tensor, is_neox: bool
-) -> None:
+def rotate(positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_sin_cache: Tensor, is_neox: bool) -> None:
     cos, sin = cos_sin_cache[positions.long()].float()[:, None].chunk(2, -1)
     width = 2 * cos.shape[-1]
     for t in (query, key):
@@ -264,7 +261,10 @@ def _run_triton_on_this_memory() -> None:
 
     interpreter.install()
     down = lambda x: host(x) if isinstance(x, Tensor) and x.device.type == "npu" else x
-    GridExecutor._init_args_hst = lambda self, args, kwargs: ([down(x) for x in args], {k: down(v) for k, v in kwargs.items()})
+    GridExecutor._init_args_hst = lambda self, args, kwargs: (
+        [down(x) for x in args],
+        {k: down(v) for k, v in kwargs.items()},
+    )
     GridExecutor._restore_args_dev = lambda self, *args: None
 
 

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -88,9 +87,7 @@ def captured(chip: str = CHIPS["A2"]) -> Iterator[list[Launch]]:
     found: list[Launch] = []
 
     def hook(key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        found.append(
-            Launch(fn.jit_function, key, compile["signature"], compile["constants"], compile["configs"][0])
-        )
+        found.append(Launch(fn.jit_function, key, compile["signature"], compile["constants"], compile["configs"][0]))
         return True
 
     before = JITFunction.cache_hook
@@ -158,7 +155,9 @@ def memory(hivm: str) -> dict[str, float]:
     used = dict.fromkeys(MEMORIES, 0.0)
     for function in hivm.split("func.func")[1:]:
         constants = dict(re.findall(r"(%\S+) = (?:arith.constant |llvm.mlir.constant\()(\d+) : i64", function))
-        casts = re.findall(r"pointer_cast\(([^)]*)\)[^:]*: memref<((?:\d+x)*)(\w+), #hivm.address_space<(\w+)>>", function)
+        casts = re.findall(
+            r"pointer_cast\(([^)]*)\)[^:]*: memref<((?:\d+x)*)(\w+), #hivm.address_space<(\w+)>>", function
+        )
         assert len(casts) == len(re.findall(r"pointer_cast\(", function)), "a buffer of unknown size"
         for addresses, shape, dtype, space in casts:
             bits = math.prod(int(n) for n in shape.split("x") if n) * _BITS[dtype]

@@ -18,10 +18,10 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "kernels"), str(Path(__file__).parent)]
 
-import interpreter
-import triton_suite as suite
+import interpreter  # noqa: E402
+import triton_suite as suite  # noqa: E402
 
-from bi_compile.kernels.triton import tiles
+from bi_compile.kernels.triton import tiles  # noqa: E402
 
 tiles.HOST = "npu"
 interpreter.install()
@@ -74,10 +74,10 @@ def main(numbers: Sequence[int]) -> int:
         for dtype in DTYPES:
             differ, compared = rows_that_differ(run, dtype, numbers)
             total += differ
-            print(f"{name:14} {str(dtype):15} {differ} of {compared} rows differ", flush=True)
+            print(f"{name:14} {dtype!s:15} {differ} of {compared} rows differ", flush=True)
     worse = 0
     for name, dtype, ours, theirs, room in errors():
-        print(f"{name:14} {str(dtype):15} error {ours:.3e}, PyTorch's {theirs:.3e}")
+        print(f"{name:14} {dtype!s:15} error {ours:.3e}, PyTorch's {theirs:.3e}")
         worse += ours > 1.1 * theirs + room
     print(f"in all {total} rows differ; {worse} operators lose more digits than PyTorch")
     return 1 if total or worse else 0

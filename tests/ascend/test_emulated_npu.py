@@ -44,7 +44,15 @@ def test_attention(paged: bool, causal: bool) -> None:
             for cache, part in zip(caches, pair, strict=True):
                 for i, row in enumerate(part):
                     cache[blocks[i // block], i % block] = row.flatten()
-        out, _ = TRUE.attention(q, *caches, actual_seq_lengths=[3, 4], actual_seq_lengths_kv=list(counts), block_table=table, block_size=block, **arguments)
+        out, _ = TRUE.attention(
+            q,
+            *caches,
+            actual_seq_lengths=[3, 4],
+            actual_seq_lengths_kv=list(counts),
+            block_table=table,
+            block_size=block,
+            **arguments,
+        )
     else:
         out, _ = TRUE.attention(q, k, v, actual_seq_lengths=[3, 4], actual_seq_lengths_kv=[7, 12], **arguments)
     start = 0

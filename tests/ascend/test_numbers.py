@@ -17,7 +17,12 @@ def test_rows_keep_their_bits() -> None:
     """In a process of its own: `TRITON_INTERPRET` is read when Triton is imported."""
     command = [sys.executable, str(SWEEP), "1", "17", "33"]
     done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=SWEEP.parents[2], capture_output=True, text=True, check=False
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=SWEEP.parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
