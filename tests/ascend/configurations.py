@@ -23,6 +23,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 WIDTHS = [2**n for n in range(tiles.ROWS["npu"][0].bit_length())]
 HEADS = [16, 32, 64, 128, 256, 512]
 N, K = 512, 1024
+#: memories as HIVM and as the document call them
+NAMES = {"ub": "UB", "cbuf": "L1", "cc": "L0C"}
 
 
 class Configuration(NamedTuple):
@@ -163,7 +165,10 @@ block of K fits whole into L0A and L0B in every tile.
 def document() -> str:
     found = launches()
     keys = list(found)
-    results = {chip: plans([(found[key], chip) for key in keys]) for chip in lowering.CHIPS.values()}
+    return table(keys, {chip: plans([(found[key], chip) for key in keys]) for chip in lowering.CHIPS.values()})
+
+
+def table(keys: list[tuple[str, str, str, str]], results: dict[str, list[dict[str, float] | str]]) -> str:
     lines = ["| operator | dtype | tile | variants | " + " | ".join(lowering.CHIPS) + " |", "|---" * 7 + "|"]
     for name, group in itertools.groupby(range(len(keys)), key=lambda i: keys[i][:3]):
         places = list(group)
@@ -178,9 +183,8 @@ def cell(results: list[dict[str, float] | str]) -> str:
     refused = [r for r in results if isinstance(r, str)]
     if refused:
         return f"{len(refused)} of {len(results)} refused: {refused[0]}"
-    names = {"ub": "UB", "cbuf": "L1", "cc": "L0C"}
-    most = {m: max(r[m] for r in results if not isinstance(r, str)) for m in names}
-    return "fits: " + ", ".join(f"{names[m]} {100 * part:.0f} %" for m, part in most.items() if part)
+    most = {m: max(r[m] for r in results if not isinstance(r, str)) for m in NAMES}
+    return "fits: " + ", ".join(f"{NAMES[m]} {100 * part:.0f} %" for m, part in most.items() if part)
 
 
 if __name__ == "__main__":

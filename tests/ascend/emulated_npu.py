@@ -102,9 +102,7 @@ class Native:
         cuts = [length * i // self.parts(rows) for i in range(self.parts(rows) + 1)]
         if not a.is_floating_point():
             return torch.matmul(a, b)
-        blocks = [
-            torch.matmul(a[..., i:j].float(), b[..., i:j, :].float()) for i, j in itertools.pairwise(cuts)
-        ]
+        blocks = [torch.matmul(a[..., i:j].float(), b[..., i:j, :].float()) for i, j in itertools.pairwise(cuts)]
         return _add_up(blocks).to(a.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

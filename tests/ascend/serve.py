@@ -28,7 +28,7 @@ def main(model: str, arguments: dict[str, Any]) -> None:
 
     emulated_npu.after_vllm()
     llm = LLM(
-        model=model, skip_tokenizer_init=True, max_model_len=64, max_num_seqs=REQUESTS, dtype="float16", seed=0,
+        model=model, skip_tokenizer_init=True, max_model_len=64, max_num_batched_tokens=64, max_num_seqs=REQUESTS, dtype="float16", seed=0,
         enable_prefix_caching=False, gpu_memory_utilization=0.05, **arguments,
     )  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=3, logprobs=3, detokenize=False)

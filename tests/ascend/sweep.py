@@ -74,10 +74,10 @@ def main(numbers: Sequence[int]) -> int:
         for dtype in DTYPES:
             differ, compared = rows_that_differ(run, dtype, numbers)
             total += differ
-            print(f"{name:14} {str(dtype):15} {differ} of {compared} rows differ", flush=True)  # noqa: RUF010
+            print(f"{name:14} {dtype!s:15} {differ} of {compared} rows differ", flush=True)
     worse = 0
     for name, dtype, ours, theirs, room in errors():
-        print(f"{name:14} {str(dtype):15} error {ours:.3e}, PyTorch's {theirs:.3e}")  # noqa: RUF010
+        print(f"{name:14} {dtype!s:15} error {ours:.3e}, PyTorch's {theirs:.3e}")
         worse += ours > 1.1 * theirs + room
     print(f"in all {total} rows differ; {worse} operators lose more digits than PyTorch")
     return 1 if total or worse else 0

@@ -1,4 +1,5 @@
-"""The operators on an Ascend NPU: the kernels of `bi_compile.kernels.triton`, compiled by triton-ascend.
+"""The operators on an Ascend NPU: AscendC's where its package is installed (`ascendc`), else the kernels of
+`bi_compile.kernels.triton`, compiled by triton-ascend.
 
 The tiles are the "npu" entries of `bi_compile.kernels.triton.tiles`. Sums of float64 are refused: neither the cube nor
 the vector cores add it up, and Ascend's kernel compiler has no type for it.
@@ -34,6 +35,7 @@ def register(library: torch.library.Library) -> None:
 
     Raises:
         RuntimeError: Triton cannot be imported.
+        HostError: AscendC's package is there and lacks an operator.
     """
     try:
         import triton  # noqa: F401
@@ -43,6 +45,8 @@ def register(library: torch.library.Library) -> None:
             "`pip install triton-ascend`, without upstream's triton beside it"
         ) from error
     from ..triton import IMPLEMENTATIONS
+    from .ascendc import preferred
 
-    for name, function in IMPLEMENTATIONS.items():
-        library.impl(name, _without_float64(name, function), DISPATCH_KEY)
+    kernels = {name: _without_float64(name, function) for name, function in IMPLEMENTATIONS.items()}
+    for name, function in preferred(kernels).items():
+        library.impl(name, function, DISPATCH_KEY)
