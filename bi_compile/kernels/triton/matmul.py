@@ -152,9 +152,9 @@ def product(
     bias: Tensor | None = None,
     beta: float = 1,
     alpha: float = 1,
-    given: Tile | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; the tile `given` in place of the chosen one.
+    """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; `tile` in place of the chosen one.
 
     a, b and bias may have any strides; nothing is copied.
     K in blocks of `PRODUCT_K`, ascending: `_product`, for float64 `_product64`.
@@ -163,7 +163,8 @@ def product(
     size = out.element_size()
     from . import hopper  # it shares the epilogue
 
-    tile = given or choose(PRODUCT[target(a)][size], m)
+    descriptors = tile is None and count == 1 and hopper.takes(a[0], b[0])
+    tile = tile or choose(PRODUCT[target(a)][size], m)
     if bias is not None:
         bias = None if beta == 0 else bias.expand(out.shape)
     if out.numel() == 0:
@@ -171,7 +172,7 @@ def product(
     if size == 8:
         _float64(out, a, b, bias, beta, alpha, tile)
         return out
-    if count == 1 and given is None and hopper.takes(a[0], b[0]):
+    if descriptors:
         hopper.product(out[0], a[0], b[0], None if bias is None else bias[0], beta, alpha)
         return out
     programs = count * triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width)

@@ -12,7 +12,7 @@ from torch import Tensor
 from bi_compile import ops
 
 from .reduce import divide, load_rows, row_mean, row_var, store_each, store_rows, this_rows
-from .tiles import aligned, as_rows, launch, row_stride, rows_meta
+from .tiles import aligned, as_rows, keeps, launch, row_stride, rows_meta
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _run_rms_norm(
     launch(
         _rms_norm, triton.cdiv(rows.shape[0], meta["BLOCK_R"]), x, rows, others, _param_or_none(weight), y, rstd, s,
         row_stride(rows), 0 if others is None else row_stride(others), rows.shape[0], length,
-        EPS=eps, ADD=others is not None, WEIGHT=weight is not None, WHOLE=length <= meta["BLOCK_C"], **meta,
+        EPS=eps, ADD=others is not None, WEIGHT=weight is not None, WHOLE=keeps(rows, length), **meta,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .tiles import SCAN_ROWS, accumulator, as_rows, launch, row_stride, rows_meta, target
+from .tiles import SCAN_ROWS, accumulator, as_rows, keeps, launch, row_stride, rows_meta, target
 
 
 @triton.jit
@@ -167,33 +167,35 @@ def _logsumexp(
 @triton.jit(do_not_specialize=["R"])
 def _softmax(
     x, out, stride, R, C,
-    LOG: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    LOG: tl.constexpr, NARROW: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """exp(x - peak) / sum, or (x - peak) - log(sum), of each row; the sum of exp(x - peak) in `_sum`'s order.
 
-    WHOLE: a row fits into BLOCK_C and is kept.
+    WHOLE: a row fits into BLOCK_C and is kept. NARROW: `out` has 16 bits.
     """
     rows = this_rows(BLOCK_R)
     if WHOLE:
         value = load_rows(x, stride, rows, 0, R, C, float("-inf"), BLOCK_C, ACC)
         value = value - tl.max(value, 1)[:, None]
         power = exp(value)
-        _store_softmax(out, value, power, tl.sum(power, 1), rows, 0, R, C, LOG, BLOCK_R, BLOCK_C)
+        _store_softmax(out, value, power, tl.sum(power, 1), rows, 0, R, C, LOG, NARROW, BLOCK_R, BLOCK_C)
     else:
         peak = _peak(x, stride, rows, R, C, BLOCK_R, BLOCK_C, ACC)
         total = _exponentials(x, stride, rows, peak, R, C, BLOCK_R, BLOCK_C, ACC)
         for start in range(0, C, BLOCK_C):
             value = load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC) - peak[:, None]
-            _store_softmax(out, value, exp(value), total, rows, start, R, C, LOG, BLOCK_R, BLOCK_C)
+            _store_softmax(out, value, exp(value), total, rows, start, R, C, LOG, NARROW, BLOCK_R, BLOCK_C)
 
 
 @triton.jit
 def _store_softmax(
-    out, value, power, total, rows, start, R, C, LOG: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    out, value, power, total, rows, start, R, C,
+    LOG: tl.constexpr, NARROW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     if LOG:
         value = value - tl.log(total)[:, None]
-    elif out.dtype.element_ty.primitive_bitwidth == 16:
+    elif NARROW:
         # rounded to 16 bits in the end, which hides the last digit of a reciprocal
         value = power * divide(tl.full((BLOCK_R,), 1.0, tl.float32), total)[:, None]
     else:
@@ -290,7 +292,7 @@ def _fill_softmax(log: bool) -> Callable[[Tensor, Tensor], None]:
     def fill(x: Tensor, out: Tensor) -> None:
         length = x.shape[1]
         x = as_rows(_cast(x, out.dtype), length)
-        _run(_softmax, x, [out], out.dtype, LOG=log, WHOLE=length <= rows_meta(x, length)["BLOCK_C"])
+        _run(_softmax, x, [out], out.dtype, LOG=log, NARROW=out.element_size() == 2, WHOLE=keeps(x, length))
 
     return fill
 

@@ -128,6 +128,11 @@ def rows_meta(x: Tensor, length: int) -> dict[str, Any]:
     }
 
 
+def keeps(x: Tensor, length: int) -> bool:
+    """Whether a program keeps its row instead of reading it again. Not on Ascend, where the unified buffer is short."""
+    return target(x) != "npu" and length <= rows_meta(x, length)["BLOCK_C"]
+
+
 def accumulator(dtype: torch.dtype) -> Any:
     """Triton's type in which sums of `dtype` are taken."""
     return tl.float64 if dtype == torch.float64 else tl.float32
