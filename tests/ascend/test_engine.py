@@ -41,6 +41,8 @@ def serve(model: Path, cache: Path, arguments: dict[str, Any], **environment: st
     variables = {
         "VLLM_PLUGINS": "ascend,bi_compile", "TRITON_INTERPRET": "1", "VLLM_CACHE_ROOT": str(cache),
         "HCCL_DETERMINISTIC": "strict", "LCCL_DETERMINISTIC": "1",
+        # torchvision, which vllm-ascend imports, lies apart (Makefile)
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(sys.prefix) / "vision"), os.environ.get("PYTHONPATH")])),
         # vllm-ascend was made for torch 2.10
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
     }  # fmt: skip
