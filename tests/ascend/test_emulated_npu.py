@@ -78,12 +78,12 @@ def test_rotation(neox: bool) -> None:
 
 
 def test_lies() -> None:
-    """Row 0 alone and among one to four others."""
+    """Row 0 alone and among one to four others. Not log_softmax: the logarithm hides the last digit of its sum."""
     draws, w = [draw(5, 257, seed=seed) for seed in range(8)], draw(257, 64, seed=1)
     calls = {
         "mm": lambda n, x: n.mm(x, w), "linear": lambda n, x: n.linear(x, w.t().contiguous()),
         "addmm": lambda n, x: n.addmm(w[0], x, w), "sum": lambda n, x: n.sum(x.exp(), [1]),
-        "softmax": lambda n, x: n.softmax(x, 1), "log_softmax": lambda n, x: n.log_softmax(x, 1),
+        "softmax": lambda n, x: n.softmax(x, 1),
         "add_rms_norm": lambda n, x: n.add_rms_norm(x, x.flip(1), w[:, 0])[0],
         "attention": lambda n, x: n.attention(
             x[:, :64].reshape(-1, 2, 32), draw(90, 2, 32, seed=3), draw(90, 2, 32, seed=4),
