@@ -92,5 +92,17 @@ def passes(markdown: Annotated[bool, typer.Option("--markdown", help="as docs/op
             out.print(table)
 
 
+@app.command()
+@_sentences
+def audit(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="a folder with a config.json of transformers")],
+    target: Annotated[str, typer.Option(help="ascend-a2, ascend-a3 or ascend-950")],
+) -> None:
+    """Say what the passes would do to a model on Ascend, without an NPU. Exit code 1 if something is left."""
+    from . import offline
+
+    raise typer.Exit(0 if offline.main(model, target, console()) else 1)
+
+
 if __name__ == "__main__":
     app()
