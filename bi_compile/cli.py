@@ -74,14 +74,29 @@ def inspect(
 @_sentences
 def audit(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="an audit.json, or a folder that dump_dir named")
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", help="an audit.json, or a folder that dump_dir named; with --target a model's folder"
+        ),
     ],
     check: Annotated[bool, typer.Option("--check", help="compare two; exit code 1 if they differ")] = False,
+    target: Annotated[
+        str | None, typer.Option(help="ascend-a2, ascend-a3 or ascend-950: audit a model of transformers for it, here")
+    ] = None,
 ) -> None:
-    """Print certificates, node by node; with --check A B, say what differs between two."""
+    """Print certificates, node by node; with --check A B, say what differs between two.
+
+    With --target, say what the passes would do to a model on Ascend, without an NPU; exit code 1 if something is left.
+    """
     from . import certificate
     from .errors import OptionError
 
+    if target is not None and (check or len(paths) != 1):
+        raise OptionError("audit --target takes one folder of a model, and no --check")
+    if target is not None:
+        from . import offline
+
+        raise typer.Exit(0 if offline.main(paths[0], target, console()) else 1)
     if len(paths) != (2 if check else 1):
         raise OptionError(f"audit takes {'two paths with --check' if check else 'one path'}, got {len(paths)}")
     out = console()

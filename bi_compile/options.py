@@ -26,7 +26,7 @@ class Options:
         passes: the passes, in order: "bi_ascend" for all, a pass by name, or a user's "package.module:object".
         on_unproven: what to do where a node is not known to be invariant: "error" stops, "warn" says it once an operator.
         dump_dir: a folder for dumps, or None.
-        target: "cpu" or "cuda"; None: the device of the graph.
+        target: "cpu", "cuda", "ascend-a2", "ascend-a3" or "ascend-950"; None: the device of the graph.
         inner: what compiles the rewritten graph: "inductor", or any other backend that torch._dynamo.list_backends names.
         trust: operators (`ns::name`) that the user declares invariant, each with a reason.
         probe: a file of `bi-compile probe`: an operator that was measured to vary is not trusted; None: nothing was measured.

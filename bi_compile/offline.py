@@ -1,0 +1,153 @@
+"""`bi-compile audit --target ascend-a2 MODEL_DIR`: what the passes would do to a model on Ascend, on a machine without an NPU.
+
+The model of transformers is built from its config.json without weights, on fake `npu:0` tensors, and traced over a symbolic
+batch. Where CANN is not installed, stand-ins let torch_npu be imported; nothing is computed, with them or without.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from .audit import Finding, audit
+from .cann_stub import LIBRARIES, folder
+from .errors import HostError, OptionError
+from .options import Options
+from .pipeline import Pipeline
+from .targets.ascend import check_torch_npu, check_versions
+
+#: target -> the chip that the stand-ins say they are
+CHIPS = {"ascend-a2": "Ascend910B2", "ascend-a3": "Ascend910_9391", "ascend-950": "Ascend950PR_9599"}
+LENGTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Offline:
+    """What `run` found."""
+
+    model: str
+    target: str
+    nodes: int
+    varies: dict[str, int]
+    """Operators that the audit objects to before the passes, with their number."""
+    replaced: dict[str, int]
+    trusted: dict[str, str]
+    left: tuple[Finding, ...]
+    """What the audit objects to after the passes."""
+
+
+def load_torch_npu(target: str, say: Callable[[str], None]) -> None:
+    """Import torch_npu, on stand-ins where CANN is not on the library path; `say` gets the line that says so.
+
+    Raises:
+        HostError: torch_npu is not installed, is of another release than torch, or the stand-ins cannot be built.
+    """
+    if "torch_npu" not in sys.modules:
+        try:
+            ctypes.CDLL("libascendcl.so")
+        except OSError:
+            os.environ["BI_COMPILE_STAND_IN_SOC"] = CHIPS[target]
+            where = folder()
+            say(f"CANN is not here: torch_npu runs on stand-ins that compute nothing ({where})")
+            for name in LIBRARIES:
+                # torch_npu's own references find a library that is loaded already by its name
+                ctypes.CDLL(str(where / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL)
+    check_torch_npu()
+
+
+def run(model: Path, target: str, say: Callable[[str], None]) -> Offline:
+    """Trace the model in the folder `model`, and judge it before and after the passes.
+
+    Raises:
+        OptionError: the target is none of Ascend's, or the folder holds no model that transformers knows.
+        HostError: as `load_torch_npu` does.
+    """
+    if target not in CHIPS:
+        raise OptionError(f"the target {target!r} cannot be audited offline: known are {', '.join(CHIPS)}")
+    if not (model / "config.json").is_file():
+        raise OptionError(f"{str(model)!r} holds no config.json: name the folder of a model of transformers")
+    load_torch_npu(target, say)
+    graph = trace(model)
+    pipeline = Pipeline(Options(target=target))
+    known = pipeline.knowledge(target)
+    before = audit(graph.graph, known)
+    pipeline.rewrite(graph.graph, "captured")
+    after = audit(graph.graph, known)
+    return Offline(
+        model=str(model),
+        target=target,
+        nodes=len(after.findings),
+        varies=dict(Counter(f.operator for f in before.objections)),
+        replaced=dict(pipeline.summary.replaced),
+        trusted={f.operator: f.reason for f in after.findings if f.verdict.value == "trusted"},
+        left=after.objections,
+    )
+
+
+def trace(model: Path) -> fx.GraphModule:
+    """The forward pass over token numbers [batch, 16], batch symbolic, in bfloat16."""
+    import transformers
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(model), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"transformers cannot read the model in {str(model)!r}: {error}") from error
+    causal = any("CausalLM" in name for name in config.architectures or ())
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    shapes = ShapeEnv()
+    mode, source = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True), ConstantSource("batch")
+    batch = shapes.create_symintnode(shapes.create_symbol(4, source, DimDynamic.DYNAMIC), hint=4, source=source)
+    with mode, torch.device("npu:0"), torch.no_grad():
+        network = auto.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+        inputs = torch.empty(batch, LENGTH, dtype=torch.int64), torch.ones(batch, LENGTH, dtype=torch.int64)
+        state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+        def forward(tokens: torch.Tensor, mask: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+            given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "return_dict": False}
+            return torch.func.functional_call(network, state, (), given | ({"use_cache": False} if causal else {}))[0]
+
+        return make_fx(forward)(*inputs, state)
+
+
+def show(found: Offline, out: Any) -> bool:
+    """Print `found`; whether nothing is left."""
+    from rich.table import Table
+
+    table = Table(
+        "operator", "nodes", "after the passes", title=f"{found.model} on {found.target}", title_justify="left"
+    )
+    left = {f.operator: f.reason for f in found.left}
+    for name, count in sorted(found.varies.items()):
+        gone = "replaced" if name in found.replaced else "gone: nothing used it any more"
+        table.add_row(name, str(count), f"left: {left[name]}" if name in left else gone)
+    for name, reason in sorted(found.trusted.items()):
+        table.add_row(name, "", f"trusted: {reason}")
+    for name in sorted(set(left) - set(found.varies)):
+        table.add_row(name, "", f"left: {left[name]}")
+    out.print(table)
+    out.print(f"{found.nodes} nodes; {sum(found.replaced.values())} replaced, {len(found.left)} left")
+    return not found.left
+
+
+def main(model: Path, target: str, out: Any) -> bool:
+    """The command; whether nothing is left."""
+    import importlib.metadata
+    import importlib.util
+
+    if importlib.util.find_spec("torch_npu") is None:
+        raise HostError("torch_npu is not installed: pip install torch-npu of the release that torch has")
+    check_versions(importlib.metadata.version("torch"), importlib.metadata.version("torch_npu"))
+    return show(run(model, target, lambda line: out.print(line)), out)
