@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,15 @@ class Module:
         return found.group(1) if found else self.said[-300:]
 
 
+#: triton-ascend is not made for threads: with two, its triton-adapter-opt was once seen to crash
+_TRITON = threading.Lock()
+
+
 def lower(launch: Launch, chip: str) -> Module:
     """The launch's HIVM module for the chip, or the compiler's words."""
     try:
-        linalg = launch.linalg(chip)
+        with _TRITON:
+            linalg = launch.linalg(chip)
     except subprocess.CalledProcessError as error:
         return Module(None, error.stderr.decode())
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,5 +96,7 @@ def test_a_package_without_the_operator_is_refused(tmp_path: Path, monkeypatch: 
 
     (tmp_path / "batch_invariant_ops.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "batch_invariant_ops", None)  # so that it is taken out again
+    monkeypatch.delitem(sys.modules, "batch_invariant_ops")
     with pytest.raises(HostError, match=r"lacks npu_mm_batch_invariant.*install its current release"):
         ascendc_operators()
