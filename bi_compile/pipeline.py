@@ -204,7 +204,7 @@ def digest(options: Options) -> str:
     """See `Pipeline.uuid`."""
     h = hashlib.sha256(_package_digest().encode())
     probe = None if options.probe is None else Path(options.probe).read_text()
-    settings = dataclasses.asdict(options) | {"dump_dir": None, "probe": probe}
+    settings = dataclasses.asdict(options) | {"probe": probe}
     h.update(json.dumps(settings, sort_keys=True, default=dict).encode())
     for p in resolve_passes(options.passes):
         h.update(pass_digest(p).encode())
