@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
+
+# a graph that an earlier run left in Inductor's cache would be neither rewritten nor judged
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bi_compile_tests_")
 
 import pytest
 import torch
