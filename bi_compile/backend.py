@@ -85,12 +85,13 @@ def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline | No
 
     if pipeline is None:
         return compile_fx(gm, inputs)
-    settings = dict(pipeline.target_of(gm.graph).inductor)
     return compile_fx(
         gm,
         inputs,
         config_patches={
-            **settings,
+            **pipeline.target_of(gm.graph).inductor,
+            # a graph out of a cache is not judged again, so nobody would hear of what it holds
+            **({"force_disable_caches": True} if pipeline.options.on_unproven == "warn" else {}),
             "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass),
         },
     )

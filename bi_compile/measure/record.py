@@ -139,8 +139,8 @@ class _Keep:
         return None
 
 
-class _Kept(Exception):
-    """The graph is known; no code is generated for it."""
+class _Kept(BaseException):
+    """The graph is known; no code is generated for it. No Exception, which Inductor would wrap."""
 
 
 def _recording(current: Callable[[], Recorder | None]) -> Callable[..., Any]:
@@ -150,12 +150,8 @@ def _recording(current: Callable[[], Recorder | None]) -> Callable[..., Any]:
 
     def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         keep = _Keep(config.post_grad_custom_post_pass)
-        with config.patch(post_grad_custom_post_pass=keep, fx_graph_cache=False):
-            try:
-                compile_fx_inner(gm, example_inputs, **kwargs)
-            except Exception:
-                if keep.graph is None:  # the passes' or the audit's own error
-                    raise
+        with config.patch(post_grad_custom_post_pass=keep, fx_graph_cache=False), contextlib.suppress(_Kept):
+            compile_fx_inner(gm, example_inputs, **kwargs)
         assert keep.graph is not None, "Inductor called no post_grad_custom_post_pass"
         graph = keep.graph
 

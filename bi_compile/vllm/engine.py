@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -139,12 +140,17 @@ def prepare_worker(vllm_config: Any) -> None:
     with contextlib.ExitStack() as stack:
         for name, (value, _) in ENVIRONMENT[device].items():
             stack.enter_context(_environment(name, value))
+        if options.on_unproven == "warn":
+            # a graph out of a cache is not judged again, so nobody would hear of what it holds
+            stack.enter_context(_environment("VLLM_DISABLE_COMPILE_CACHE", "1"))
+            stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))
         _fallback = stack.enter_context(eager.invariant(options, device))
         for switch in _worker_switches(device):
             stack.enter_context(switch())
         _prepared.push(stack.pop_all())
 
 
+@atexit.register  # at the very end, modules that it needs are gone
 def release() -> None:
     """Undo what `prepare_worker` did in this process: after an error, or when another engine starts without the key."""
     global _fallback

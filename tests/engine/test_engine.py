@@ -69,8 +69,9 @@ def test_an_operator_that_nobody_knows(model: Model, tmp_path: Path, on_unproven
     """ "error" stops before any request, with the operator, the source line and what to do; "warn" runs and says so."""
     program = tmp_path / "mystery.py"
     program.write_text(MYSTERY)
-    run = python([str(program), str(model("llama")), on_unproven], VLLM_CACHE_ROOT=str(tmp_path))
-    said = run.stdout
-    assert "testlib.mystery.default" in said, said[-3000:]
-    assert "mystery.py" in said and 'trust={"testlib::mystery"' in said
-    assert (run.returncode == 0 and "RESULT" in run.stdout) == (on_unproven == "warn"), said[-3000:]
+    for _ in range(2 if on_unproven == "warn" else 1):  # with warm caches too
+        run = python([str(program), str(model("llama")), on_unproven], VLLM_CACHE_ROOT=str(tmp_path))
+        said = run.stdout
+        assert "testlib.mystery.default" in said, said[-3000:]
+        assert "mystery.py" in said and 'trust={"testlib::mystery"' in said
+        assert (run.returncode == 0 and "RESULT" in run.stdout) == (on_unproven == "warn"), said[-3000:]
