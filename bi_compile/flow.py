@@ -358,6 +358,12 @@ def _product(a: str, b: str) -> Rule:
     return rule
 
 
+def _grouped(n: Node) -> Flow:
+    """[M, K] by [G, K, N]: each row meets its group's matrix."""
+    x, w = n.arg("a"), n.arg("b")
+    return (*n.layout(x)[:1], *n.layout(w)[2:]), [(x, 1), (w, 1)]
+
+
 def _linear(n: Node) -> Flow:
     x, w = n.arg("input"), n.arg("weight")
     layout, weight = n.layout(x), n.layout(w)
@@ -464,6 +470,7 @@ FLOW: dict[str, Rule] = _table(
     ("addmm addbmm", lambda n: _product(*(("mat1", "mat2") if n.arg("mat1") is not None else ("a", "b")))(n)),
     ("baddbmm", lambda n: _product(*(("batch1", "batch2") if n.arg("batch1") is not None else ("a", "b")))(n)),
     ("linear", _linear),
+    ("grouped_mm", _grouped),
     ("scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu", _attention),
     ("_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention", _attention),
     ("_scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math", _attention),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import inspect
 import os
 import sys
 from collections import Counter
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from .audit import Finding, audit
 from .cann_stub import LIBRARIES, folder
@@ -27,6 +29,8 @@ from .targets.ascend import check_torch_npu, check_versions
 
 #: target -> the chip that the stand-ins say they are
 CHIPS = {"ascend-a2": "Ascend910B2", "ascend-a3": "Ascend910_9391", "ascend-950": "Ascend950PR_9599"}
+#: a batch that equals no other size of a model, which PyTorch would take for the same
+BATCH = 1009
 LENGTH = 16
 
 
@@ -93,6 +97,30 @@ def run(model: Path, target: str, say: Callable[[str], None]) -> Offline:
     )
 
 
+class _Attention(TorchFunctionMode):
+    """torch_npu's own way from scaled_dot_product_attention to its operator is in C++ and fixes the batch; this keeps it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        given = inspect.signature(_attention).bind(*args, **kwargs)
+        return _attention(*given.args, **given.kwargs)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    mask = None if attn_mask is None else attn_mask.logical_not()
+    if is_causal:
+        mask = query.new_ones(2048, 2048, dtype=torch.bool).triu(1)
+    return torch.ops.npu.npu_fusion_attention_v3(
+        query, key, value, query.shape[1], "BNSD", None, None, mask, query.shape[-1] ** -0.5 if scale is None else scale, 1.0 - dropout_p,
+        sparse_mode=2 if is_causal else 0,
+    )[0]  # fmt: skip
+
+
 def trace(model: Path) -> fx.GraphModule:
     """The forward pass over token numbers [batch, 16], batch symbolic, in bfloat16."""
     import transformers
@@ -109,8 +137,8 @@ def trace(model: Path) -> fx.GraphModule:
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     shapes = ShapeEnv()
     mode, source = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True), ConstantSource("batch")
-    batch = shapes.create_symintnode(shapes.create_symbol(4, source, DimDynamic.DYNAMIC), hint=4, source=source)
-    with mode, torch.device("npu:0"), torch.no_grad():
+    batch = shapes.create_symintnode(shapes.create_symbol(BATCH, source, DimDynamic.DYNAMIC), hint=BATCH, source=source)
+    with mode, torch.device("npu:0"), torch.no_grad(), _Attention():
         network = auto.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
         inputs = torch.empty(batch, LENGTH, dtype=torch.int64), torch.ones(batch, LENGTH, dtype=torch.int64)
         state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -119,7 +147,12 @@ def trace(model: Path) -> fx.GraphModule:
             given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "return_dict": False}
             return torch.func.functional_call(network, state, (), given | ({"use_cache": False} if causal else {}))[0]
 
-        return make_fx(forward)(*inputs, state)
+        graph = make_fx(forward)(*inputs, state)
+    if shapes.replacements:
+        raise HostError(
+            f"the model in {str(model)!r} cannot be traced over a symbolic batch: it fixes it to {dict(shapes.replacements)}"
+        )
+    return graph
 
 
 def show(found: Offline, out: Any) -> bool:

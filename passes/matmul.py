@@ -93,15 +93,31 @@ class Matmul(Pass):
             raise NotImplementedError("npu_bmmV2 with output_sizes has no invariant form: call torch.bmm and reshape")
         return ops.bmm(input, mat2)
 
+    @replaces("aten._grouped_mm.default", why=WHY, source=SOURCE)
+    def grouped_mm(
+        self: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> Tensor:  # fmt: skip
+        if out_dtype not in (None, self.dtype):
+            raise NotImplementedError(
+                f"_grouped_mm to {out_dtype} has no invariant form: leave out_dtype out, and cast its result"
+            )
+        if offs is None:
+            return ops.bmm(self, mat2) if bias is None else ops.baddbmm(bias.unsqueeze(1), self, mat2)
+        if mat2.dim() != 3:
+            raise NotImplementedError(
+                "_grouped_mm has an invariant form where offs divides the rows of its first operand, as a mixture of experts does, not "
+                f"where it divides {'K' if self.dim() == 2 else 'the columns of its second'}: call torch.mm for each group"
+            )
+        return ops.grouped_mm(self, mat2, offs, bias)
+
     @replaces(
         aten._scaled_mm.default,
         "aten._scaled_grouped_mm.default",
-        "aten._grouped_mm.default",
         why=WHY,
         source="cuBLASLt chooses its algorithm by M",
     )
     def scaled_mm(*args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError(
-            "there is no invariant kernel for scaled (float8) and grouped products: serve the model in bfloat16 or float16, "
+            "there is no invariant kernel for scaled (float8) products: serve the model in bfloat16 or float16, "
             "or replace the operator in a pass of yours"
         )

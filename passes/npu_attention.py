@@ -1,6 +1,6 @@
 """Ascend's attention operator."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from bi_compile.targets.ascend import is_capturing
 
 WHY = "how the keys are split over cores follows the batch, and the parts' sums follow the split"
 SOURCE = "vllm-ascend PR 6910 replaces it; its users found that prefill and decode in one call change each other"
+FUSION = "torch_npu takes scaled_dot_product_attention apart into it; what its kernel splits is not documented"
 #: arguments that the replacement reads; every other one has to be as the operator's default has it
 READ = ("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "block_table", "num_heads", "scale", "input_layout",
         "num_key_value_heads", "sparse_mode", "block_size", "softmax_lse_flag", "inner_precise", "workspace")  # fmt: skip
@@ -89,8 +90,66 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> t
     return out, lse if arguments.get("softmax_lse_flag") else lse.new_zeros(1)
 
 
+#: layout -> [B, N, S, D] from it and back; a dimension H holds the heads behind each other
+LAYOUTS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor], Tensor]]] = {
+    "BNSD": (lambda x, width: x, lambda y: y),
+    "BSND": (lambda x, width: x.transpose(1, 2), lambda y: y.transpose(1, 2)),
+    "BSH": (lambda x, width: x.unflatten(2, (-1, width)).transpose(1, 2), lambda y: y.transpose(1, 2).flatten(2)),
+    "SBH": (lambda x, width: x.unflatten(2, (-1, width)).permute(1, 2, 0, 3), lambda y: y.permute(2, 0, 1, 3).flatten(2)),
+}  # fmt: skip
+
+
+def _fusion_attention(
+    query: Tensor, key: Tensor, value: Tensor, head_num: int, input_layout: str, pse: Tensor | None = None,
+    padding_mask: Tensor | None = None, atten_mask: Tensor | None = None, scale: float = 1.0, keep_prob: float = 1.0,
+    pre_tockens: int = 2147483647, next_tockens: int = 2147483647, inner_precise: int = 0, prefix: Any = None,
+    actual_seq_qlen: Any = None, actual_seq_kvlen: Any = None, sparse_mode: int = 0, gen_mask_parallel: bool = True,
+    sync: bool = False, softmax_layout: str = "", sink: Tensor | None = None, dropout_mask: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Attention, and the softmax as its largest score and its sum: log of the sum of exp, and one, which mean the same."""
+    others = {
+        "pse": pse, "padding_mask": padding_mask, "keep_prob": keep_prob, "pre_tockens": pre_tockens, "next_tockens": next_tockens,
+        "prefix": prefix, "actual_seq_qlen": actual_seq_qlen, "actual_seq_kvlen": actual_seq_kvlen, "softmax_layout": softmax_layout,
+        "sink": sink, "dropout_mask": dropout_mask,
+    }  # fmt: skip
+    everything = {"keep_prob": 1.0, "pre_tockens": 2147483647, "next_tockens": 2147483647}
+    # `given` takes a 0 for unsaid
+    named = [
+        *given(others, everything),
+        *(["keep_prob"] if keep_prob == 0 else []),
+        *(["next_tockens"] if next_tockens == 0 else []),
+    ]
+    if input_layout not in LAYOUTS:
+        named.append(f"input_layout={input_layout!r}")
+    if sparse_mode not in (0, 1, 2, 3):
+        named.append(f"sparse_mode={sparse_mode}")
+    if named:
+        raise NotImplementedError(
+            f"npu_fusion_attention with {', '.join(named)} has no invariant form here: it has one for the layouts {', '.join(LAYOUTS)}, "
+            "sparse_mode 0 to 3, and no dropout, window, bias, prefix or lengths"
+        )
+    there, back = LAYOUTS[input_layout]
+    width = query.shape[-1] if query.dim() == 4 else query.shape[2] // head_num
+    q, k = there(query, width), there(key, width)
+    v = there(value, value.shape[2] * width // key.shape[2] if value.dim() == 3 else 0)
+    mask = None
+    if sparse_mode == 3:  # the last query sees every key
+        seen = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=query.device)
+        mask = torch.arange(k.shape[2], device=query.device)[None, :] <= seen[:, None]
+    elif sparse_mode < 2 and atten_mask is not None:  # it names what is not seen
+        mask = atten_mask.logical_not()
+    y, lse = ops.scaled_dot_product_attention(q, k, v, mask, sparse_mode == 2, scale=scale)
+    largest = lse.float().unsqueeze(-1).expand(-1, -1, -1, 8)
+    return (
+        back(y).contiguous(),
+        largest.contiguous(),
+        torch.ones_like(largest, memory_format=torch.contiguous_format),
+        query.new_empty(0),
+    )
+
+
 class NpuAttention(Pass):
-    """Ascend's attention, one call for each request."""
+    """Ascend's attention: that of a server in one call for each request, that of PyTorch's models as a whole."""
 
     name = "npu_attention"
 
@@ -109,3 +168,13 @@ class NpuAttention(Pass):
         if arguments.get("softmax_lse_flag"):
             out[1].copy_(lse.reshape(out[1].shape))
         return out[0], out[1]
+
+    @replaces("npu.npu_fusion_attention.default", why=WHY, source=FUSION)
+    def fusion_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
+        return *_fusion_attention(*args, **kwargs), 0, 0, 0
+
+    @replaces("npu.npu_fusion_attention_v3.default", why=WHY, source=FUSION)
+    def fusion_attention_v3(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        found = _fusion_attention(*args, **kwargs)
+        seed = torch.zeros(1, dtype=torch.int64, device=found[0].device)
+        return *found, seed, seed.clone()

@@ -59,29 +59,15 @@ class NpuMoe(Pass):
             or group_type != 0
             or split_item not in (2, 3)
             or group_list is None
+            or group_list_type not in (0, 1)
         ):
             raise NotImplementedError(
-                f"npu_grouped_matmul with {', '.join(named) or 'these lists, split_item or group_type'} has no invariant form here: it has "
+                f"npu_grouped_matmul with {', '.join(named) or 'these lists, split_item, group_type or group_list_type'} has no invariant form here: it has "
                 "one for one tensor of rows, one of weights, split_item 2 or 3, group_type 0 and no quantisation"
             )
-        if isinstance(group_list, torch._subclasses.FakeTensor):
-            raise NotImplementedError(
-                "npu_grouped_matmul can be replaced in eager code only, where the number of rows of each expert is known: keep it "
-                "inside an operator such as vllm::moe_forward"
-            )
-        counts = [int(n) for n in group_list.tolist()]
-        if group_list_type == 0:  # cumulative
-            counts = [b - a for a, b in zip([0, *counts[:-1]], counts, strict=True)]
-        out, start = x[0].new_zeros(x[0].shape[0], weight[0].shape[-1]), 0
-        for expert, count in enumerate(counts):
-            rows = x[0][start : start + count]
-            if count:
-                w = weight[0][expert]
-                out[start : start + count] = (
-                    ops.mm(rows, w) if bias is None else ops.addmm(bias[0][expert].to(rows.dtype), rows, w)
-                )
-            start += count
-        return [out]
+        ends = group_list if group_list_type == 0 else group_list.cumsum(0, dtype=torch.int32)
+        added = None if bias is None else bias[0].to(x[0].dtype)
+        return [ops.grouped_mm(x[0], weight[0], ends, added)]
 
     @replaces("npu.npu_moe_gating_top_k_softmax.default", why="a row sum in a fused kernel", source=MEANING)
     def gating_top_k_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -180,6 +180,12 @@ def products(dtype: torch.dtype, n: int) -> Iterator[Case]:
         yield "aten.baddbmm.default", (bias, p, q), {}
     yield "aten.baddbmm.default", (r, p, q), {"beta": 0.5, "alpha": 2}
     yield "aten.baddbmm.default", (torch.full_like(r, torch.nan), p, q), {"beta": 0}
+    if dtype == torch.bfloat16:
+        ends = torch.tensor([2, 2, n], dtype=torch.int32)
+        yield "aten._grouped_mm.default", (rand(n, 8, dtype=dtype), rand(3, 8, 16, dtype=dtype), ends), {}
+        columns = rand(3, 16, 8, dtype=dtype).transpose(1, 2)
+        yield "aten._grouped_mm.default", (rand(n, 8, dtype=dtype), columns, ends), {"out_dtype": dtype}
+        yield "aten._grouped_mm.default", (rand(n, 5, 8, dtype=dtype), rand(n, 8, 16, dtype=dtype)), {}
     yield "aten.mv.default", (a, v), {}
     yield "aten.mv.default", (rand(0, 7, dtype=dtype), v), {}
     yield "aten.addmv.default", (w, a, v), {}
@@ -236,7 +242,7 @@ ON_ACCELERATORS = {
     "aten._scaled_dot_product_cudnn_attention.default": (None, True),
     "aten._scaled_dot_product_fused_attention_overrideable.default": (None,),
 }
-REFUSED = ("aten._scaled_mm.default", "aten._scaled_grouped_mm.default", "aten._grouped_mm.default")
+REFUSED = ("aten._scaled_mm.default", "aten._scaled_grouped_mm.default")
 
 FAMILIES = {f.__name__: f for f in (reductions, softmaxes, norms, products, attentions)}
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
@@ -378,7 +384,7 @@ def test_dropout_is_refused(flash: bool) -> None:
         rewrite_all(gm.graph)
 
 
-def test_float8_and_grouped_products_are_refused_by_name() -> None:
+def test_float8_products_are_refused_by_name() -> None:
     a, b = rand(32, 32).to(torch.float8_e4m3fn), rand(32, 32).to(torch.float8_e4m3fn).t()
     one = torch.ones(())
     gm, _, _ = graph_of((aten._scaled_mm.default, (a, b, one, one), {"out_dtype": torch.bfloat16}))
@@ -391,6 +397,17 @@ def test_float8_and_grouped_products_are_refused_by_name() -> None:
         _, replacement = table().by_overload[find_operator(name)]
         with pytest.raises(NotImplementedError, match="serve the model in bfloat16"):
             replacement()
+
+
+def test_a_grouped_product_over_groups_of_k_is_refused_by_name() -> None:
+    a, b, ends = (
+        rand(8, 16, dtype=torch.bfloat16),
+        rand(16, 8, dtype=torch.bfloat16),
+        torch.tensor([8, 16], dtype=torch.int32),
+    )
+    gm, _, _ = graph_of((aten._grouped_mm.default, (a, b, ends), {}))
+    with pytest.raises(RewriteError, match=r"aten._grouped_mm.default.*not where it divides K: call torch.mm"):
+        rewrite_all(gm.graph)
 
 
 @pytest.mark.parametrize("op", [aten.sum.default, aten.mm.default], ids=str)

@@ -7,7 +7,7 @@ inside a CUDA graph. The order of each sum is a function of the reduced length, 
 from ._define import KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .attention import scaled_dot_product_attention
 from .collective import REDUCE_OPS, all_reduce, reduce_scatter
-from .matmul import addmm, baddbmm, bmm, mm
+from .matmul import addmm, baddbmm, bmm, grouped_mm, mm
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
 from .pointwise import first, pointwise, spread
 from .reduce import cumsum, log_softmax, logsumexp, mean, softmax, sum, var_mean
@@ -25,6 +25,7 @@ __all__ = [
     "cumsum",
     "first",
     "group_norm",
+    "grouped_mm",
     "layer_norm",
     "load_kernels",
     "log_softmax",

@@ -64,3 +64,32 @@ def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
     """`beta * bias + alpha * (a @ b)` for each batch: `addmm` of each triple, bit for bit. `bias` broadcasts to [B, M, N]."""
     _check("baddbmm", 3, a, b, bias)
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+
+@operator("grouped_mm(Tensor a, Tensor b, Tensor offs, Tensor? bias=None) -> Tensor")
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The products of a mixture of experts: [M, K], its rows sorted by group, and [G, K, N] give [M, N], contiguous.
+
+    `offs`: int32 or int64 [G], where each group's rows end, ascending. `bias`: [G, N], added in the accumulator. Row m is the
+    `mm` (with a bias `addmm`) of row m of `a` with its group's matrix, bit for bit, wherever the groups begin; rows behind the
+    last end are zeros. float32, bfloat16, float16.
+    """
+    torch._check(
+        a.dim() == 2 and b.dim() == 3,
+        lambda: f"bi_compile::grouped_mm takes operands of 2 and 3 dimensions, got {a.dim()} and {b.dim()}",
+    )
+    _check("grouped_mm", 3, a.unsqueeze(0), b)
+    torch._check(
+        a.dtype != torch.float64, lambda: "bi_compile::grouped_mm has no kernel for torch.float64: use float32"
+    )
+    torch._check(
+        offs.dim() == 1 and offs.shape[0] == b.shape[0] and offs.dtype in (torch.int32, torch.int64),
+        lambda: (
+            f"bi_compile::grouped_mm takes an end for each of its {b.shape[0]} groups, int32 or int64, got {offs.dtype} {tuple(offs.shape)}"
+        ),
+    )
+    torch._check(
+        bias is None or (bias.dtype == a.dtype and bias.shape == (b.shape[0], b.shape[2])),
+        lambda: f"bi_compile::grouped_mm takes a bias of {a.dtype} {(b.shape[0], b.shape[2])}",
+    )
+    return a.new_empty(a.shape[0], b.shape[2])

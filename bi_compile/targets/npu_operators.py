@@ -92,8 +92,8 @@ UNPROVEN = _named({
     "attention without an invariant kernel here: needs one with this operator's arguments, or the form "
     "npu_fused_infer_attention_score, which is replaced": """npu_attention_update npu_block_sparse_attention
         npu_fused_attention_layernorm_qkv_fwd npu_fused_attention_score npu_fused_attention_score_fwd npu_fused_floyd_attention
-        npu_fused_infer_attention_score_v2 npu_fused_infer_attention_score_v2.out npu_fusion_attention npu_fusion_attention_v2
-        npu_fusion_attention_v3 npu_fusion_attention_v3.out npu_incre_flash_attention npu_kv_quant_sparse_flash_attention
+        npu_fused_infer_attention_score_v2 npu_fused_infer_attention_score_v2.out npu_fusion_attention_v2
+        npu_fusion_attention_v3.out npu_incre_flash_attention npu_kv_quant_sparse_flash_attention
         npu_lightning_indexer npu_dense_lightning_indexer_softmax_lse npu_multi_head_attention npu_nsa_compress npu_nsa_compress_attention
         npu_nsa_compress_attention_infer npu_nsa_compress_infer.cache npu_nsa_select_attention npu_nsa_select_attention_infer
         npu_prompt_flash_attention npu_quant_fusion_attention npu_quant_lightning_indexer npu_ring_attention_update

@@ -75,6 +75,16 @@ def products() -> Iterator[Configuration]:
             yield Configuration("addmm", dtype, name, "scaled", lambda f=run: f(beta=0.5, alpha=2))
             batched = empty(3, m, K, dtype=dtype), empty(3, K, N, dtype=dtype)
             yield Configuration("bmm", dtype, name, "", lambda o=batched: IMPLEMENTATIONS["bmm"](*o))
+            ends = torch.tensor([m, 2 * m, 3 * m], dtype=torch.int32)
+            for layout, w in {
+                "a @ w": empty(3, K, N, dtype=dtype),
+                "a @ w.t()": empty(3, N, K, dtype=dtype).mT,
+            }.items():
+                grouped = batched[0].view(-1, K), w, ends
+                group: Callable[..., Any] = lambda *bias, o=grouped: IMPLEMENTATIONS["grouped_mm"](*o, *bias)
+                yield Configuration("grouped_mm", dtype, name, layout, group)
+            biases = empty(3, N, dtype=dtype)
+            yield Configuration("grouped_mm", dtype, name, "bias", lambda f=group, b=biases: f(b))
             full = empty(3, m, N, dtype=dtype)
             yield Configuration("baddbmm", dtype, name, "", lambda f=full, o=batched: IMPLEMENTATIONS["baddbmm"](f, *o))
 

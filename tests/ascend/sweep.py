@@ -39,7 +39,14 @@ def attention(x: Tensor) -> tuple[Tensor, ...]:
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
-CALLS: dict[str, Run] = {**suite.ROW_CALLS, "attention": attention}
+def grouped(x: Tensor) -> Tensor:
+    """x's rows in groups, some of them empty, that share one matrix."""
+    n = x.shape[0]
+    ends = torch.tensor([0, n // 3, n // 3, n // 2, n], dtype=torch.int32)
+    return suite.call("grouped_mm", x, suite.matrix(x).expand(5, -1, -1), ends)
+
+
+CALLS: dict[str, Run] = {**suite.ROW_CALLS, "grouped_mm": grouped, "attention": attention}
 
 
 def rows_that_differ(run: Run, dtype: torch.dtype, numbers: Sequence[int]) -> tuple[int, int]:

@@ -69,6 +69,7 @@ def kernels_over_rows(name: str, rows: int, dtype: torch.dtype) -> list[str]:
     calls = {
         "mm": lambda f: f(x, torch.empty(512, 1024, dtype=dtype).t()),
         "addmm": lambda f: f(torch.empty(1, 512, dtype=dtype), x, torch.empty(1024, 512, dtype=dtype), alpha=2),
+        "grouped_mm": lambda f: f(x, torch.empty(4, 1024, 512, dtype=dtype), torch.tensor([0, rows // 2, rows, rows])),
         "sum": lambda f: f(x, [1]), "mean": lambda f: f(x, [1]), "var_mean": lambda f: f(x, [1]),
         "logsumexp": lambda f: f(x, [1]), "softmax": lambda f: f(x, 1), "log_softmax": lambda f: f(x, 1),
         "cumsum": lambda f: f(x, 1), "rms_norm": lambda f: f(x, w, 1e-6), "add_rms_norm": lambda f: f(x, x, w, 1e-6),
@@ -87,7 +88,7 @@ def kernels_over_rows(name: str, rows: int, dtype: torch.dtype) -> list[str]:
 def test_the_number_of_rows_reaches_no_constant(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One module for all numbers of rows; of a product, one for each tile in the table."""
     monkeypatch.setattr(tiles, "HOST", "npu")
-    table = tiles.PRODUCT["npu"][dtype.itemsize] if name in ("mm", "addmm") else [(1, None)]
+    table = tiles.PRODUCT["npu"][dtype.itemsize] if name in ("mm", "addmm", "grouped_mm") else [(1, None)]
     found = {key for rows in (*range(1, 258), 512, 1024, 4095) for key in kernels_over_rows(name, rows, dtype)}
     assert len(found) == len(table), found
 
@@ -98,7 +99,7 @@ def test_every_tile_of_a_product_takes_k_in_the_same_steps(dtype: str) -> None:
     fits whole, and twice, into L0A and L0B, so that nothing there cuts it by the tile's height."""
     block = tiles.PRODUCT_K["npu"][configurations.DTYPES[dtype].itemsize]
     for (operator, d, name, variant), launch in LAUNCHES.items():
-        if (operator, d) not in (("mm", dtype), ("addmm", dtype)):
+        if operator not in ("mm", "addmm", "grouped_mm") or d != dtype:
             continue
         height, width = map(int, name.split(" x ")[:2])
         linalg = launch.linalg(lowering.CHIPS["A2"])

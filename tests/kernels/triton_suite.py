@@ -369,6 +369,26 @@ def test_group_norm_is_right(shape: tuple[int, ...], dtype: torch.dtype) -> None
             check("group_norm", group, x, scale, shift, groups, 1e-5)
 
 
+#: where the groups of some rows end: none, one with all, empty ones, a last one that leaves rows over
+ENDS = [(), (37,), (0, 5, 5, 21, 37), (1, 2, 3, 36, 37), (0, 16, 33)]
+
+
+@pytest.mark.parametrize("dtype", [t for t in FLOATS if t != torch.float64])
+@pytest.mark.parametrize("length", [0, 65, 1000] if CUDA else [0, 65])
+@pytest.mark.parametrize("ends", ENDS, ids=str)
+def test_a_grouped_product_is_that_of_each_group(ends: tuple[int, ...], length: int, dtype: torch.dtype) -> None:
+    x, w = draw(37, length, dtype=dtype), draw(len(ends), 40, length, dtype=dtype, seed=3).transpose(1, 2)
+    bias = draw(len(ends), 40, dtype=dtype, seed=4)
+    plain, biased = torch.zeros(2, 37, 40, dtype=dtype, device=DEVICE)
+    for g, (start, end) in enumerate(zip((0, *ends), ends, strict=False)):
+        plain[start:end] = call("mm", x[start:end], w[g])
+        biased[start:end] = call("addmm", bias[g], x[start:end], w[g])
+    for offs in (torch.tensor(ends, dtype=t, device=DEVICE) for t in (torch.int32, torch.int64)):
+        assert same(call("grouped_mm", x, w, offs), plain)
+        assert same(call("grouped_mm", x, w.contiguous(), offs, bias), biased)
+        assert same(call("grouped_mm", x.t().contiguous().t(), w, offs), plain)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("length", [64, 65, 1000] if CUDA else [65])
 def test_every_tile_of_a_product_gives_the_same_bits(length: int, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The operators on a CPU, in C++, compiled at the first call on the machine that they run on.
+"""The operators on a CPU, compiled from C++ at the first call on the machine that they run on.
 
 The order of the sums, which depends on the reduced length and the dtype alone:
 
@@ -26,6 +26,9 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from bi_compile import ops
 
 _HERE = Path(__file__).parent
 _SOURCES = [_HERE / name for name in ("matmul.cpp", "attention.cpp", "reduce.cpp", "norm.cpp")]
@@ -108,6 +111,16 @@ def _load() -> None:
     torch.ops.load_library(str(folder / f"{name}.so"))
 
 
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `bi_compile.ops.grouped_mm`: a product for each group."""
+    out, start = ops.grouped_mm.__wrapped__(a, b, offs, bias).zero_(), 0
+    for group, end in enumerate(offs.tolist()):
+        rows = a[start:end]
+        out[start:end] = ops.mm(rows, b[group]) if bias is None else ops.addmm(bias[group], rows, b[group])
+        start = end
+    return out
+
+
 def register(library: torch.library.Library) -> None:
     """Give every operator its implementation for CPU tensors, compiling them if this machine has not done so yet.
 
@@ -115,3 +128,4 @@ def register(library: torch.library.Library) -> None:
         RuntimeError: there is no C++ compiler or no ninja, or the compiler failed.
     """
     _load()
+    library.impl("grouped_mm", grouped_mm, "CPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -68,31 +69,25 @@ def _load(tile, rows, row_end, cols, col_end, TURNED: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["M"])
-def _product(
-    a, b, bias, out, M, N, K,
-    a_batch, a_row, a_col, b_batch, b_row, b_col, bias_batch, bias_row, bias_col, alpha, beta,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, CHAINED: tl.constexpr,
-    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+@triton.jit
+def _sum(
+    a, b, rows, row_end, cols, col_end, K, a_row, a_col, b_row, b_col,
+    CHAINED: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = alpha * (a @ b) + beta * bias, K in blocks of BLOCK_K, ascending, in one float32 accumulator per element.
+    """a[rows] @ b[:, cols], K in blocks of BLOCK_K, ascending, in one float32 accumulator per element.
 
     If CHAINED, a block's products are added to the accumulator one after the other (or as the matrix unit does it); if
     not, to a sum of their own, which is then added to the accumulator: less error, as float32 needs it. Ragged blocks
-    are filled with zeros. A_TURNED, B_TURNED: the operand's tile is read
-    transposed, as it lies, and turned on the chip. Epilogue: `_finish`.
+    are filled with zeros. A_TURNED, B_TURNED: the operand's tile is read transposed, as it lies, and turned on the chip.
     """
-    batch, row, col = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
-    cols = (col + tl.arange(0, BLOCK_N)).to(INDEX)
     ks = tl.arange(0, BLOCK_K).to(INDEX)
-    a_tile = _tile(a + batch * a_batch, rows, a_row, ks, a_col, A_TURNED)
-    b_tile = _tile(b + batch * b_batch, ks, b_row, cols, b_col, B_TURNED)
+    a_tile = _tile(a, rows, a_row, ks, a_col, A_TURNED)
+    b_tile = _tile(b, ks, b_row, cols, b_col, B_TURNED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, K, BLOCK_K):
-        left = _load(a_tile, rows, M, ks, K - k, A_TURNED)
-        right = _load(b_tile, ks, K - k, cols, N, B_TURNED)
+        left = _load(a_tile, rows, row_end, ks, K - k, A_TURNED)
+        right = _load(b_tile, ks, K - k, cols, col_end, B_TURNED)
         if CHAINED:
             acc = tl.dot(left, right, acc, input_precision="ieee")
         else:
@@ -101,9 +96,66 @@ def _product(
             acc = tl.fma(part, tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32), acc)
         a_tile += BLOCK_K * a_col
         b_tile += BLOCK_K * b_row
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product(
+    a, b, bias, out, M, N, K,
+    a_batch, a_row, a_col, b_batch, b_row, b_col, bias_batch, bias_row, bias_col, alpha, beta,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, CHAINED: tl.constexpr,
+    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out = alpha * (a @ b) + beta * bias: `_sum`, `_finish`."""
+    batch, row, col = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
+    cols = (col + tl.arange(0, BLOCK_N)).to(INDEX)
+    acc = _sum(
+        a + batch * a_batch, b + batch * b_batch, rows, M, cols, N, K, a_row, a_col, b_row, b_col,
+        CHAINED, A_TURNED, B_TURNED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     _finish(
         acc, bias, out, batch, rows, cols, M, N, bias_batch, bias_row, bias_col, alpha, beta, SCALED, BIASED, BLOCK_M, BLOCK_N
     )  # fmt: skip
+
+
+@triton.jit
+def _place_in_group(ends, groups, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Group, first row, end of the group's rows and first column of this program's tile; no rows if there is no such tile."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    place = tl.program_id(0) // tiles_n
+    group = place * 0
+    row, end, start, seen = group, group, group, group
+    for g in range(0, groups):
+        stop = tl.load(ends + g)
+        tiles = tl.cdiv(stop - start, BLOCK_M)
+        here = (place >= seen) & (place < seen + tiles)
+        group = tl.where(here, g, group)
+        row = tl.where(here, start + (place - seen) * BLOCK_M, row)
+        end = tl.where(here, stop, end)
+        seen += tiles
+        start = stop
+    return group.to(tl.int64), row, end, tl.program_id(0) % tiles_n * BLOCK_N
+
+
+@triton.jit(do_not_specialize=["groups"])
+def _grouped(
+    a, b, bias, ends, out, groups, N, K, a_row, a_col, b_group, b_row, b_col, bias_group, bias_row, bias_col,
+    BIASED: tl.constexpr, CHAINED: tl.constexpr, B_TURNED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = a @ b[g] + bias[g] for the rows of each group g: `_sum`, `_finish`. Nothing is read where a group has no rows."""
+    group, row, end, col = _place_in_group(ends, groups, N, BLOCK_M, BLOCK_N)
+    rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
+    cols = (col + tl.arange(0, BLOCK_N)).to(INDEX)
+    acc = _sum(
+        a, b + group * b_group, rows, end, cols, N, tl.where(row < end, K, 0), a_row, a_col, b_row, b_col,
+        CHAINED, False, B_TURNED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if BIASED:
+        bias += group * bias_group
+    _finish(acc, bias, out, 0, rows, cols, end, N, 0, bias_row, bias_col, 1.0, 1.0, False, BIASED, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -157,7 +209,7 @@ def product(
     """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; `tile` in place of the chosen one.
 
     a, b and bias may have any strides; nothing is copied.
-    K in blocks of `PRODUCT_K`, ascending: `_product`, for float64 `_product64`.
+    K in blocks of `PRODUCT_K`, ascending: `_sum`, for float64 `_product64`.
     """
     count, m, n = out.shape
     size = out.element_size()
@@ -211,4 +263,31 @@ def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
     return product(ops.baddbmm.__wrapped__(bias, a, b), a, b, bias, beta, alpha)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"mm": mm, "addmm": addmm, "bmm": bmm, "baddbmm": baddbmm}
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `bi_compile.ops.grouped_mm`; the order of the sum: `product`. The host does not read `offs`."""
+    out = ops.grouped_mm.__wrapped__(a, b, offs, bias).zero_()
+    m, n = out.shape
+    if out.numel() == 0 or b.shape[0] == 0:
+        return out
+    size = out.element_size()
+    tile = choose(PRODUCT[target(a)][size], triton.cdiv(m, b.shape[0]))
+    # a group's rows begin anywhere, so each may leave a tile unfilled
+    programs = (triton.cdiv(m, tile.height) + b.shape[0]) * triton.cdiv(n, tile.width)
+    bias = None if bias is None else bias.unsqueeze(1).expand(-1, m, -1)
+    launch(
+        _grouped, programs, a, a, b, bias, offs.to(torch.int32), out, b.shape[0], n, a.shape[1],
+        *a.stride(), *b.stride(), *((0, 0, 0) if bias is None else bias.stride()),
+        BIASED=bias is not None, CHAINED=size == 2 or target(a) == "npu", B_TURNED=turned(b),
+        INDEX=index_type(a, b, bias, out), BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size],
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "mm": mm,
+    "addmm": addmm,
+    "bmm": bmm,
+    "baddbmm": baddbmm,
+    "grouped_mm": grouped_mm,
+}
