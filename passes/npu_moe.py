@@ -22,18 +22,20 @@ def _per_token(input: Tensor, *args: Any, quant_mode: str = "pertoken", **kwargs
     return quant_mode == "pertoken"
 
 
-def _gate(x: Tensor, k: int, renorm: int, scale: float, others: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax, the k largest, divided by their sum where `renorm` says so, times `scale`."""
-    plain = {"k_group": 1, "group_count": 1, "eps": others.get("eps")}
-    if given(others, plain):
+def _gate(
+    x: Tensor, k: int, renorm: int, scale: float, eps: float, others: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax over all experts, the k largest, divided by their sum + eps where `renorm` says so, times `scale`."""
+    named = given(others, {"k_group": 1, "group_count": 1})
+    if named:
         raise NotImplementedError(
-            f"gating with {', '.join(given(others, plain))} has no invariant form here: it has one for softmax over all experts, without groups and bias"
+            f"gating with {', '.join(named)} has no invariant form here: it has one for softmax over all experts, without groups and bias"
         )
     scores = ops.softmax(x, -1, dtype=torch.float32)
     # a stable sort takes the first of equal experts in every batch
     y, experts = (t[..., :k].contiguous() for t in torch.sort(scores, dim=-1, descending=True, stable=True))
     if renorm:
-        y = y / ops.sum(y, [-1], True)
+        y = y / (ops.sum(y, [-1], True) + eps)
     return (y * scale).to(x.dtype), experts.to(torch.int32), scores
 
 
@@ -75,7 +77,7 @@ class NpuMoe(Pass):
             raise NotImplementedError(
                 "npu_moe_gating_top_k_softmax with finished has no invariant form here: leave it out"
             )
-        y, experts, _ = _gate(x, k, 0, 1.0, {})
+        y, experts, _ = _gate(x, k, 0, 1.0, 0.0, {})
         rows = x.numel() // x.shape[-1]
         at = torch.arange(rows, device=x.device, dtype=torch.int32).reshape(*x.shape[:-1], 1)
         order = torch.arange(k, device=x.device, dtype=torch.int32) * rows + at
@@ -83,13 +85,14 @@ class NpuMoe(Pass):
 
     @replaces("npu.npu_moe_gating_top_k.default", why="a row sum in a fused kernel", source=MEANING)
     def gating_top_k(
-        x: Tensor, k: int, *, renorm: int = 0, routed_scaling_factor: float = 1.0, **others: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        x: Tensor, k: int, *, group_select_mode: int = 0, renorm: int = 0, out_flag: bool = False,
+        routed_scaling_factor: float = 1.0, eps: float = 1e-20, **others: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         if renorm:
             raise NotImplementedError(
                 "npu_moe_gating_top_k with renorm has no invariant form here: renormalise outside of it"
             )
-        return _gate(x, k, 0, routed_scaling_factor, others)
+        return _gate(x, k, 0, routed_scaling_factor, eps, others)
 
     @replaces(
         "_C_ascend.moe_gating_top_k.default",
@@ -97,11 +100,11 @@ class NpuMoe(Pass):
         source="vllm_ascend/device/device_op.py; renorm=1 divides by the sum of the k, as its A5 adaptor writes out",
     )
     def ascend_gating_top_k(
-        x: Tensor, k: int, *others: Any, renorm: int = 0, routed_scaling_factor: float = 1.0, **more: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if others:
-            raise NotImplementedError("moe_gating_top_k takes its arguments by name here")
-        return _gate(x, k, renorm, routed_scaling_factor, more)
+        x: Tensor, k: int, k_group: int, group_count: int, group_select_mode: int, renorm: int, norm_type: int, out_flag: bool,
+        routed_scaling_factor: float, eps: float, bias_opt: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        others = {"k_group": k_group, "group_count": group_count, "norm_type": norm_type, "bias_opt": bias_opt}
+        return _gate(x, k, renorm, routed_scaling_factor, eps, others)
 
     @replaces(
         "npu.npu_moe_token_unpermute.default",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -132,19 +133,59 @@ def test_experts_products_are_those_of_each_row_alone() -> None:
         NpuMoe.grouped_matmul([x], [w], group_list=torch.tensor([4, 0, 5]), antiquant_scale=[w], **arguments)
 
 
+@pytest.mark.parametrize("layout", ["BNSD", "BSND", "BSH", "SBH"])
+@pytest.mark.parametrize("mode", [None, 0, 2, 3])
+def test_attention_of_pytorchs_models_means_what_it_says(layout: str, mode: int | None) -> None:
+    """Heads of keys shared by two of queries; the mask names what is not seen; largest score and sum give the softmax."""
+    q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
+    hidden = torch.rand(2, 1, 5, 7) > 0.6
+    hidden[..., 0] = False
+    there = {
+        "BNSD": lambda x: x, "BSND": lambda x: x.transpose(1, 2), "BSH": lambda x: x.transpose(1, 2).flatten(2),
+        "SBH": lambda x: x.permute(2, 0, 1, 3).flatten(2),
+    }[layout]  # fmt: skip
+    seen = {
+        None: torch.ones(5, 7, dtype=torch.bool),
+        0: ~hidden,
+        2: torch.ones(5, 7).tril().bool(),
+        3: torch.ones(5, 7).tril(2).bool(),
+    }
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[mode], scale=0.3, enable_gqa=True)
+    mask = {None: None, 0: hidden}.get(mode, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+    out, largest, total, *_ = NpuAttention.fusion_attention_v3(
+        there(q), there(k), there(v), 4, layout, None, None, mask, 0.3, sparse_mode=mode or 0
+    )
+    assert torch.allclose(out, there(want), atol=1e-5) and out.is_contiguous()
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~seen[mode], float("-inf"))
+    weights = (scores - largest[..., :1]).exp() / total[..., :1]
+    assert largest.shape == (2, 4, 5, 8) and torch.allclose(weights, scores.softmax(-1), atol=1e-5)
+    assert len(NpuAttention.fusion_attention(there(q), there(k), there(v), 4, layout)) == 7
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [{"keep_prob": 0.9}, {"next_tockens": 0}, {"pse": torch.zeros(3)}, {"sparse_mode": 4}, {"input_layout": "TND"}],
+)
+def test_attention_of_pytorchs_models_refuses_by_name(argument: dict[str, Any]) -> None:
+    x = torch.randn(2, 4, 5, 16)
+    with pytest.raises(NotImplementedError, match=next(iter(argument))):
+        NpuAttention.fusion_attention(x, x, x, 4, **({"input_layout": "BNSD"} | argument))
+
+
 def test_gate_and_sum_over_experts() -> None:
     x = torch.randn(6, 8)
     y, experts, rows = NpuMoe.gating_top_k_softmax(x, None, 2)
     want, which = x.softmax(-1).topk(2)
     assert torch.allclose(y, want) and torch.equal(experts.long(), which)
     assert rows.tolist() == [[m, m + 6] for m in range(6)]
-    renormalised, *_ = NpuMoe.ascend_gating_top_k(x, 2, renorm=1, group_count=1, k_group=1, norm_type=0)
+    # k_group, group_count, group_select_mode, renorm, norm_type, out_flag, routed_scaling_factor, eps
+    renormalised, *_ = NpuMoe.ascend_gating_top_k(x, 2, 1, 1, 1, 1, 0, False, 1.0, 1e-20)
     assert torch.allclose(renormalised.sum(-1), torch.ones(6))
     tokens, at = torch.randn(12, 16), torch.randperm(12)
     total = NpuMoe.token_unpermute(tokens, at, y)
     assert torch.allclose(total, (tokens[at].view(6, 2, 16) * y[..., None]).sum(1), atol=1e-6)
     with pytest.raises(NotImplementedError, match="norm_type"):
-        NpuMoe.ascend_gating_top_k(x, 2, norm_type=1)
+        NpuMoe.ascend_gating_top_k(x, 2, 1, 1, 1, 1, 1, False, 1.0, 1e-20)
 
 
 def test_fused_norms_keep_every_output() -> None:

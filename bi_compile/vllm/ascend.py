@@ -132,10 +132,26 @@ def _audit_what_is_executed(compiler: str) -> None:
 
 
 @contextlib.contextmanager
-def variant_custom_ops_off() -> Iterator[None]:
-    """vllm-ascend's own fused operators (`_C_ascend`) stay off: it does the same in its batch-invariant mode."""
+def variant_custom_ops_off(vllm_config: Any) -> Iterator[None]:
+    """vllm-ascend's own fused operators (`_C_ascend`) stay off, as in its batch-invariant mode, where it can do without.
+
+    On A2 and A3 a mixture of experts cannot: those operators are registered, and the table replaces them.
+
+    Raises:
+        HostError: the model is one, and the operators are not installed.
+    """
     import vllm_ascend.utils as utils
 
+    if utils.is_moe_model(vllm_config) and utils.get_ascend_device_type() != utils.AscendDeviceType.A5:
+        utils.bootstrap_custom_op_env()
+        try:
+            import vllm_ascend.vllm_ascend_C
+            import vllm_ascend.meta_registration  # noqa: F401  # isort: skip
+        except ImportError as error:
+            raise HostError(
+                f"a mixture of experts needs vllm-ascend's own operators here, and they cannot be loaded ({error}): install a vllm-ascend that "
+                "was built with COMPILE_CUSTOM_KERNELS=1"
+            ) from error
     with _attribute(utils, "_CUSTOM_OP_ENABLED", False):
         yield
 

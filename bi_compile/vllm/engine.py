@@ -144,9 +144,9 @@ def prepare_worker(vllm_config: Any) -> None:
             # a graph out of a cache is not judged again, so nobody would hear of what it holds
             stack.enter_context(_environment("VLLM_DISABLE_COMPILE_CACHE", "1"))
             stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))
+        for switch in _worker_switches(device, vllm_config):
+            stack.enter_context(switch)
         _fallback = stack.enter_context(eager.invariant(options, device))
-        for switch in _worker_switches(device):
-            stack.enter_context(switch())
         _prepared.push(stack.pop_all())
 
 
@@ -191,13 +191,13 @@ def _plain_linear() -> Iterator[None]:
         utils.dispatch_cpu_unquantized_gemm = packed
 
 
-def _worker_switches(device: str) -> tuple[Callable[[], contextlib.AbstractContextManager[None]], ...]:
+def _worker_switches(device: str, vllm_config: Any) -> tuple[contextlib.AbstractContextManager[None], ...]:
     """What is switched in a worker process of the platform."""
     if device == "npu":
         from .ascend import deterministic_algorithms, own_mode_off, variant_custom_ops_off
 
-        return variant_custom_ops_off, deterministic_algorithms, own_mode_off
-    return (_plain_linear,) if device == "cpu" else ()
+        return variant_custom_ops_off(vllm_config), deterministic_algorithms(), own_mode_off()
+    return (_plain_linear(),) if device == "cpu" else ()
 
 
 def report(vllm_config: Any) -> None:

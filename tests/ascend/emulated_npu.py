@@ -135,6 +135,32 @@ class Native:
         scale = torch.rsqrt(square + epsilon).view(*s.shape[:-1], 1)
         return (s.float() * scale * gamma.float()).to(s.dtype), scale, s
 
+    def grouped_matmul(
+        self, x: Sequence[Tensor], weight: Sequence[Tensor], *, group_list: Tensor, group_list_type: int = 0, **_: Any
+    ) -> list[Tensor]:
+        """One tensor of rows; the number of each expert's rows (type 1), or their ends."""
+        ends = group_list.cumsum(0) if group_list_type else group_list
+        out = x[0].new_zeros(x[0].shape[0], weight[0].shape[2])
+        for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+            out[start:end] = self.mm(x[0][start:end], weight[0][expert])
+        return [out]
+
+    def gate(
+        self, x: Tensor, k: int, k_group: int, group_count: int, group_select_mode: int, renorm: int, norm_type: int,
+        out_flag: bool, routed_scaling_factor: float, eps: float, bias_opt: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """_C_ascend.moe_gating_top_k: weights, experts, scores."""
+        scores = self.softmax(x.float(), -1)
+        y, experts = scores.topk(k, -1)
+        y = y / (self.sum(y, [-1], True) + eps) if renorm else y
+        return (y * routed_scaling_factor).to(x.dtype), experts.int(), scores
+
+    def unpermute(self, tokens: Tensor, sorted_indices: Tensor, probs: Tensor, *_: Any) -> Tensor:
+        """npu_moe_token_unpermute: a token's experts, weighted, added up."""
+        parts = tokens[sorted_indices.long()].view(*probs.shape, -1).float() * probs.float()[..., None]
+        first = self.parts(probs.shape[0]) % 2  # in the order of the gate, or the other way round
+        return _add_up((parts if first else parts.flip(1)).unbind(1)).to(tokens.dtype)
+
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, *, actual_seq_lengths: Sequence[int],
         actual_seq_lengths_kv: Sequence[int], block_table: Tensor | None = None, num_heads: int = 1, scale: float = 1.0,
@@ -205,6 +231,16 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
         flat[slots[slots >= 0]] = rows[: slots.numel()][slots >= 0].view(-1, *cache.shape[2:])
 
 
+def init_routing(
+    x: Tensor, expert_idx: Tensor, *, expert_num: int, active_expert_range: Sequence[int], **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """_C_ascend.npu_moe_init_routing_custom: rows by expert, where each went, how many each expert has."""
+    experts = expert_idx.flatten().long()
+    order = experts.argsort(stable=True)
+    counts = torch.bincount(experts, minlength=expert_num)
+    return x[order // expert_idx.shape[1]], order.argsort().int(), counts, torch.empty(0)
+
+
 def matmul_add(x: Tensor, weight: Tensor, c: Tensor) -> None:
     """c += x.t() @ weight: vllm-ascend calls it once, to warm ATB up."""
     c.add_(x.float().t() @ weight.float())
@@ -237,9 +273,17 @@ def install(lie: bool = False) -> None:
         },
         "npu": {
             "npu_rms_norm": rms_norm, "npu_add_rms_norm": native.add_rms_norm, "npu_swiglu": swiglu,
-            "npu_fused_infer_attention_score": native.attention,
+            "npu_fused_infer_attention_score": native.attention, "npu_grouped_matmul": native.grouped_matmul,
+            "npu_moe_token_unpermute": native.unpermute,
         },
+        "_C_ascend": {"moe_gating_top_k": native.gate, "npu_moe_init_routing_custom": init_routing},
     }  # fmt: skip
+    # vllm-ascend's C++ operators without which it runs no mixture of experts; they are not built here
+    for schema in (
+        "moe_gating_top_k(Tensor x, int k, int k_group, int group_count, int group_select_mode, int renorm, int norm_type, bool out_flag, float routed_scaling_factor, float eps, Tensor? bias_opt=None) -> (Tensor y, Tensor expert_idx, Tensor out)",
+        "npu_moe_init_routing_custom(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, int active_num=-1, int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, bool expert_tokens_num_flag=False, int quant_mode=0, int[2] active_expert_range=[], int row_idx_type=0) -> (Tensor, Tensor, Tensor, Tensor)",
+    ):
+        library("_C_ascend", "FRAGMENT").define(schema)
     for namespace, operators in own.items():
         for name, function in operators.items():
             library(namespace).impl(name, on_host(function), "PrivateUse1", allow_override=True)
@@ -269,10 +313,11 @@ def _run_triton_on_this_memory() -> None:
 
 
 def before_vllm() -> None:
-    """Stand-ins for what vllm-ascend imports and this machine lacks: pyACL, ATB, torchvision's CUDA operators."""
+    """Stand-ins for what vllm-ascend imports and this machine lacks: pyACL, ATB, its C++ operators, torchvision's."""
     acl, rt = types.ModuleType("acl"), types.ModuleType("acl.rt")
     rt.memcpy, acl.rt = lambda *args: 0, rt  # type: ignore[attr-defined]
-    sys.modules.update({"acl": acl, "acl.rt": rt})
+    built = {f"vllm_ascend.{name}": types.ModuleType(name) for name in ("vllm_ascend_C", "meta_registration")}
+    sys.modules.update({"acl": acl, "acl.rt": rt, **built})
     import torch_npu.op_plugin.atb._atb_ops as atb_ops
 
     atb_ops._register_atb_extensions = lambda: None

@@ -31,7 +31,7 @@ def main(model: str, arguments: dict[str, Any]) -> None:
         model=model, skip_tokenizer_init=True, max_model_len=64, max_num_batched_tokens=64, max_num_seqs=REQUESTS, dtype="float16", seed=0,
         enable_prefix_caching=False, gpu_memory_utilization=0.05, **arguments,
     )  # fmt: skip
-    greedy = SamplingParams(temperature=0, max_tokens=3, logprobs=3, detokenize=False)
+    greedy = SamplingParams(temperature=0, max_tokens=2, logprobs=3, detokenize=False)
     rng = random.Random(0)
     prompts = [
         {"prompt_token_ids": [rng.randrange(10, 500) for _ in range(rng.randrange(3, 20))]} for _ in range(REQUESTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -24,16 +25,18 @@ PIECEWISE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 of two layers with random weights."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Qwen3 and Qwen3-MoE of two layers with random weights."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("qwen3")
-    config = CONFIGS["dense"]
-    config.initializer_range = 0.1
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
-    return folder
+    folders = {}
+    for kind in ("dense", "moe"):
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        config = copy.deepcopy(CONFIGS[kind])
+        config.initializer_range = 0.1
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folders[kind])
+    return folders
 
 
 def serve(model: Path, cache: Path, arguments: dict[str, Any], **environment: str) -> tuple[int, str]:
@@ -56,22 +59,26 @@ def serve(model: Path, cache: Path, arguments: dict[str, Any], **environment: st
     return json.loads(done.stdout.strip().splitlines()[-1])["differ"], said
 
 
-def test_without_the_pass_requests_differ(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("own", ["0", "1"])
+def test_without_the_pass_requests_differ(models: dict[str, Path], tmp_path: Path, kind: str, own: str) -> None:
     """With vllm-ascend's own mode switched on: it finds no kernels, says so in its log and serves."""
-    differ, said = serve(model, tmp_path, PIECEWISE, VLLM_BATCH_INVARIANT="1")
+    differ, said = serve(models[kind], tmp_path, PIECEWISE, VLLM_BATCH_INVARIANT=own)
     assert differ > 0
-    assert "skipping batch-invariant initialization" in said
+    assert ("skipping batch-invariant initialization" in said) == (own == "1")
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_DECODE_ONLY"])
-def test_with_the_pass_none_differs(model: Path, tmp_path: Path, mode: str) -> None:
+def test_with_the_pass_none_differs(models: dict[str, Path], tmp_path: Path, kind: str, mode: str) -> None:
     """PIECEWISE compiles through vllm-ascend's pass manager, FULL_DECODE_ONLY through npugraph_ex."""
     compilation = PIECEWISE["compilation_config"] | PASS | {"cudagraph_mode": mode}
     through = {"ascend_compilation_config": {"enable_npugraph_ex": mode != "PIECEWISE", **PATTERNS}}
     arguments = {"compilation_config": compilation, "additional_config": through}
-    assert serve(model, tmp_path, arguments)[0] == 0
+    assert serve(models[kind], tmp_path, arguments)[0] == 0
 
 
-def test_with_the_eager_fallback_alone_none_differs(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_with_the_eager_fallback_alone_none_differs(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
     arguments = {"enforce_eager": True, "compilation_config": PASS}
-    assert serve(model, tmp_path, PIECEWISE | arguments)[0] == 0
+    assert serve(models[kind], tmp_path, PIECEWISE | arguments)[0] == 0
