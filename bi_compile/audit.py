@@ -143,6 +143,7 @@ POINTWISE_PRIMS = {
         "spherical_bessel_j0 sqrt sub tan tanh trunc where zeta"
     ).split()
 }
+POINTWISE = {"aten.floor_divide.default", "aten.floor_divide.Scalar"}
 #: random, though PyTorch does not tag them so
 RANDOM_PRIMS = ("prims.inductor_random.default", "prims.inductor_randint.default")
 #: writes that add up where indices meet: the order of the sum follows the rows
@@ -222,7 +223,7 @@ def _moves(call: Call, known: Knowledge) -> Found:
 
 def _pointwise(call: Call, known: Knowledge) -> Found:
     if isinstance(call.target, OpOverload) and (
-        torch.Tag.pointwise in call.target.tags or call.name in POINTWISE_PRIMS
+        torch.Tag.pointwise in call.target.tags or call.name in POINTWISE_PRIMS | POINTWISE
     ):
         return Verdict.ROW_LOCAL, "pointwise"
     return None
@@ -329,6 +330,8 @@ def _judge_node(node: fx.Node, known: Knowledge, found: rows.Rows) -> tuple[Verd
         return Verdict.ROW_LOCAL, "an input, a constant or the output"
     if node in found.mixed:
         return Verdict.MIXES_ROWS, found.mixed[node]
+    if node in found.grouped:
+        return Verdict.ROW_LOCAL, found.grouped[node]
     if node.target is operator.getitem:
         return Verdict.ROW_LOCAL, "one of several outputs"
     is_operator = isinstance(node.target, (OpOverload, HigherOrderOperator))

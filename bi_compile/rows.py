@@ -22,6 +22,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from .errors import OptionError
 from .flow import Factor, Layout, Node, as_one, carries, plain, rule_of, size_of
+from .sorting import COUNTED, PUT_BACK, Sorts
 
 #: node -> dimensions of its value (for several outputs: of the first) that the batch runs along
 BatchDims = dict[fx.Node, frozenset[int]]
@@ -37,6 +38,9 @@ class Rows:
     """The nodes that combine several rows into one value, each with a sentence."""
     bodies: dict[fx.Node, list[tuple[str, fx.Graph, Rows]]] = dataclasses.field(default_factory=dict)
     """The graphs that a higher-order operator holds, followed from its operands."""
+
+    grouped: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
+    """The nodes that sort rows by group and count them, where the order is undone; each with a sentence."""
 
     def dims(self, node: fx.Node) -> tuple[int, ...]:
         """The dimensions of the node's value (of the first, if it has several) that carry rows."""
@@ -147,10 +151,20 @@ class _Follower:
         self.symbols = symbols
 
     def run(self, graph: fx.Graph, layouts: Mapping[fx.Node, Layout]) -> Rows:
-        found = Rows(dict(layouts))
+        found, sorts = Rows(dict(layouts)), Sorts()
         for node in graph.nodes:
             if node not in found.layouts:
                 found.layouts[node] = self.visit(node, found)
+            put_back = sorts.visit(node, found.layouts)
+            if put_back is not None:
+                found.layouts[node] = put_back
+        for sort in sorts.keys:
+            if sort not in sorts.broken:
+                found.mixed.pop(sort, None)
+                found.grouped[sort] = PUT_BACK
+            elif sort in found.mixed:
+                found.mixed[sort] += f"; {sorts.broken[sort]}"
+        found.grouped |= {node: COUNTED for node in sorts.counted if sorts.standing[node].sort not in sorts.broken}
         return found
 
     def visit(self, node: fx.Node, found: Rows) -> Any:

@@ -111,6 +111,14 @@ class Matmul(Pass):
         return ops.grouped_mm(self, mat2, offs, bias)
 
     @replaces(
+        "transformers.grouped_mm_fallback.default",
+        why="a product for each expert",
+        source="transformers/integrations/moe.py: torch.mm of each group",
+    )
+    def grouped_mm_fallback(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        return ops.grouped_mm(input, weight, offs)
+
+    @replaces(
         aten._scaled_mm.default,
         "aten._scaled_grouped_mm.default",
         why=WHY,

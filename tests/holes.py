@@ -43,6 +43,23 @@ def _product_out(x: Tensor, w: Tensor) -> Tensor:
     return torch.mm(x, w, out=x.new_empty(x.shape[0], w.shape[1]))
 
 
+def _experts(x: Tensor, w: Tensor, spoiled: str = "") -> Tensor:
+    """Each row times one of three matrices, the rows sorted for it and put back, as transformers writes a mixture of experts."""
+    experts = (x[:, 0].abs() * 3).long() % 3
+    keys, order = torch.sort(experts, descending=spoiled == "descending")
+    ends = torch.histc(keys.float(), bins=3, min=0, max=2).cumsum(0, dtype=torch.int32)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0])
+    wide = torch.cat([w, w[:, :4]], 1)
+    matrix = torch.cat([wide, wide[:4]]).bfloat16()  # the operator takes rows of a multiple of 16 bytes
+    rows, weights = torch.cat([x, x[:, :4]], 1).bfloat16(), torch.stack([matrix, 2 * matrix, 3 * matrix])
+    y = F.silu(torch._grouped_mm(rows[order // 1], weights, offs=ends))
+    y = y * (x[:, 1:2] if spoiled == "unsorted factor" else x[order][:, 1:2])
+    if spoiled == "counts":
+        y = y + ends[0]
+    return y if spoiled == "not put back" else y[order if spoiled == "the same order twice" else back]
+
+
 def _broken(x: Tensor, w: Tensor) -> Tensor:
     y = x.relu()
     torch._dynamo.graph_break()
@@ -126,6 +143,13 @@ HOLES: dict[str, Hole] = {
     "cumsum over features": Hole(lambda x, w: x.cumsum(1), "aten.cumsum"),
     "variance along the batch": Hole(lambda x, w: x / x.var(0), "aten.var.correction"),
     "sort along the batch": Hole(lambda x, w: x.sort(0)[0], "aten.sort"),
+    "rows left in sorted order": Hole(lambda x, w: x[x[:, 0].argsort()], "aten.sort"),
+    "sorted keys": Hole(lambda x, w: x * x[:, 0].sort()[0][:, None], "aten.sort"),
+    "experts not put back": Hole(lambda x, w: _experts(x, w, "not put back"), "aten.sort"),
+    "experts in a wrong order": Hole(lambda x, w: _experts(x, w, "the same order twice"), "aten.sort"),
+    "experts by a factor of other rows": Hole(lambda x, w: _experts(x, w, "unsorted factor"), "aten.sort"),
+    "experts in descending order": Hole(lambda x, w: _experts(x, w, "descending"), "aten.sort"),
+    "how many rows an expert has": Hole(lambda x, w: _experts(x, w, "counts"), "aten.sort"),
     "batch_norm that trains": Hole(_batch_norm, "aten.native_batch_norm"),
     "native_group_norm": Hole(lambda x, w: F.group_norm(x, 3), "aten.native_group_norm"),
     "logsumexp": Hole(lambda x, w: x.logsumexp(-1), "aten.logsumexp"),
@@ -214,5 +238,6 @@ CLEAN: dict[str, Function] = {
     "out= of a product": _product_out,
     "scatter": lambda x, w: torch.zeros_like(x).scatter(1, (x > 0).long(), 1.0),
     "split": lambda x, w: torch.stack([part.sum(-1) for part in x.split(4, 1)], 1),
+    "experts": lambda x, w: _experts(x, w),
     "padded": lambda x, w: F.pad(x, (1, 3)).sum(-1),
 }  # fmt: skip

@@ -129,7 +129,7 @@ _TRITON = threading.Lock()
 _TRIES = 5
 
 
-def _linalg(launch: Launch, chip: str) -> str:
+def linalg(launch: Launch, chip: str) -> str:
     """`launch.linalg(chip)`, once more where the compiler crashed; a refusal stands."""
     for left in reversed(range(_TRIES)):
         try:
@@ -144,11 +144,11 @@ def _linalg(launch: Launch, chip: str) -> str:
 def lower(launch: Launch, chip: str) -> Module:
     """The launch's HIVM module for the chip, or the compiler's words."""
     try:
-        linalg = _linalg(launch, chip)
+        text = linalg(launch, chip)
     except subprocess.CalledProcessError as error:
         return Module(None, error.stderr.decode())
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "k.mlir").write_text(re.sub(r', mix_mode\s*=\s*"[^"]*"', "", linalg))
+        Path(folder, "k.mlir").write_text(re.sub(r', mix_mode\s*=\s*"[^"]*"', "", text))
         multi = "false" if chip.startswith("Ascend950") else "true"
         command = [
             str(compiler()), f"{folder}/k.mlir", f"--target={chip}", f"--enable-auto-multi-buffer={multi}",

@@ -44,6 +44,7 @@ def serve(model: Path, cache: Path, arguments: dict[str, Any], **environment: st
     variables = {
         "VLLM_PLUGINS": "ascend,bi_compile", "TRITON_INTERPRET": "1", "VLLM_CACHE_ROOT": str(cache),
         "HCCL_DETERMINISTIC": "strict", "LCCL_DETERMINISTIC": "1",
+        "OMP_NUM_THREADS": "1",  # two of these processes run side by side
         # torchvision, which vllm-ascend imports, lies apart (Makefile)
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(sys.prefix) / "vision"), os.environ.get("PYTHONPATH")])),
         # vllm-ascend was made for torch 2.10; its vllm::maybe_pad_and_reduce returns its argument, which a newer torch forbids

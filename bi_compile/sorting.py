@@ -1,0 +1,221 @@
+"""Rows that are sorted by group, meet their group's matrix and are put back: how a mixture of experts is written.
+
+A sort along the batch mixes rows by its meaning. Not so where nothing but the order is taken from it and the order is undone:
+each row then keeps its own values and its own group. `Sorts` follows what stands in the order of each such sort, from the sort
+to the gather that undoes it, and knows no more than what is on that way. Anything else that touches a row in between, or a row
+that leaves the graph in that order, is an objection to the sort.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+from torch._ops import OpOverload
+
+from .flow import Dim, Layout, carries
+
+PUT_BACK = "sorted by group, and put back: every row keeps its own values and its own group"
+COUNTED = "counts the rows of each group, which says where its rows begin and nothing of what they hold"
+_SORTS = ("sort", "argsort")
+_CASTS = (
+    "_to_copy",
+    "convert_element_type",
+    "_npu_dtype_cast",
+    "npu_dtype_cast",
+    "to",
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+)
+_GATHERS = ("index", "_unsafe_index", "index_select")
+#: pointwise, though PyTorch does not tag them so
+_POINTWISE = ("pointwise", "npu_swiglu", "where", "masked_fill", "masked_fill_", "clamp", "clamp_", *_CASTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What a value is to a sort: "sort" its outputs, "keys" sorted, "order" the indices, "source" of them by tokens, "rows" in that
+    order, "counts" and "ends" of the groups, "resort" of the order, "back" the indices that undo it."""
+
+    sort: fx.Node
+    kind: str
+
+
+def _packet(node: fx.Node) -> str:
+    return node.target._overloadpacket.__name__ if isinstance(node.target, OpOverload) else ""
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    for i, a in enumerate(schema):
+        if a.name == name:
+            return node.args[i] if i < len(node.args) else node.kwargs.get(name, a.default_value)
+    return None
+
+
+class Sorts:
+    """The sorts of one graph."""
+
+    def __init__(self) -> None:
+        self.standing: dict[fx.Node, Standing] = {}
+        self.keys: dict[fx.Node, Dim] = {}
+        """sort -> the dimension of rows before it"""
+        self.broken: dict[fx.Node, str] = {}
+        """sort -> what takes more from it than an order that is undone"""
+        self.counted: set[fx.Node] = set()
+
+    def visit(self, node: fx.Node, layouts: Mapping[fx.Node, Any]) -> Layout | None:
+        """Follow one node, its inputs before it. The rows' dimension of a value that is put back; None for all others."""
+        given = {x: self.standing[x] for x in node.all_input_nodes if x in self.standing}
+        if given and node.op == "output":
+            for standing in given.values():
+                self.broken.setdefault(standing.sort, "the graph returns rows in that order")
+            return None
+        if not given:
+            self._begin(node, layouts)
+            return None
+        sorts = {s.sort for s in given.values()}
+        if node.op == "call_function" and not _has_tensor(node):
+            return None  # a size
+        found = self._next(node, given, layouts) if node.op == "call_function" and len(sorts) == 1 else None
+        (sort, *others) = sorts
+        if found == "put back":
+            return (self.keys[sort], *_layout(node.args[0], layouts)[1:])
+        if found == "blank":
+            return None
+        if found is None:
+            for s in (sort, *others):
+                self.broken.setdefault(s, f"{node.name} takes rows in that order")
+            return None
+        if found in ("counts", "ends"):
+            self.counted.add(node)
+        self.standing[node] = Standing(sort, found)
+        return None
+
+    def _begin(self, node: fx.Node, layouts: Mapping[fx.Node, Any]) -> None:
+        if node.op != "call_function" or _packet(node) not in _SORTS or _argument(node, "descending"):
+            return
+        layout = _layout(node.args[0], layouts)
+        if len(layout) == 1:  # in a graph of static shapes nobody knows whether these are rows
+            self.keys[node] = layout[0]
+            self.standing[node] = Standing(node, "order" if _packet(node) == "argsort" else "sort")
+
+    def _next(self, node: fx.Node, given: Mapping[fx.Node, Standing], layouts: Mapping[fx.Node, Any]) -> str | None:
+        """What the node's value is to the sort, "put back", "blank" for new memory, or None: it is not on the way."""
+        kinds = {s.kind for s in given.values()}
+        first = given.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        name = _packet(node)
+        if node.target is operator.getitem and first:
+            i = node.args[1]
+            pairs = {("sort", 0): "keys", ("sort", 1): "order", ("resort", 1): "back", ("parts", i): "rows"}
+            return pairs.get((first.kind, i))  # type: ignore[arg-type]
+        if name in ("empty_like", "new_empty", "empty", "zeros_like", "new_zeros", "full_like"):
+            return "blank"
+        if name in _CASTS and len(given) == 1:
+            return next(iter(kinds))
+        if kinds == {"order"}:
+            return self._from_order(node, name, layouts)
+        if name in _GATHERS and self._one_index(node) in given:
+            index = given[self._one_index(node)].kind  # type: ignore[index]
+            if index == "source" and first is None:
+                return "rows"
+            return "put back" if index == "back" and first and first.kind in ("rows", "keys") else None
+        if name in ("histc", "bincount") and kinds == {"keys"}:
+            return "counts"
+        if name == "cumsum" and kinds == {"counts"}:
+            return "ends"
+        if name in ("grouped_mm", "_grouped_mm") and first and first.kind == "rows":
+            offs = _argument(node, "offs")
+            rest = [x for x in node.all_input_nodes if x is not node.args[0] and x is not offs]
+            plain = not any(map(carries, (d for x in rest for d in _layout(x, layouts))))
+            return "rows" if offs in given and given[offs].kind == "ends" and plain else None
+        if kinds <= {"rows", "keys"}:
+            return self._row_by_row(node, name, given, layouts)
+        return None
+
+    def _from_order(self, node: fx.Node, name: str, layouts: Mapping[fx.Node, Any]) -> str | None:
+        floor = name == "floor_divide" or (name == "div" and node.kwargs.get("rounding_mode") == "floor")
+        if floor and isinstance(node.args[1], int):
+            return "source"
+        if name in _GATHERS and self._one_index(node) in self.standing and node.args[0] not in self.standing:
+            return "rows"
+        if name in _SORTS and not _argument(node, "descending"):
+            return "back" if name == "argsort" else "resort"
+        if name in ("index_put", "index_put_", "_unsafe_index_put") and self._one_index(node) in self.standing:
+            written = node.args[2]
+            counted = isinstance(written, fx.Node) and _packet(written) in ("arange", "iota")
+            from_zero = counted and _argument(written, "start") in (None, 0) and _argument(written, "step") in (None, 1)  # type: ignore[arg-type]
+            return "back" if from_zero and not (len(node.args) > 3 and node.args[3]) else None
+        return None
+
+    def _one_index(self, node: fx.Node) -> fx.Node | None:
+        """The index of a gather or a write along dimension 0 alone."""
+        if _packet(node) == "index_select":
+            return node.args[2] if node.args[1] == 0 else None  # type: ignore[return-value]
+        indices: Any = node.args[1]
+        return indices[0] if len([i for i in indices if i is not None]) == 1 and indices[0] is not None else None
+
+    def _row_by_row(
+        self, node: fx.Node, name: str, given: Mapping[fx.Node, Standing], layouts: Mapping[fx.Node, Any]
+    ) -> str | None:
+        """Pointwise operators, and views that leave dimension 0 alone."""
+        value = node.meta["val"]
+        several = isinstance(value, (tuple, list))
+        shapes = [v.shape for v in (value if several else [value])]
+        # dimension 0 stays dimension 0
+        if any(len(s) == 0 or not _same(s[0], x.meta["val"].shape[0]) for s in shapes for x in given):
+            return None
+        pointwise = name in _POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if pointwise and not several:
+            rank = len(shapes[0])
+            # what else takes part is the same for every row
+            plain = all(
+                not isinstance(v := x.meta.get("val"), Tensor)
+                or ((v.dim() < rank or v.shape[0] == 1) and not any(map(carries, _layout(x, layouts))))
+                for x in node.all_input_nodes
+                if x not in given
+            )
+            return "rows" if plain and all(x.meta["val"].dim() == rank for x in given) else None
+        rank = len(next(iter(given)).meta["val"].shape)
+        views = (
+            "unsqueeze",
+            "squeeze",
+            "slice",
+            "select",
+            "split",
+            "split_with_sizes",
+            "chunk",
+            "view",
+            "reshape",
+            "_unsafe_view",
+            "expand",
+        )
+        if name not in views:
+            return None
+        dim = _argument(node, "dim")
+        # a slice of all of dimension 0 takes nothing away
+        if name != "slice" and isinstance(dim, int) and dim % (rank + (name == "unsqueeze")) == 0:
+            return None
+        return "parts" if several else "rows"
+
+
+def _layout(x: Any, layouts: Mapping[fx.Node, Any]) -> Layout:
+    return (layouts.get(x) or ()) if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor) else ()
+
+
+def _has_tensor(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return any(isinstance(v, Tensor) for v in (value if isinstance(value, (tuple, list)) else [value]))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal sizes, as expressions."""
+    if isinstance(a, SymInt) and isinstance(b, SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return isinstance(a, int) and isinstance(b, int) and a == b
