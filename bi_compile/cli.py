@@ -1,8 +1,7 @@
 """The command line: `bi-compile demo | inspect DIR | audit PATH | doctor | passes | verify … | bisect … | probe`.
 
-Exit codes: 0 all is well; 1 the demonstration or the doctor found something else than it should, two certificates differ, or
-a row does; 2 a command that
-cannot be carried out, with one sentence that says why.
+Exit codes: 0 all is well; 1 the demonstration or the doctor found something else than it should, two certificates differ,
+or a row does; 2 a command that cannot be carried out, with one sentence that says why.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from bi_compile import Options, Pipeline
-from bi_compile.audit import Knowledge
+from bi_compile.audit import Knowledge, Report, Verdict, audit
 from bi_compile.passes import PASSES
 from bi_compile.rewrite import Change, rewrite
 from bi_compile.table import Pass, Table
@@ -219,3 +219,18 @@ def python(program: str, *args: str, **environ: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
+
+
+def judged(
+    f: Callable[..., Any],
+    *inputs: Tensor,
+    named: dict[str, int] | None = None,
+    trust: dict[str, str] | None = None,
+    dynamic: bool = True,
+) -> Report:
+    gm = traced(f, *inputs, dynamic=dynamic and named is None)
+    return audit(gm.graph, knowledge(trust=trust), named)
+
+
+def verdicts(report: Report) -> list[Verdict]:
+    return [f.verdict for f in report.findings]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,16 @@ def test_a_package_without_the_operator_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.delitem(sys.modules, "batch_invariant_ops")
     with pytest.raises(HostError, match=r"lacks npu_mm_batch_invariant.*install its current release"):
         ascendc_operators()
+
+
+def test_a_mixture_of_experts_without_vllm_ascends_operators_is_refused(tmp_path: Path) -> None:
+    """They are built in C++, which is not done here; a dense model needs none."""
+    from bi_compile.vllm.ascend import variant_custom_ops_off
+
+    for kind in ("dense", "moe"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        config = support.engine_config(support.model_folder(kind, folder))
+        refused = pytest.raises(HostError, match="a mixture of experts needs .*COMPILE_CUSTOM_KERNELS=1")
+        with refused if kind == "moe" else contextlib.nullcontext(), variant_custom_ops_off(config):
+            pass

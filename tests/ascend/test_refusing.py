@@ -60,7 +60,9 @@ def executed(function: object, monkeypatch: pytest.MonkeyPatch, ours: AscendPass
     return support.operators(left[-1].fx_graph.graph)
 
 
-@pytest.mark.parametrize("function, fused", [(cast, "npu.npu_add_rms_norm_cast.default")])
+@pytest.mark.parametrize(
+    "function, fused", [(cast, "npu.npu_add_rms_norm_cast.default"), (quant, "npu.npu_add_rms_norm_quant.default")]
+)
 def test_the_fused_norm_comes_back_without_the_pass_and_not_with_it(
     function: object, fused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
