@@ -142,7 +142,7 @@ def variant_custom_ops_off(vllm_config: Any) -> Iterator[None]:
     """
     import vllm_ascend.utils as utils
 
-    if utils.is_moe_model(vllm_config) and utils.get_ascend_device_type() != utils.AscendDeviceType.A5:
+    if vllm_config.model_config.is_moe and utils.get_ascend_device_type() != utils.AscendDeviceType.A5:
         utils.bootstrap_custom_op_env()
         try:
             import vllm_ascend.vllm_ascend_C

@@ -111,6 +111,6 @@ def test_a_mixture_of_experts_without_vllm_ascends_operators_is_refused(tmp_path
         folder = tmp_path / kind
         folder.mkdir()
         config = support.engine_config(support.model_folder(kind, folder))
-        refused = pytest.raises(HostError, match="a mixture of experts needs .*COMPILE_CUSTOM_KERNELS=1")
+        refused = pytest.raises(HostError, match=r"a mixture of experts needs .*COMPILE_CUSTOM_KERNELS=1")
         with refused if kind == "moe" else contextlib.nullcontext(), variant_custom_ops_off(config):
             pass
