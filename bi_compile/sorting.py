@@ -33,6 +33,9 @@ _CASTS = (
     "detach",
     "alias",
 )
+_VIEWS = (
+    "unsqueeze", "squeeze", "slice", "select", "split", "split_with_sizes", "chunk", "view", "reshape", "_unsafe_view", "expand",
+)  # fmt: skip
 _GATHERS = ("index", "_unsafe_index", "index_select")
 #: pointwise, though PyTorch does not tag them so
 _POINTWISE = ("pointwise", "npu_swiglu", "where", "masked_fill", "masked_fill_", "clamp", "clamp_", *_CASTS)
@@ -127,7 +130,8 @@ class Sorts:
                 return "rows"
             return "put back" if index == "back" and first and first.kind in ("rows", "keys") else None
         if name in ("histc", "bincount") and kinds == {"keys"}:
-            return "counts"
+            (sort,) = {s.sort for s in given.values()}
+            return "counts" if name == "bincount" or _counts_from_zero(node, sort) else None
         if name == "cumsum" and kinds == {"counts"}:
             return "ends"
         if name in ("grouped_mm", "_grouped_mm") and first and first.kind == "rows":
@@ -183,20 +187,7 @@ class Sorts:
             )
             return "rows" if plain and all(x.meta["val"].dim() == rank for x in given) else None
         rank = len(next(iter(given)).meta["val"].shape)
-        views = (
-            "unsqueeze",
-            "squeeze",
-            "slice",
-            "select",
-            "split",
-            "split_with_sizes",
-            "chunk",
-            "view",
-            "reshape",
-            "_unsafe_view",
-            "expand",
-        )
-        if name not in views:
+        if name not in _VIEWS:
             return None
         dim = _argument(node, "dim")
         # a slice of all of dimension 0 takes nothing away
@@ -207,6 +198,24 @@ class Sorts:
 
 def _layout(x: Any, layouts: Mapping[fx.Node, Any]) -> Layout:
     return (layouts.get(x) or ()) if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor) else ()
+
+
+def _counts_from_zero(histc: fx.Node, sort: fx.Node) -> bool:
+    """Whether every key is counted but those behind the last group: one before the first would move all groups."""
+    return _argument(histc, "min") == 0 and bool(_argument(histc, "max")) and _not_negative(sort.args[0])
+
+
+def _not_negative(x: Any) -> bool:
+    """By its making: indices, magnitudes, remainders of a positive number."""
+    while isinstance(x, fx.Node) and _packet(x) in (*_CASTS, *_VIEWS):
+        x = x.args[0]
+    if not isinstance(x, fx.Node):
+        return False
+    if x.target is operator.getitem:
+        return _packet(x.args[0]) in ("topk", "sort", "max", "min") and x.args[1] == 1  # type: ignore[arg-type]
+    if _packet(x) == "remainder":
+        return isinstance(x.args[1], int) and x.args[1] > 0
+    return _packet(x) in ("argmax", "argmin", "argsort", "arange", "abs")
 
 
 def _has_tensor(node: fx.Node) -> bool:

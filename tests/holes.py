@@ -47,7 +47,8 @@ def _experts(x: Tensor, w: Tensor, spoiled: str = "") -> Tensor:
     """Each row times one of three matrices, the rows sorted for it and put back, as transformers writes a mixture of experts."""
     experts = (x[:, 0].abs() * 3).long() % 3
     keys, order = torch.sort(experts, descending=spoiled == "descending")
-    ends = torch.histc(keys.float(), bins=3, min=0, max=2).cumsum(0, dtype=torch.int32)
+    least = 1 if spoiled == "counted from one" else 0
+    ends = torch.histc(keys.float(), bins=3, min=least, max=least + 2).cumsum(0, dtype=torch.int32)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0])
     wide = torch.cat([w, w[:, :4]], 1)
@@ -149,6 +150,7 @@ HOLES: dict[str, Hole] = {
     "experts in a wrong order": Hole(lambda x, w: _experts(x, w, "the same order twice"), "aten.sort"),
     "experts by a factor of other rows": Hole(lambda x, w: _experts(x, w, "unsorted factor"), "aten.sort"),
     "experts in descending order": Hole(lambda x, w: _experts(x, w, "descending"), "aten.sort"),
+    "experts counted from one": Hole(lambda x, w: _experts(x, w, "counted from one"), "aten.sort"),
     "how many rows an expert has": Hole(lambda x, w: _experts(x, w, "counts"), "aten.sort"),
     "batch_norm that trains": Hole(_batch_norm, "aten.native_batch_norm"),
     "native_group_norm": Hole(lambda x, w: F.group_norm(x, 3), "aten.native_group_norm"),
