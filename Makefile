@@ -36,7 +36,7 @@ test-ascend: $(READY_ASCEND)
 	$(RUN_ASCEND) -m pytest -n 2 tests/ascend
 
 bench: $(READY)
-	$(BIN)/python -m bi_compile.bench
+	$(BIN)/bi-compile bench
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `bi-compile demo | inspect DIR | audit PATH | doctor | passes | verify … | bisect … | probe`.
+"""The command line: `bi-compile demo | bench | inspect DIR | audit PATH | doctor | passes | verify … | bisect … | probe`.
 
 Exit codes: 0 all is well; 1 the demonstration or the doctor found something else than it should, two certificates differ,
 or a row does; 2 a command that cannot be carried out, with one sentence that says why.
@@ -54,6 +54,20 @@ def demo() -> None:
     from .demo import show
 
     raise typer.Exit(0 if show.run(console()) else 1)
+
+
+@app.command()
+@_sentences
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="these alone: product, engine, …")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="DIR", help="write each table into DIR/NAME.csv too")] = None,
+) -> None:
+    """Measure what invariance costs on this device, as ratios against peers in the same run."""
+    from . import bench
+
+    bench.run(names or [], csv, console())
 
 
 @app.command()

@@ -156,3 +156,23 @@ def test_the_entry_point_exits_as_it_says(tmp_path: Path) -> None:
 def test_importing_the_command_line_imports_no_compiler() -> None:
     code = "import sys, bi_compile.cli; sys.exit('torch._inductor.compile_fx' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_bench_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.table import Table
+
+    from bi_compile.bench import cpu
+
+    table = Table("M", "ratio")
+    table.add_row("1", "0.97")
+    monkeypatch.setattr(cpu, "BENCHES", {"product": lambda: (table, "a mean")})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(app, ["bench", "--csv", str(tmp_path / "new")])
+    assert done.exit_code == 0 and "product: a mean" in done.output
+    assert (tmp_path / "new" / "product.csv").read_text().split() == ["M,ratio", "1,0.97"]
+    for arguments, said in (
+        (["prodct"], "unknown benchmark prodct: known here are product"),
+        (["--csv", "/dev/null/a"], "cannot be written"),
+    ):
+        refused = CliRunner().invoke(app, ["bench", *arguments])
+        assert refused.exit_code == 2 and said in refused.output

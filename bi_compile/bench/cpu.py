@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from . import console, geometric_mean, interleaved
+from . import Benchmark, geometric_mean, interleaved
 
 
-def product() -> None:
+def product() -> tuple[Table, str]:
     """x[M, K] @ w[N, K]^T: bi_compile::mm against torch.mm."""
     from .. import ops
 
@@ -50,11 +50,10 @@ def product() -> None:
                 f"{theirs / ours:.2f}",
                 "yes" if varies else "no",
             )
-    console.print(table)
-    console.print(f"product: geometric mean of the ratios {geometric_mean(ratios):.2f}\n")
+    return table, f"geometric mean of the ratios {geometric_mean(ratios):.2f}"
 
 
-def engine() -> None:
+def engine() -> tuple[Table, str]:
     """vLLM tokens per second with the pass against without, engines taking turns."""
     from ..demo.models import make
     from ..demo.processes import take_turns
@@ -90,11 +89,10 @@ def engine() -> None:
                     str(a["logprobs"]),
                     str(b["logprobs"]),
                 )
-    console.print(table)
-    console.print(f"engine: geometric mean of the ratios {geometric_mean(ratios):.2f}\n")
+    return table, f"geometric mean of the ratios {geometric_mean(ratios):.2f}"
 
 
-def compilation() -> None:
+def compilation() -> tuple[Table, str]:
     """The time of passes and audit against the whole compilation, and over the number of layers."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -139,7 +137,7 @@ def compilation() -> None:
             f"{s.audit_seconds / whole:.1%}",
             f"{s.audit_seconds / s.nodes * 1e3:.3f}",
         )
-    console.print(table)
+    return table, ""
 
 
-BENCHES = {"product": product, "engine": engine, "compile": compilation}
+BENCHES: dict[str, Benchmark] = {"product": product, "engine": engine, "compile": compilation}

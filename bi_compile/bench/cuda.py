@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import ops
-from . import console, geometric_mean
+from . import Benchmark, geometric_mean
 
 #: model -> {product: (N, K)}
 PRODUCTS = {
@@ -45,7 +45,7 @@ def replay_times(functions: Sequence[Callable[[], Any]], rounds: int = 20) -> li
     return [statistics.median(turn[i][0].elapsed_time(turn[i][1]) for turn in events) for i in range(len(functions))]
 
 
-def product() -> None:
+def product() -> tuple[Table, str]:
     """x[M, K] @ w[N, K]^T in bfloat16: bi_compile::mm against torch.mm, weights from memory."""
     table = Table(
         "model", "product", "M", "torch us", "bi_compile us", "ratio", "torch varies", "ours varies", title="Product"
@@ -74,10 +74,9 @@ def product() -> None:
                 table.add_row(
                     model, name, str(m), f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}", _yes(varies[torch.mm]), _yes(varies[ops.mm])
                 )  # fmt: skip
-    console.print(table)
-    console.print(
+    return table, (
         f"Qwen3-8B: M <= 256 geometric mean {geometric_mean(few):.3f}, least {min(few):.2f}; "
-        f"M >= 512 {geometric_mean(many):.3f}, least {min(many):.2f}\n"
+        f"M >= 512 {geometric_mean(many):.3f}, least {min(many):.2f}"
     )
 
 
@@ -95,7 +94,7 @@ def _add_rms_norm(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tenso
     return _rms_norm(s, w), s
 
 
-def rows() -> None:
+def rows() -> tuple[Table, str]:
     """Row operators in bfloat16 against a copy of the same bytes and against what Inductor makes of the plain definition."""
     table = Table("operator", "shape", "us", "of a copy's bandwidth", "Inductor us", "Inductor / ours", title="Rows")
     for columns in (4096, 8192):
@@ -128,7 +127,7 @@ def rows() -> None:
             table.add_row(
                 name, f"4096 x {columns}", f"{mine:.1f}", f"{copy * moved / 2 / mine:.2f}", f"{theirs:.1f}", f"{theirs / mine:.2f}"
             )  # fmt: skip
-    console.print(table)
+    return table, ""
 
 
-BENCHES = {"product": product, "rows": rows}
+BENCHES: dict[str, Benchmark] = {"product": product, "rows": rows}
