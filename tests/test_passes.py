@@ -272,7 +272,12 @@ def taken(call: Call, outs: Iterator[Any]) -> list[Any]:
 
 def test_every_aten_operator_of_the_tables_is_tried() -> None:
     tried = (
-        {str(op) for family in FAMILIES for op, _, _ in calls(family, torch.float32)}
+        {
+            str(op)
+            for family in FAMILIES
+            for dtype in (torch.float32, torch.bfloat16)
+            for op, _, _ in calls(family, dtype)
+        }
         | set(ON_ACCELERATORS)
         | set(REFUSED)
     )
