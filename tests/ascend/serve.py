@@ -34,7 +34,7 @@ def main(model: str, arguments: dict[str, Any]) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=2, logprobs=3, detokenize=False)
     rng = random.Random(0)
     prompts = [
-        {"prompt_token_ids": [rng.randrange(10, 500) for _ in range(rng.randrange(3, 20))]} for _ in range(REQUESTS)
+        {"prompt_token_ids": [rng.randrange(10, 500) for _ in range(rng.randrange(3, 12))]} for _ in range(REQUESTS)
     ]
 
     def bits(output: Any) -> list[list[tuple[int, float]]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +62,52 @@ def serve(model: Path, cache: Path, arguments: dict[str, Any], **environment: st
     return json.loads(done.stdout.strip().splitlines()[-1])["differ"], said
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize("own", ["0", "1"])
-def test_without_the_pass_requests_differ(models: dict[str, Path], tmp_path: Path, kind: str, own: str) -> None:
-    """With vllm-ascend's own mode switched on: it finds no kernels, says so in its log and serves."""
-    differ, said = serve(models[kind], tmp_path, PIECEWISE, VLLM_BATCH_INVARIANT=own)
-    assert differ > 0
-    assert ("skipping batch-invariant initialization" in said) == (own == "1")
-
-
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_DECODE_ONLY"])
-def test_with_the_pass_none_differs(models: dict[str, Path], tmp_path: Path, kind: str, mode: str) -> None:
-    """PIECEWISE compiles through vllm-ascend's pass manager, FULL_DECODE_ONLY through npugraph_ex."""
+def through(mode: str) -> dict[str, Any]:
+    """With the pass: PIECEWISE compiles through vllm-ascend's pass manager, FULL_DECODE_ONLY through npugraph_ex."""
+    compiler = {"ascend_compilation_config": {"enable_npugraph_ex": mode != "PIECEWISE", **PATTERNS}}
     compilation = PIECEWISE["compilation_config"] | PASS | {"cudagraph_mode": mode}
-    through = {"ascend_compilation_config": {"enable_npugraph_ex": mode != "PIECEWISE", **PATTERNS}}
-    arguments = {"compilation_config": compilation, "additional_config": through}
-    assert serve(models[kind], tmp_path, arguments)[0] == 0
+    return {"compilation_config": compilation, "additional_config": compiler}
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_with_the_eager_fallback_alone_none_differs(models: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    arguments = {"enforce_eager": True, "compilation_config": PASS}
-    assert serve(models[kind], tmp_path, PIECEWISE | arguments)[0] == 0
+#: case -> arguments of the engine, environment
+WITHOUT: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "plain": (PIECEWISE, {}),
+    "VLLM_BATCH_INVARIANT": (PIECEWISE, {"VLLM_BATCH_INVARIANT": "1"}),
+}
+WITH: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "pass manager": (through("PIECEWISE"), {}),
+    "npugraph_ex": (through("FULL_DECODE_ONLY"), {}),
+    "eager fallback alone": (PIECEWISE | {"enforce_eager": True, "compilation_config": PASS}, {}),
+}
+KINDS = ("dense", "moe")
+
+
+@pytest.fixture(scope="module")
+def served(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Callable[[str, str], tuple[int, str]]]:
+    """The result of a case for a kind of model; two engines run at a time, those of the tests that were chosen, in their order."""
+    chosen = [i.callspec.params for i in request.session.items if getattr(i, "module", None) is request.module]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = {}
+        for kind, case in ((c["kind"], c["case"]) for c in chosen):
+            arguments, environment = (WITHOUT | WITH)[case]
+            results[kind, case] = pool.submit(
+                serve, models[kind], tmp_path_factory.mktemp(kind), arguments, **environment
+            )
+        yield lambda kind, case: results[kind, case].result()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", WITHOUT)
+def test_without_the_pass_requests_differ(served: Callable[[str, str], tuple[int, str]], kind: str, case: str) -> None:
+    """Also with vllm-ascend's own mode: it finds no kernels, says so in its log and serves."""
+    differ, said = served(kind, case)
+    assert differ > 0
+    assert ("skipping batch-invariant initialization" in said) == (case == "VLLM_BATCH_INVARIANT")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", WITH)
+def test_with_the_pass_none_differs(served: Callable[[str, str], tuple[int, str]], kind: str, case: str) -> None:
+    assert served(kind, case)[0] == 0
