@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -319,7 +320,7 @@ def _findings(graph: fx.Graph, known: Knowledge, found: rows.Rows, inside: str) 
             {x.name: found.dims(x) for x in node.all_input_nodes if found.dims(x)},
             found.dims(node),
             _described(_value(node)),
-            ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())]),
+            _anywhere(", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])),
         )
         for name, body, inner in found.bodies.get(node, ()):
             yield from _findings(body, known, inner, f"{inside}{node.name}/{name}/")
@@ -381,11 +382,18 @@ def _value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def _anywhere(text: str) -> str:
+    """Without the addresses of objects, which differ from process to process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
 def _described(value: Any) -> str:
     """`dtype[sizes]` of each tensor of a value."""
     leaves = value if isinstance(value, (tuple, list)) else [value]
     return ", ".join(
-        f"{str(v.dtype).removeprefix('torch.')}[{', '.join(map(str, v.shape))}]" if isinstance(v, Tensor) else str(v)
+        f"{str(v.dtype).removeprefix('torch.')}[{', '.join(map(str, v.shape))}]"
+        if isinstance(v, Tensor)
+        else _anywhere(str(v))
         for v in leaves
         if v is not None
     )

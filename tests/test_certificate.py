@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import pipeline, rand, traced_rows
-from torch import Tensor
+from support import knowledge, pipeline, rand, traced_rows
+from torch import Tensor, fx
 from typer.testing import CliRunner
 
 from bi_compile import OptionError
+from bi_compile.audit import audit
 from bi_compile.certificate import compare, read
 from bi_compile.cli import app
 
@@ -141,3 +142,12 @@ def test_it_is_printed_as_a_table(path: Path) -> None:
 def test_check_takes_two_paths(path: Path) -> None:
     assert runner.invoke(app, ["audit", "--check", str(path)]).exit_code == 2
     assert runner.invoke(app, ["audit", str(path), str(path)]).exit_code == 2
+
+
+def test_an_object_has_no_address() -> None:
+    """Which differs from process to process: vLLM hands the names of its layers to a graph as such objects."""
+    graph = fx.Graph()
+    graph.placeholder("x").meta["val"] = object()
+    graph.output(())
+    (finding, _) = audit(graph, knowledge()).findings
+    assert finding.value == "<object object>"
