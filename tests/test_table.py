@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  defines an operator that the tables name
 from support import close, graph_of, rand, same_bits, table
 from torch import Tensor
 
