@@ -156,12 +156,13 @@ def replaces(
 
 
 def given(arguments: Mapping[str, Any], plain: Mapping[str, Any] | None = None) -> list[str]:
-    """The arguments that say something: not None, 0, False, empty, or the value that `plain` names. For a refusal by name."""
+    """The arguments that say something: not None, not the default that `plain` names, or where it names none not 0, False or
+    empty. For a refusal by name."""
 
     def says_nothing(name: str, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
             return False
-        return not value or value == (plain or {}).get(name)
+        return value is None or (value == plain[name] if plain and name in plain else not value)
 
     return [name for name, value in arguments.items() if not says_nothing(name, value)]
 

@@ -104,7 +104,8 @@ def _fusion_attention(
     padding_mask: Tensor | None = None, atten_mask: Tensor | None = None, scale: float = 1.0, keep_prob: float = 1.0,
     pre_tockens: int = 2147483647, next_tockens: int = 2147483647, inner_precise: int = 0, prefix: Any = None,
     actual_seq_qlen: Any = None, actual_seq_kvlen: Any = None, sparse_mode: int = 0, gen_mask_parallel: bool = True,
-    sync: bool = False, softmax_layout: str = "", sink: Tensor | None = None, dropout_mask: Tensor | None = None, **_: Any,
+    sync: bool = False, softmax_layout: str = "", sink: Tensor | None = None, dropout_mask: Tensor | None = None,
+    seed: int = 0, offset: int = 0,  # of the dropout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Attention, and the softmax as its largest score and its sum: log of the sum of exp, and one, which mean the same."""
     others = {
@@ -112,13 +113,7 @@ def _fusion_attention(
         "prefix": prefix, "actual_seq_qlen": actual_seq_qlen, "actual_seq_kvlen": actual_seq_kvlen, "softmax_layout": softmax_layout,
         "sink": sink, "dropout_mask": dropout_mask,
     }  # fmt: skip
-    everything = {"keep_prob": 1.0, "pre_tockens": 2147483647, "next_tockens": 2147483647}
-    # `given` takes a 0 for unsaid
-    named = [
-        *given(others, everything),
-        *(["keep_prob"] if keep_prob == 0 else []),
-        *(["next_tockens"] if next_tockens == 0 else []),
-    ]
+    named = given(others, {"keep_prob": 1.0, "pre_tockens": 2147483647, "next_tockens": 2147483647})
     if input_layout not in LAYOUTS:
         named.append(f"input_layout={input_layout!r}")
     if sparse_mode not in (0, 1, 2, 3):

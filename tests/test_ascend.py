@@ -164,7 +164,14 @@ def test_attention_of_pytorchs_models_means_what_it_says(layout: str, mode: int 
 
 @pytest.mark.parametrize(
     "argument",
-    [{"keep_prob": 0.9}, {"next_tockens": 0}, {"pse": torch.zeros(3)}, {"sparse_mode": 4}, {"input_layout": "TND"}],
+    [
+        {"keep_prob": 0.9},
+        {"next_tockens": 0},
+        {"pre_tockens": 0},
+        {"pse": torch.zeros(3)},
+        {"sparse_mode": 4},
+        {"input_layout": "TND"},
+    ],
 )
 def test_attention_of_pytorchs_models_refuses_by_name(argument: dict[str, Any]) -> None:
     x = torch.randn(2, 4, 5, 16)
