@@ -134,7 +134,7 @@ ORDER_FREE = {
     for overload in (getattr(getattr(_A, packet), o) for o in getattr(_A, packet).overloads())
 } | {"prims.amax.default", "prims.amin.default", "prims.xor_sum.default"}  # fmt: skip
 #: pointwise, though PyTorch does not tag them so
-POINTWISE_PRIMS = {
+POINTWISE = {
     f"prims.{name}.default"
     for name in (
         "abs acos acosh add asin asinh atan atan2 atanh bessel_i0 bessel_i0e bessel_i1 bessel_i1e bessel_j0 bessel_j1 bitwise_and "
@@ -143,8 +143,7 @@ POINTWISE_PRIMS = {
         "ndtri ne neg nextafter pow reciprocal remainder round rsqrt shift_left shift_right_arithmetic sign signbit sin sinh "
         "spherical_bessel_j0 sqrt sub tan tanh trunc where zeta"
     ).split()
-}
-POINTWISE = {"aten.floor_divide.default", "aten.floor_divide.Scalar"}
+} | {"aten.floor_divide.default", "aten.floor_divide.Scalar"}
 #: random, though PyTorch does not tag them so
 RANDOM_PRIMS = ("prims.inductor_random.default", "prims.inductor_randint.default")
 #: writes that add up where indices meet: the order of the sum follows the rows
@@ -223,9 +222,7 @@ def _moves(call: Call, known: Knowledge) -> Found:
 
 
 def _pointwise(call: Call, known: Knowledge) -> Found:
-    if isinstance(call.target, OpOverload) and (
-        torch.Tag.pointwise in call.target.tags or call.name in POINTWISE_PRIMS | POINTWISE
-    ):
+    if isinstance(call.target, OpOverload) and (torch.Tag.pointwise in call.target.tags or call.name in POINTWISE):
         return Verdict.ROW_LOCAL, "pointwise"
     return None
 
@@ -320,7 +317,7 @@ def _findings(graph: fx.Graph, known: Knowledge, found: rows.Rows, inside: str) 
             {x.name: found.dims(x) for x in node.all_input_nodes if found.dims(x)},
             found.dims(node),
             _described(_value(node)),
-            _anywhere(", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])),
+            _without_addresses(", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])),
         )
         for name, body, inner in found.bodies.get(node, ()):
             yield from _findings(body, known, inner, f"{inside}{node.name}/{name}/")
@@ -382,8 +379,8 @@ def _value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
-def _anywhere(text: str) -> str:
-    """Without the addresses of objects, which differ from process to process."""
+def _without_addresses(text: str) -> str:
+    """The addresses of objects differ from process to process."""
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
@@ -393,7 +390,7 @@ def _described(value: Any) -> str:
     return ", ".join(
         f"{str(v.dtype).removeprefix('torch.')}[{', '.join(map(str, v.shape))}]"
         if isinstance(v, Tensor)
-        else _anywhere(str(v))
+        else _without_addresses(str(v))
         for v in leaves
         if v is not None
     )

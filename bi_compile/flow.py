@@ -91,6 +91,11 @@ def _split(layout: Layout, shape: Sequence[int]) -> Layout:
 # -- the rules: what an operator combines, and where the rows are afterwards ----------------------------------------
 
 
+def packet_of(node: fx.Node) -> str:
+    """The operator's name without namespace and overload; empty for what is no operator."""
+    return node.target._overloadpacket.__name__ if isinstance(node.target, OpOverload) else ""
+
+
 class Node:
     """A node as the rules see it."""
 
@@ -98,7 +103,7 @@ class Node:
         self.node = node
         self.layouts = layouts
         self.value = node.meta.get("val")
-        self.packet = node.target._overloadpacket.__name__  # type: ignore[union-attr]
+        self.packet = packet_of(node)
 
     def arg(self, name: str, default: Any = None) -> Any:
         for i, a in enumerate(self.node.target._schema.arguments):  # type: ignore[union-attr]

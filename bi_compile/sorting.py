@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
-from torch._ops import OpOverload
 
-from .flow import Dim, Layout, carries
+from .flow import Dim, Layout, Node, carries, packet_of
 
 PUT_BACK = "sorted by group, and put back: every row keeps its own values and its own group"
 COUNTED = "counts the rows of each group, which says where its rows begin and nothing of what they hold"
@@ -50,18 +49,6 @@ class Standing:
     kind: str
 
 
-def _packet(node: fx.Node) -> str:
-    return node.target._overloadpacket.__name__ if isinstance(node.target, OpOverload) else ""
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    for i, a in enumerate(schema):
-        if a.name == name:
-            return node.args[i] if i < len(node.args) else node.kwargs.get(name, a.default_value)
-    return None
-
-
 class Sorts:
     """The sorts of one graph."""
 
@@ -80,16 +67,17 @@ class Sorts:
             for standing in given.values():
                 self.broken.setdefault(standing.sort, "the graph returns rows in that order")
             return None
+        n = Node(node, layouts)
         if not given:
-            self._begin(node, layouts)
+            self._begin(n)
             return None
         sorts = {s.sort for s in given.values()}
         if node.op == "call_function" and not _has_tensor(node):
             return None  # a size
-        found = self._next(node, given, layouts) if node.op == "call_function" and len(sorts) == 1 else None
+        found = self._next(n, given) if node.op == "call_function" and len(sorts) == 1 else None
         (sort, *others) = sorts
         if found == "put back":
-            return (self.keys[sort], *_layout(node.args[0], layouts)[1:])
+            return (self.keys[sort], *n.layout(node.args[0])[1:])
         if found == "blank":
             return None
         if found is None:
@@ -101,19 +89,19 @@ class Sorts:
         self.standing[node] = Standing(sort, found)
         return None
 
-    def _begin(self, node: fx.Node, layouts: Mapping[fx.Node, Any]) -> None:
-        if node.op != "call_function" or _packet(node) not in _SORTS or _argument(node, "descending"):
+    def _begin(self, n: Node) -> None:
+        if n.packet not in _SORTS or n.arg("descending"):
             return
-        layout = _layout(node.args[0], layouts)
+        layout = n.layout(n.node.args[0])
         if len(layout) == 1:  # in a graph of static shapes nobody knows whether these are rows
-            self.keys[node] = layout[0]
-            self.standing[node] = Standing(node, "order" if _packet(node) == "argsort" else "sort")
+            self.keys[n.node] = layout[0]
+            self.standing[n.node] = Standing(n.node, "order" if n.packet == "argsort" else "sort")
 
-    def _next(self, node: fx.Node, given: Mapping[fx.Node, Standing], layouts: Mapping[fx.Node, Any]) -> str | None:
+    def _next(self, n: Node, given: Mapping[fx.Node, Standing]) -> str | None:
         """What the node's value is to the sort, "put back", "blank" for new memory, or None: it is not on the way."""
+        node, name = n.node, n.packet
         kinds = {s.kind for s in given.values()}
         first = given.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-        name = _packet(node)
         if node.target is operator.getitem and first:
             i = node.args[1]
             pairs = {("sort", 0): "keys", ("sort", 1): "order", ("resort", 1): "back", ("parts", i): "rows"}
@@ -123,53 +111,48 @@ class Sorts:
         if name in _CASTS and len(given) == 1:
             return next(iter(kinds))
         if kinds == {"order"}:
-            return self._from_order(node, name, layouts)
-        if name in _GATHERS and self._one_index(node) in given:
-            index = given[self._one_index(node)].kind  # type: ignore[index]
+            return self._from_order(n)
+        by = _one_index(node) if name in _GATHERS else None
+        if by in given:
+            index = given[by].kind
             if index == "source" and first is None:
                 return "rows"
             return "put back" if index == "back" and first and first.kind in ("rows", "keys") else None
         if name in ("histc", "bincount") and kinds == {"keys"}:
-            (sort,) = {s.sort for s in given.values()}
-            return "counts" if name == "bincount" or _counts_from_zero(node, sort) else None
+            keys = given[n.first].sort.args[0]
+            return "counts" if name == "bincount" or _counts_from_zero(n, keys) else None
         if name == "cumsum" and kinds == {"counts"}:
             return "ends"
         if name in ("grouped_mm", "_grouped_mm") and first and first.kind == "rows":
-            offs = _argument(node, "offs")
+            offs = n.arg("offs")
             rest = [x for x in node.all_input_nodes if x is not node.args[0] and x is not offs]
-            plain = not any(map(carries, (d for x in rest for d in _layout(x, layouts))))
+            plain = not any(x in given or any(map(carries, n.layout(x))) for x in rest)
             return "rows" if offs in given and given[offs].kind == "ends" and plain else None
         if kinds <= {"rows", "keys"}:
-            return self._row_by_row(node, name, given, layouts)
+            return self._row_by_row(n, given)
         return None
 
-    def _from_order(self, node: fx.Node, name: str, layouts: Mapping[fx.Node, Any]) -> str | None:
+    def _from_order(self, n: Node) -> str | None:
+        node, name = n.node, n.packet
         floor = name == "floor_divide" or (name == "div" and node.kwargs.get("rounding_mode") == "floor")
         if floor and isinstance(node.args[1], int):
             return "source"
-        if name in _GATHERS and self._one_index(node) in self.standing and node.args[0] not in self.standing:
+        if name in _GATHERS and _one_index(node) in self.standing and node.args[0] not in self.standing:
             return "rows"
-        if name in _SORTS and not _argument(node, "descending"):
+        if name in _SORTS and not n.arg("descending"):
             return "back" if name == "argsort" else "resort"
-        if name in ("index_put", "index_put_", "_unsafe_index_put") and self._one_index(node) in self.standing:
+        if name in ("index_put", "index_put_", "_unsafe_index_put") and _one_index(node) in self.standing:
             written = node.args[2]
-            counted = isinstance(written, fx.Node) and _packet(written) in ("arange", "iota")
-            from_zero = counted and _argument(written, "start") in (None, 0) and _argument(written, "step") in (None, 1)  # type: ignore[arg-type]
-            return "back" if from_zero and not (len(node.args) > 3 and node.args[3]) else None
+            if not isinstance(written, fx.Node) or packet_of(written) not in ("arange", "iota"):
+                return None
+            numbers = Node(written, n.layouts)
+            from_zero = numbers.arg("start") in (None, 0) and numbers.arg("step") in (None, 1)
+            return "back" if from_zero and not n.arg("accumulate") else None
         return None
 
-    def _one_index(self, node: fx.Node) -> fx.Node | None:
-        """The index of a gather or a write along dimension 0 alone."""
-        if _packet(node) == "index_select":
-            return node.args[2] if node.args[1] == 0 else None  # type: ignore[return-value]
-        indices: Any = node.args[1]
-        return indices[0] if len([i for i in indices if i is not None]) == 1 and indices[0] is not None else None
-
-    def _row_by_row(
-        self, node: fx.Node, name: str, given: Mapping[fx.Node, Standing], layouts: Mapping[fx.Node, Any]
-    ) -> str | None:
+    def _row_by_row(self, n: Node, given: Mapping[fx.Node, Standing]) -> str | None:
         """Pointwise operators, and views that leave dimension 0 alone."""
-        value = node.meta["val"]
+        node, name, value = n.node, n.packet, n.value
         several = isinstance(value, (tuple, list))
         shapes = [v.shape for v in (value if several else [value])]
         # dimension 0 stays dimension 0
@@ -181,7 +164,7 @@ class Sorts:
             # what else takes part is the same for every row
             plain = all(
                 not isinstance(v := x.meta.get("val"), Tensor)
-                or ((v.dim() < rank or v.shape[0] == 1) and not any(map(carries, _layout(x, layouts))))
+                or ((v.dim() < rank or v.shape[0] == 1) and not any(map(carries, n.layout(x))))
                 for x in node.all_input_nodes
                 if x not in given
             )
@@ -189,33 +172,37 @@ class Sorts:
         rank = len(next(iter(given)).meta["val"].shape)
         if name not in _VIEWS:
             return None
-        dim = _argument(node, "dim")
+        dim = n.arg("dim")
         # a slice of all of dimension 0 takes nothing away
         if name != "slice" and isinstance(dim, int) and dim % (rank + (name == "unsqueeze")) == 0:
             return None
         return "parts" if several else "rows"
 
 
-def _layout(x: Any, layouts: Mapping[fx.Node, Any]) -> Layout:
-    return (layouts.get(x) or ()) if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor) else ()
+def _one_index(node: fx.Node) -> fx.Node | None:
+    """The index of a gather or a write along dimension 0 alone."""
+    if packet_of(node) == "index_select":
+        return node.args[2] if node.args[1] == 0 else None  # type: ignore[return-value]
+    indices: Any = node.args[1]
+    return indices[0] if len([i for i in indices if i is not None]) == 1 and indices[0] is not None else None
 
 
-def _counts_from_zero(histc: fx.Node, sort: fx.Node) -> bool:
+def _counts_from_zero(histc: Node, keys: Any) -> bool:
     """Whether every key is counted but those behind the last group: one before the first would move all groups."""
-    return _argument(histc, "min") == 0 and bool(_argument(histc, "max")) and _not_negative(sort.args[0])
+    return histc.arg("min") == 0 and bool(histc.arg("max")) and _not_negative(keys)
 
 
 def _not_negative(x: Any) -> bool:
     """By its making: indices, magnitudes, remainders of a positive number."""
-    while isinstance(x, fx.Node) and _packet(x) in (*_CASTS, *_VIEWS):
+    while isinstance(x, fx.Node) and packet_of(x) in (*_CASTS, *_VIEWS):
         x = x.args[0]
     if not isinstance(x, fx.Node):
         return False
     if x.target is operator.getitem:
-        return _packet(x.args[0]) in ("topk", "sort", "max", "min") and x.args[1] == 1  # type: ignore[arg-type]
-    if _packet(x) == "remainder":
+        return packet_of(x.args[0]) in ("topk", "sort", "max", "min") and x.args[1] == 1  # type: ignore[arg-type]
+    if packet_of(x) == "remainder":
         return isinstance(x.args[1], int) and x.args[1] > 0
-    return _packet(x) in ("argmax", "argmin", "argsort", "arange", "abs")
+    return packet_of(x) in ("argmax", "argmin", "argsort", "arange", "abs")
 
 
 def _has_tensor(node: fx.Node) -> bool:
