@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import inspect
 import os
 import sys
 from collections import Counter
@@ -101,17 +100,18 @@ class _Attention(TorchFunctionMode):
     """torch_npu's own way from scaled_dot_product_attention to its operator is in C++ and fixes the batch; this keeps it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        given = inspect.signature(_attention).bind(*args, **kwargs)
-        return _attention(*given.args, **given.kwargs)
+        attention = func is torch.nn.functional.scaled_dot_product_attention
+        return (_attention if attention else func)(*args, **(kwargs or {}))
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        raise HostError(
+            f"the model's attention adds a mask of {attn_mask.dtype} to its scores, which this audit does not follow: give it a mask of truth values"
+        )
     mask = None if attn_mask is None else attn_mask.logical_not()
     if is_causal:
         mask = query.new_ones(2048, 2048, dtype=torch.bool).triu(1)

@@ -36,6 +36,12 @@ from triton.runtime.jit import JITFunction
 CHIPS = {"A2": "Ascend910B2", "A3": "Ascend910_9391", "950": "Ascend950PR_9589"}
 
 
+#: triton-ascend is not made for threads
+_TRITON = threading.Lock()
+#: triton-adapter-opt 3.2.0 uses freed memory: on one and the same input it crashed in 12 of 800 runs
+_TRIES = 5
+
+
 class _NoDevice:
     """What the binder asks of a driver."""
 
@@ -67,7 +73,18 @@ class Launch:
         return self.kernel.fn.__name__
 
     def linalg(self, chip: str) -> str:
-        """What triton-ascend hands to bishengir-compile."""
+        """What triton-ascend hands to bishengir-compile; once more where its compiler crashed. A refusal stands."""
+        for _ in range(_TRIES):
+            try:
+                with _TRITON:
+                    return self._linalg(chip)
+            except subprocess.CalledProcessError as error:
+                if error.returncode != -signal.SIGSEGV:
+                    raise
+                crash = error
+        raise crash
+
+    def _linalg(self, chip: str) -> str:
         a5 = chip.startswith("Ascend950")
         backend = make_backend(GPUTarget("npu", chip, 0))
         given = {"compile_on_910_95": True, "multibuffer": False, "enable_auto_bind_sub_block": False} if a5 else {}
@@ -123,28 +140,10 @@ class Module:
         return found.group(1) if found else self.said[-300:]
 
 
-#: triton-ascend is not made for threads
-_TRITON = threading.Lock()
-#: triton-adapter-opt 3.2.0 uses freed memory: on one and the same input it crashed in 12 of 800 runs
-_TRIES = 5
-
-
-def linalg(launch: Launch, chip: str) -> str:
-    """`launch.linalg(chip)`, once more where the compiler crashed; a refusal stands."""
-    for left in reversed(range(_TRIES)):
-        try:
-            with _TRITON:
-                return launch.linalg(chip)
-        except subprocess.CalledProcessError as error:
-            if error.returncode != -signal.SIGSEGV or not left:
-                raise
-    raise AssertionError("unreachable")
-
-
 def lower(launch: Launch, chip: str) -> Module:
     """The launch's HIVM module for the chip, or the compiler's words."""
     try:
-        text = linalg(launch, chip)
+        text = launch.linalg(chip)
     except subprocess.CalledProcessError as error:
         return Module(None, error.stderr.decode())
     with tempfile.TemporaryDirectory() as folder:

@@ -102,7 +102,7 @@ def test_every_tile_of_a_product_takes_k_in_the_same_steps(dtype: str) -> None:
         if operator not in ("mm", "addmm", "grouped_mm") or d != dtype:
             continue
         height, width = map(int, name.split(" x ")[:2])
-        linalg = lowering.linalg(launch, lowering.CHIPS["A2"])
+        linalg = launch.linalg(lowering.CHIPS["A2"])
         dots = re.findall(r"linalg.matmul.*ins\(.*: tensor<(\d+)x(\d+)x\w+>, tensor<(\d+)x(\d+)x\w+>\)", linalg)
         assert dots == [(str(height), str(block), str(block), str(width))], (operator, name, variant)
         assert 2 * block * max(height, width) * configurations.DTYPES[dtype].itemsize <= 2**16
