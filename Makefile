@@ -19,18 +19,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTHON_ASCEND ?= $(PYTHON)
 VENV_ASCEND := .venv-ascend
 READY_ASCEND := $(VENV_ASCEND)/.ready
-PIP_ASCEND := $(VENV_ASCEND)/bin/python -m pip --disable-pip-version-check
+PIP_ASCEND := $(VENV_ASCEND)/bin/python -m pip --quiet --disable-pip-version-check
 # without CANN (or the stand-ins) on the library path, torch cannot load torch_npu and stops
 RUN_ASCEND := LD_LIBRARY_PATH=$(CURDIR)/$(VENV_ASCEND)/cann $(VENV_ASCEND)/bin/python
 
-.PHONY: demo test test-ascend bench lint docs npu-operators clean
+.PHONY: demo test test-here test-ascend bench lint docs npu-operators clean
 
 demo: $(READY)
 	$(BIN)/bi-compile demo
 
-test: $(READY) $(READY_ASCEND)
-	$(BIN)/python -m pytest
+# .venv-ascend is made while the tests of .venv run
+test: $(READY)
+	$(MAKE) -j2 test-here $(READY_ASCEND)
 	$(MAKE) test-ascend
+
+test-here: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-ascend: $(READY_ASCEND)
 	$(RUN_ASCEND) -m pytest tests/ascend

@@ -1,4 +1,7 @@
-"""Every test starts from the same seed, without graphs that another one compiled, and with PyTorch's own operators."""
+"""Every test starts from the same seed, without graphs that another one compiled, and with PyTorch's own operators.
+
+Engines run one at a time: each asks for most of the memory (`xdist_group("engine")`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,12 @@ from collections.abc import Iterator
 
 # a graph that an earlier run left in Inductor's cache would be neither rewritten nor judged
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bi_compile_tests_")
+
+# each of pytest-xdist's workers keeps to cores of its own: threads that wait for each other spin
+if "PYTEST_XDIST_WORKER" in os.environ:
+    worker, workers = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[worker::workers] or cores)
 
 import pytest
 import torch

@@ -26,7 +26,12 @@ def name(block: str) -> str:
     return next(n for n in ("vllm", "dump_dir", "torch.compile", "invariant") if n in block)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=name)
+ENGINE = pytest.mark.xdist_group("engine")
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(b, id=name(b), marks=ENGINE if name(b) == "vllm" else ()) for b in BLOCKS]
+)
 def test_one_liner(block: str, tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(

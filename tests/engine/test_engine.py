@@ -8,6 +8,7 @@ import pytest
 from engines import PASS, python, requests
 
 Model = Callable[[str], Path]
+pytestmark = pytest.mark.xdist_group("engine")
 LONG = {"requests": 32, "batches": [2, 5, 16, 32], "prompt": [5, 300], "tokens": 8}
 
 

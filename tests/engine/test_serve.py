@@ -23,6 +23,7 @@ from bi_compile.demo.models import SIZES
 from bi_compile.demo.processes import ENVIRONMENT
 
 MODEL = "served"
+pytestmark = pytest.mark.xdist_group("engine")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from bi_compile.measure import engine, engine_bisect
 from bi_compile.passes import PASSES
 
 Model = Callable[[str], Path]
+pytestmark = pytest.mark.xdist_group("engine")
 PASS: dict[str, Any] = {"compilation_config": {"custom_passes": ["bi_ascend"]}}
 #: everything but the products
 BUT_PRODUCTS: dict[str, Any] = {
