@@ -60,11 +60,12 @@ PRODUCT: dict[str, dict[int, list[tuple[int, Tile]]]] = {
 PRODUCT_K: dict[str, dict[int, int]] = {"cuda": {2: 64, 4: 32, 8: 32}, "npu": {2: 128, 4: 64}}
 
 #: target -> bytes per element -> (up to this many rows, tile) of attention; rows are the queries of all heads that
-#: share a key head. The width is the number of keys that one step takes and must not follow the rows. In 16 bits one
-#: tile for all: from 64 rows on Triton takes the warp group's matrix instruction, and on an H100 its bits differ.
+#: share a key head. The width is the number of keys that one step takes and must not follow the rows. In 16 bits no tile of
+#: 64 rows, which the warp group's matrix instruction would take: it is slower at each of the shapes that were timed on an
+#: H100 (heads of 128; decoding over 512 and 4096 keys, 2048 queries at once), and at other heads its bits differed.
 ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
     "cuda": {
-        2: [(INT32_MAX, Tile(64, 64, 4, 3))],
+        2: [(16, Tile(16, 64, 4, 3)), (INT32_MAX, Tile(32, 64, 4, 3))],
         4: [(16, Tile(16, 32, 4, 1)), (INT32_MAX, Tile(32, 32, 4, 1))],
         8: [(INT32_MAX, Tile(4, 16, 4, 1))],
     },
