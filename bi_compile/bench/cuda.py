@@ -1,4 +1,4 @@
-"""On a CUDA device: products, their bits checked, and row operators, replayed from CUDA graphs."""
+"""On a CUDA device: products, row operators and whole decode steps, their bits checked, replayed from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from . import Benchmark, geometric_mean
@@ -130,4 +130,92 @@ def rows() -> tuple[Table, str]:
     return table, ""
 
 
-BENCHES: dict[str, Benchmark] = {"product": product, "rows": rows}
+class Layer(nn.Module):
+    """A decoder layer of Qwen3's shape that writes one token's keys and values behind those of a cache, and attends to all."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, inner: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads
+        self.qkv = nn.Linear(hidden, (heads + 2 * kv_heads) * 128, bias=False)
+        self.o = nn.Linear(heads * 128, hidden, bias=False)
+        self.gate_up = nn.Linear(hidden, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, hidden, bias=False)
+        self.norms = nn.ParameterList(torch.ones(n) for n in (hidden, hidden, 128, 128))
+
+    def forward(self, x: Tensor, residual: Tensor, rope: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual = _add_rms_norm(x, residual, self.norms[0])
+        q, k, v = self.qkv(x).view(x.shape[0], -1, 128).split([self.heads, self.kv_heads, self.kv_heads], 1)
+        q, k = (self._rotate(_rms_norm(t, w), rope) for t, w in ((q, self.norms[2]), (k, self.norms[3])))
+        keys[:, :, -1] = k
+        values[:, :, -1] = v
+        y = nn.functional.scaled_dot_product_attention(q.unsqueeze(2), keys, values, enable_gqa=True)
+        x, residual = _add_rms_norm(self.o(y.reshape(x.shape[0], -1)), residual, self.norms[1])
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(nn.functional.silu(gate) * up), residual
+
+    @staticmethod
+    def _rotate(x: Tensor, rope: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        cos, sin = rope
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int, hidden: int, heads: int, kv_heads: int, inner: int, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.layers = nn.ModuleList(Layer(hidden, heads, kv_heads, inner) for _ in range(layers))
+        self.norm = nn.Parameter(torch.ones(hidden))
+
+    def forward(self, tokens: Tensor, rope: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        residual = torch.zeros_like(x)
+        for layer in self.layers:
+            x, residual = layer(x, residual, rope, keys, values)
+        return nn.functional.linear(_add_rms_norm(x, residual, self.norm)[0], self.embedding.weight)
+
+
+MODELS = {
+    "Qwen3-0.6B": dict(layers=28, hidden=1024, heads=16, kv_heads=8, inner=3072, vocabulary=151936),
+    "Qwen3-8B, 12 layers": dict(layers=12, hidden=4096, heads=32, kv_heads=8, inner=12288, vocabulary=151936),
+}
+CONTEXT = 512
+
+
+def step() -> tuple[Table, str]:
+    """A decode step with 512 tokens of keys and values, compiled: the backend bi_ascend against Inductor alone."""
+    from ..backend import bi_ascend
+
+    table = Table(
+        "model", "batch", "Inductor ms", "bi_ascend ms", "ratio", "Inductor varies", "bi_ascend varies", title="Decode step"
+    )  # fmt: skip
+    for name, sizes in MODELS.items():
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model = Model(**sizes).bfloat16().eval()
+            for p in model.parameters():
+                if p.dim() > 1:
+                    nn.init.normal_(p, std=0.03)
+            tokens = torch.randint(0, sizes["vocabulary"], (512,))
+            cache = [torch.randn(512, sizes["kv_heads"], CONTEXT, 128, dtype=torch.bfloat16) for _ in range(2)]
+            rope = torch.randn(2, 64, dtype=torch.bfloat16)
+        faces: dict[str, Any] = {}
+        alone: dict[str, Tensor] = {}
+        for face, options in (("inductor", {}), ("bi_ascend", {"backend": bi_ascend})):
+            faces[face] = torch.compile(model, dynamic=True, **options)  # type: ignore[call-overload]
+        for batch in (1, 8, 32, 128, 512):
+            inputs = (tokens[:batch], rope, *(c[:batch] for c in cache))
+            times, varies = [], []
+            with torch.no_grad():
+                for face, compiled in faces.items():
+                    row = compiled(*inputs)[:1].clone()
+                    varies.append(not torch.equal(alone.setdefault(face, row), row))
+                times = replay_times([lambda f=f, i=inputs: f(*i) for f in faces.values()])  # type: ignore[misc]
+            table.add_row(
+                name, str(batch), *(f"{t:.3f}" for t in times), f"{times[0] / times[1]:.3f}", *(_yes(v) for v in varies)
+            )
+        del model, cache, faces
+    return table, ""
+
+
+BENCHES: dict[str, Benchmark] = {"product": product, "rows": rows, "step": step}
