@@ -9,8 +9,10 @@ reverse, and compared in every place. Prints how many differ, and the error agai
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ from bi_compile.kernels.triton import tiles
 
 tiles.HOST = "npu"
 interpreter.install()
+
+torch.set_num_threads(1)  # the processes of `main` share the cores
 
 MOST, LENGTH = 257, 65
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,8 +53,9 @@ def grouped(x: Tensor) -> Tensor:
 CALLS: dict[str, Run] = {**suite.ROW_CALLS, "grouped_mm": grouped, "attention": attention}
 
 
-def rows_that_differ(run: Run, dtype: torch.dtype, numbers: Sequence[int]) -> tuple[int, int]:
+def rows_that_differ(name: str, dtype: torch.dtype, numbers: Sequence[int]) -> tuple[int, int]:
     """(rows that differ, rows compared)."""
+    run = CALLS[name]
     x = suite.draw(max(numbers), LENGTH, dtype=dtype)
     alone = [suite.outputs(run(row[None])) for row in x]
     expected = [torch.cat(parts) for parts in zip(*alone, strict=True)]
@@ -77,9 +82,10 @@ def errors() -> Iterator[tuple[str, torch.dtype, float, float]]:
 
 def main(numbers: Sequence[int]) -> int:
     total = 0
-    for name, run in CALLS.items():
-        for dtype in DTYPES:
-            differ, compared = rows_that_differ(run, dtype, numbers)
+    pairs = list(itertools.product(CALLS, DTYPES))
+    with ProcessPoolExecutor() as pool:
+        results = pool.map(rows_that_differ, *zip(*pairs, strict=True), itertools.repeat(numbers))
+        for (name, dtype), (differ, compared) in zip(pairs, results, strict=True):
             total += differ
             print(f"{name:14} {dtype!s:15} {differ} of {compared} rows differ", flush=True)
     worse = 0
