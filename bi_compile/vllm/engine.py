@@ -191,13 +191,32 @@ def _plain_linear() -> Iterator[None]:
         utils.dispatch_cpu_unquantized_gemm = packed
 
 
+def _permit_amx() -> None:
+    """Ask the system for AMX, which vLLM's CPU attention uses where the processor has it.
+
+    vLLM relies on oneDNN's packed products to have asked; they are off (`_plain_linear`), and without the permission the first
+    tile instruction ends the process (SIGILL).
+
+    Raises:
+        HostError: the system does not grant it.
+    """
+    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
+        raise HostError(
+            "the processor has AMX, which vLLM's CPU attention uses, but the system does not permit it (arch_prctl ARCH_REQ_XCOMP_PERM): "
+            "permit it, or hide AMX from the virtual machine"
+        )
+
+
 def _worker_switches(device: str, vllm_config: Any) -> tuple[contextlib.AbstractContextManager[None], ...]:
     """What is switched in a worker process of the platform."""
     if device == "npu":
         from .ascend import deterministic_algorithms, own_mode_off, variant_custom_ops_off
 
         return variant_custom_ops_off(vllm_config), deterministic_algorithms(), own_mode_off()
-    return (_plain_linear(),) if device == "cpu" else ()
+    if device == "cpu":
+        _permit_amx()
+        return (_plain_linear(),)
+    return ()
 
 
 def report(vllm_config: Any) -> None:
