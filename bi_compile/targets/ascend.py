@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -175,13 +174,6 @@ def check_kernels() -> None:
             "there are no kernels for this NPU: pip install triton-ascend (the AscendC package batch_invariant_ops alone has no "
             "norms, no softmax and no addmm)"
         )
-
-
-def check_environment() -> None:
-    """Raise HostError where a variable of `ENVIRONMENT` is set to something else."""
-    for name, (value, why) in ENVIRONMENT.items():
-        if os.environ.get(name, value).lower() != value:
-            raise HostError(f"{name}={os.environ[name]} is set, and {why}: set {name}={value} or unset it")
 
 
 def is_capturing() -> bool:

@@ -6,5 +6,10 @@ TARGET = Target(
     name="cuda",
     device="cuda",
     inductor=ROUND_EVERY_OPERATOR,
-    trusted={"vllm.unified_kv_cache_update.default": "copies keys and values into their slots"},
+    trusted={
+        "vllm.unified_attention_with_output.default": "FlashAttention 3 and vLLM's Triton attention compute each query by itself, its keys in "
+        "ascending or descending tiles of one size, once they are told the same lengths for every batch (bi_compile/vllm/cuda.py, which "
+        "refuses other attention)",
+        "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
+    },
 )

@@ -3,13 +3,16 @@
     LLM(model, compilation_config={"custom_passes": ["bi_ascend"]}, additional_config={"bi_compile": {"on_unproven": "warn"}})
     vllm serve model --compilation-config '{"custom_passes": ["bi_ascend"]}'
 
-vLLM calls the two entry points below in each of its processes. They hook four places and do nothing else until a
+vLLM calls the two entry points below in each of its processes. They hook five places and do nothing else until a
 configuration has the key:
 
     vllm.config.utils.config                      `CompilationConfig` gets the field (`config_key`)
     vllm.config.vllm.VllmConfig.__post_init__     the pass goes into the configuration (`engine.configure`)
     WorkerWrapperBase.init_device                 kernels, settings and eager fallback go into the worker (`engine.prepare_worker`)
+    WorkerWrapperBase.load_model                  the model's attention is checked (`engine.check_model`)
     WorkerWrapperBase.compile_or_warm_up_model    the worker says what was rewritten and what is left (`engine.report`)
+
+What an engine needs on a platform stands in `cpu`, `cuda` and `ascend`.
 
 An engine that does not come up, and one that comes after it without the key, find the process as it was (`engine.release`).
 """

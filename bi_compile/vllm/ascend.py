@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import types
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from ..errors import HostError
 from ..options import Options
 from ..targets import ascend
 from .inductor import PostGradPass
+from .platforms import Platform, Switch, attribute
 
 log = init_logger("vllm.plugins.bi_compile")
 
@@ -56,7 +56,6 @@ def before_config(vllm_config: Any) -> None:
     """
     ascend.of_this_machine()
     ascend.check_kernels()
-    ascend.check_environment()
     if vllm_config.additional_config is None:
         vllm_config.additional_config = {}
     additional = vllm_config.additional_config
@@ -152,7 +151,7 @@ def variant_custom_ops_off(vllm_config: Any) -> Iterator[None]:
                 f"a mixture of experts needs vllm-ascend's own operators here, and they cannot be loaded ({error}): install a vllm-ascend that "
                 "was built with COMPILE_CUSTOM_KERNELS=1"
             ) from error
-    with _attribute(utils, "_CUSTOM_OP_ENABLED", False):
+    with attribute(utils, "_CUSTOM_OP_ENABLED", False):
         yield
 
 
@@ -177,15 +176,19 @@ def own_mode_off() -> Iterator[None]:
             "vllm-ascend's own batch-invariant mode has patched operators in this process already: start the engine in a fresh process, "
             "or unset VLLM_BATCH_INVARIANT"
         )
-    with _attribute(own, "enable_batch_invariant_mode", lambda: None):
+    with attribute(own, "enable_batch_invariant_mode", lambda: None):
         yield
 
 
-@contextlib.contextmanager
-def _attribute(module: types.ModuleType, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+def switches(vllm_config: Any) -> Sequence[Switch]:
+    return variant_custom_ops_off(vllm_config), deterministic_algorithms(), own_mode_off()
+
+
+PLATFORM = Platform(
+    device="npu",
+    environment=ascend.ENVIRONMENT,
+    before_config=before_config,
+    switches=switches,
+    make_pass=AscendPass,
+    own_operators_in_table=True,
+)

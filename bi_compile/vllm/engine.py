@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from vllm.logger import init_logger
 from .. import eager
 from ..errors import HostError
 from ..options import Options, read_options, resolve_passes
-from ..targets import ascend, for_device, get_target
+from ..targets import for_device, get_target
+from . import platforms
 from .hooks import KEY
 
 log = init_logger("vllm.plugins.bi_compile")
@@ -23,12 +24,6 @@ log = init_logger("vllm.plugins.bi_compile")
 OPTIONS = "bi_compile"
 """The key of `additional_config` that holds the options."""
 OLDEST, NEWEST = Version("0.23"), Version("0.34")
-#: the settings that each platform needs: environment variable -> value, and why
-ENVIRONMENT: dict[str, dict[str, tuple[str, str]]] = {
-    "cpu": {"VLLM_CPU_ATTN_SPLIT_KV": ("0", "attention splits the keys by how many requests there are")},
-    "cuda": {},
-    "npu": ascend.ENVIRONMENT,
-}
 #: what `prepare_worker` changed in this process, and how to undo it
 _prepared = contextlib.ExitStack()
 _fallback: eager.EagerFallback | None = None
@@ -60,19 +55,8 @@ def options_of(vllm_config: Any) -> Options:
     )
 
 
-def _platform() -> str:
-    from vllm.platforms import current_platform
-
-    device = current_platform.device_type
-    if device not in ENVIRONMENT:
-        raise HostError(
-            f"bi_compile has no target for vLLM's platform {device!r}: it has {', '.join(ENVIRONMENT)}; remove {KEY} from the compilation config"
-        )
-    return device
-
-
 def _target() -> str:
-    return for_device(_platform(), compiled=True).name
+    return for_device(platforms.current().device, compiled=True).name
 
 
 def before_config(vllm_config: Any) -> None:
@@ -81,20 +65,11 @@ def before_config(vllm_config: Any) -> None:
     Raises:
         HostError: what is wrong, and what to write instead.
     """
-    if _platform() == "npu":
-        from .ascend import before_config
-
-        before_config(vllm_config)
-
-
-def _pass(options: Options, theirs: Any) -> Any:
-    if _platform() == "npu":
-        from .ascend import AscendPass
-
-        return AscendPass(options, theirs)
-    from .inductor import PostGradPass
-
-    return PostGradPass(options, theirs)
+    platform = platforms.current()
+    for name, (value, why) in platform.environment.items():
+        if os.environ.get(name, value).lower() != value:
+            raise HostError(f"{name}={os.environ[name]} is set, and {why}: set {name}={value} or unset it")
+    platform.before_config(vllm_config)
 
 
 def configure(vllm_config: Any) -> None:
@@ -107,16 +82,12 @@ def configure(vllm_config: Any) -> None:
 
     from .inductor import PostGradPass
 
-    options = options_of(vllm_config)
-    for name, (value, why) in ENVIRONMENT[_platform()].items():
-        if os.environ.get(name, value) != value:
-            raise HostError(f"{name}={os.environ[name]} is set, and {why}: set {name}={value} or unset it")
+    options, platform = options_of(vllm_config), platforms.current()
     if vllm_config.lora_config is not None:
         raise HostError(f"{KEY} does not cover LoRA's kernels: serve the merged model, or remove {KEY}")
-    # without a compiler vLLM calls fused kernels of its own, of which nothing is known; its plain PyTorch code is in the table.
-    # On Ascend "all" stands for torch_npu's operators, which are in the table themselves
+    # without a compiler vLLM calls fused kernels of its own, of which nothing is known; its plain PyTorch code is in the table
     custom_ops = vllm_config.compilation_config.custom_ops
-    if "all" in custom_ops and _platform() != "npu":
+    if "all" in custom_ops and not platform.own_operators_in_table:
         custom_ops[custom_ops.index("all")] = "none"
     # a norm arrives as one operator, not as what its implementation is made of
     if vllm_config.compilation_config.backend == "inductor":
@@ -129,24 +100,24 @@ def configure(vllm_config: Any) -> None:
             )
     key = current_platform.pass_key
     if not isinstance(config.get(key), PostGradPass):
-        config[key] = _pass(options, config.get(key))
+        config[key] = platform.make_pass(options, config.get(key))
 
 
 def prepare_worker(vllm_config: Any) -> None:
     """Set what the guarantee needs in a worker process, before the model is loaded; `release` takes it back."""
     global _fallback
     release()
-    options, device = options_of(vllm_config), _platform()
+    options, platform = options_of(vllm_config), platforms.current()
     with contextlib.ExitStack() as stack:
-        for name, (value, _) in ENVIRONMENT[device].items():
+        for name, (value, _) in platform.environment.items():
             stack.enter_context(_environment(name, value))
         if options.on_unproven == "warn":
             # a graph out of a cache is not judged again, so nobody would hear of what it holds
             stack.enter_context(_environment("VLLM_DISABLE_COMPILE_CACHE", "1"))
             stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))
-        for switch in _worker_switches(device, vllm_config):
+        for switch in platform.switches(vllm_config):
             stack.enter_context(switch)
-        _fallback = stack.enter_context(eager.invariant(options, device))
+        _fallback = stack.enter_context(eager.invariant(options, platform.device))
         _prepared.push(stack.pop_all())
 
 
@@ -171,52 +142,13 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-@contextlib.contextmanager
-def _plain_linear() -> Iterator[None]:
-    """Keep linear layers as torch.nn.functional.linear with their weight: vLLM packs it for oneDNN, which varies by M."""
-    from vllm.model_executor.layers import utils
-
-    packed: Callable[..., None] = utils.dispatch_cpu_unquantized_gemm
-
-    def dispatch_cpu_unquantized_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
-        if layer.weight.ndim != 2:
-            packed(layer, remove_weight)
-        else:
-            layer.cpu_linear = torch.nn.functional.linear
-
-    utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
-    try:
-        yield
-    finally:
-        utils.dispatch_cpu_unquantized_gemm = packed
-
-
-def _permit_amx() -> None:
-    """Ask the system for AMX, which vLLM's CPU attention uses where the processor has it.
-
-    vLLM relies on oneDNN's packed products to have asked; they are off (`_plain_linear`), and without the permission the first
-    tile instruction ends the process (SIGILL).
+def check_model(vllm_config: Any) -> None:
+    """What can only be checked once a worker's model is there.
 
     Raises:
-        HostError: the system does not grant it.
+        HostError: what is wrong, and what to write instead.
     """
-    if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
-        raise HostError(
-            "the processor has AMX, which vLLM's CPU attention uses, but the system does not permit it (arch_prctl ARCH_REQ_XCOMP_PERM): "
-            "permit it, or hide AMX from the virtual machine"
-        )
-
-
-def _worker_switches(device: str, vllm_config: Any) -> tuple[contextlib.AbstractContextManager[None], ...]:
-    """What is switched in a worker process of the platform."""
-    if device == "npu":
-        from .ascend import deterministic_algorithms, own_mode_off, variant_custom_ops_off
-
-        return variant_custom_ops_off(vllm_config), deterministic_algorithms(), own_mode_off()
-    if device == "cpu":
-        _permit_amx()
-        return (_plain_linear(),)
-    return ()
+    platforms.current().check_model(vllm_config)
 
 
 def report(vllm_config: Any) -> None:

@@ -144,10 +144,21 @@ def _wrap_worker(module: ModuleType) -> None:
             report(self.vllm_config)
         return result
 
+    def load_model(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        def load_and_check() -> Any:
+            result = plain(*args, **kwargs)
+            if _asked_for(self.vllm_config):
+                from .engine import check_model
+
+                check_model(self.vllm_config)
+            return result
+
+        return _guarded(load_and_check, self)
+
     wrapper = module.WorkerWrapperBase
     _wrap(wrapper, "init_device", init_device)
     for method, around in {
-        "load_model": _guarded,
+        "load_model": load_model,
         "determine_available_memory": _guarded,
         "compile_or_warm_up_model": compile_or_warm_up_model,
     }.items():

@@ -1,0 +1,95 @@
+"""vLLM on CUDA: attention takes the same tile and one part of the keys for every batch.
+
+How FlashAttention 3 adds up follows the longest query and the longest sequence of the batch, which others may bring
+(hopper/heuristics.h, tile_size.h and flash_api.cpp of vllm-project/flash-attention): `num_splits`, in how many parts the keys are
+cut; `use_one_mma_wg` and `pagedkv_tma`, and with them how many keys a tile has; whether a window that is longer than every
+sequence counts as one. vLLM's Triton attention cuts the keys where no request has more than one query, and newer versions choose
+a tile by the same test. So both are told one length for every batch, longer than any, and to cut nothing. Neither kernel computes
+anything for queries and keys that are not there: their real lengths are tensors.
+
+What is lost is the split: one request with a long context runs on as many blocks as it has heads for keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import HostError
+from .platforms import Platform, Switch, attribute
+
+LONGEST = 2**20
+"""The number of queries and of keys that a request is said to have at most."""
+#: module of a backend of vLLM's attention -> what it calls, by keyword
+PINNED = {
+    "vllm.v1.attention.backends.flash_attn": ("flash_attn_varlen_func", "get_scheduler_metadata"),
+    "vllm.v1.attention.backends.triton_attn": ("unified_attention",),
+}
+_REMEDY = 'write attention_config={"backend": "TRITON_ATTN"}'
+
+
+def pinned(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`plain` with the same lengths, and one part of the keys, for every batch."""
+
+    @functools.wraps(plain)
+    def call(*args: Any, max_seqlen_q: int, max_seqlen_k: int, **kwargs: Any) -> Any:
+        if max_seqlen_q > LONGEST or max_seqlen_k > LONGEST:
+            raise HostError(
+                f"attention over {max_seqlen_k} keys: bi_compile keeps the order of its sums up to {LONGEST}, set max_model_len to that or less"
+            )
+        if "num_splits" in kwargs:
+            kwargs["num_splits"] = 1
+        return plain(*args, max_seqlen_q=LONGEST, max_seqlen_k=LONGEST, **kwargs)
+
+    return call
+
+
+def before_config(vllm_config: Any) -> None:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if model is not None and not model.disable_cascade_attn:
+        raise HostError(
+            "disable_cascade_attn=False: cascade attention cuts the keys where the requests of a batch have a prefix in common; remove "
+            "that line"
+        )
+    if parallel.decode_context_parallel_size > 1:
+        raise HostError(
+            f"decode_context_parallel_size={parallel.decode_context_parallel_size}: nothing is known about attention whose keys lie on "
+            "several ranks; remove that line"
+        )
+
+
+def switches(vllm_config: Any) -> Sequence[Switch]:
+    modules = [(importlib.import_module(name), functions) for name, functions in PINNED.items()]
+    return [attribute(module, name, pinned(getattr(module, name))) for module, names in modules for name in names]
+
+
+def check_model(vllm_config: Any) -> None:
+    """Every attention layer's backend is one of `PINNED`, for a decoder, and FlashAttention is version 3."""
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if hasattr(layer, "impl"):
+            _check_attention(name, layer.impl)
+
+
+def _check_attention(layer: str, impl: Any) -> None:
+    backend = type(impl).__name__
+    if type(impl).__module__ not in PINNED:
+        raise HostError(f"{layer} has the attention of {backend}, about which nothing is known: {_REMEDY}")
+    if getattr(impl, "vllm_flash_attn_version", 3) != 3:
+        raise HostError(
+            f"{layer} has FlashAttention {impl.vllm_flash_attn_version}, whose order of sums is known for version 3 alone: {_REMEDY}"
+        )
+    if impl.attn_type != "decoder":
+        raise HostError(f"{layer} is attention of the type {impl.attn_type!r}, which was not tried: serve decoders")
+
+
+PLATFORM = Platform(
+    device="cuda",
+    environment={
+        "VLLM_BATCH_INVARIANT": ("0", "vLLM's own mode patches the operators that bi_compile replaces a second time"),
+    },
+    before_config=before_config,
+    switches=switches,
+    check_model=check_model,
+)

@@ -1,0 +1,71 @@
+"""What an engine needs on each of vLLM's platforms: a module here holds one `PLATFORM`; a new platform is a module and its line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..errors import HostError
+from ..options import Options
+from .inductor import PostGradPass
+
+#: vLLM's name of the device type -> module
+MODULES = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
+Switch = contextlib.AbstractContextManager[None]
+
+
+def _nothing(vllm_config: Any) -> None:
+    """What most platforms need at most places."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """One of vLLM's platforms. What is called gets the engine's VllmConfig and may raise HostError."""
+
+    device: str
+    """vLLM's, and torch's, name of the device type."""
+    environment: Mapping[str, tuple[str, str]]
+    """Environment variables that the guarantee needs: value, and why."""
+    before_config: Callable[[Any], None] = _nothing
+    """What has to be settled before the platform reads the configuration."""
+    switches: Callable[[Any], Sequence[Switch]] = lambda vllm_config: ()
+    """What is switched in a worker process before the model loads, and taken back when the engine is gone."""
+    check_model: Callable[[Any], None] = _nothing
+    """What can only be checked in a worker once its model is there."""
+    make_pass: Callable[[Options, Any], PostGradPass] = PostGradPass
+    """Options and a pass of the user's -> the pass for the compilation config."""
+    own_operators_in_table: bool = False
+    """Whether the table has the platform's own operators; where it has not, vLLM runs its plain PyTorch code instead."""
+
+
+def current() -> Platform:
+    """The platform of this process.
+
+    Raises:
+        HostError: there is nothing for it.
+    """
+    from vllm.platforms import current_platform
+
+    device = current_platform.device_type
+    if device not in MODULES:
+        raise HostError(
+            f"bi_compile has no target for vLLM's platform {device!r}: it has {', '.join(MODULES)}; remove custom_passes from the "
+            "compilation config"
+        )
+    platform: Platform = importlib.import_module(f".{MODULES[device]}", __package__).PLATFORM
+    return platform
+
+
+@contextlib.contextmanager
+def attribute(module: types.ModuleType, name: str, value: object) -> Iterator[None]:
+    """`module.name` is `value`."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
