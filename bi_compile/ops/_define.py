@@ -36,6 +36,12 @@ _lazy = {device: torch.library.Library(NAMESPACE, "IMPL") for device in KERNELS}
 _loaded: dict[str, torch.library.Library] = {}
 
 
+def check(condition: Any, message: Callable[[], str]) -> None:
+    """`torch._check`, which costs a kernel's every call some microseconds, only where the condition is symbolic or fails."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
 def load_kernels(device: str) -> None:
     """Load (on a CPU: compile, if that was not done before) the kernels for `device` ("cpu", "cuda", "npu").
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._define import operator
+from ._define import check, operator
 from .reduce import _float
 
 
@@ -35,14 +35,14 @@ def scaled_dot_product_attention(
     sum and the sum over S ascending in S, so that masked keys behind the last seen one do not change the bits.
     """
     _float("scaled_dot_product_attention", query)
-    torch._check(
+    check(
         query.dim() == key.dim() == value.dim() == 4 and query.dtype == key.dtype == value.dtype,
         lambda: (
             "bi_compile::scaled_dot_product_attention takes 4-D query, key and value of one dtype, got "
             + ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (query, key, value))
         ),
     )
-    torch._check(
+    check(
         query.shape[1] % key.shape[1] == 0,
         lambda: (
             f"bi_compile::scaled_dot_product_attention: {query.shape[1]} query heads are no multiple of {key.shape[1]} key heads"

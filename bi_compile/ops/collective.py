@@ -13,13 +13,13 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers _c10d_functional
 from torch import Tensor
 
-from ._define import composite, operator
+from ._define import check, composite, operator
 
 REDUCE_OPS = ("sum", "avg")
 
 
 def _check(name: str, reduce_op: str) -> None:
-    torch._check(
+    check(
         reduce_op in REDUCE_OPS,
         lambda: f"bi_compile::{name} takes the reduce_op {' or '.join(REDUCE_OPS)}, got {reduce_op!r}",
     )
@@ -36,7 +36,7 @@ def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
 def reduce_scatter(x: Tensor, reduce_op: str, group_size: int, group_name: str) -> Tensor:
     """Rank r's share of the sum: the r-th of group_size equal slices of dimension 0. Moves x once per rank (all-to-all)."""
     _check("reduce_scatter", reduce_op)
-    torch._check(
+    check(
         x.dim() > 0 and x.shape[0] % group_size == 0,
         lambda: f"bi_compile::reduce_scatter: dimension 0 of {tuple(x.shape)} does not split over {group_size} ranks",
     )

@@ -5,28 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._define import operator
+from ._define import check, operator
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _check(name: str, dims: int, *operands: Tensor) -> None:
     a, b = operands[0], operands[1]
-    torch._check(
+    check(
         a.dim() == dims and b.dim() == dims,
         lambda: f"bi_compile::{name} takes {dims}-D operands, got {a.dim()}-D and {b.dim()}-D",
     )
-    torch._check(
+    check(
         all(x.dtype == a.dtype for x in operands),
         lambda: (
             f"bi_compile::{name} takes operands of one dtype, got {', '.join(str(x.dtype) for x in operands)}: cast them first"
         ),
     )
-    torch._check(
+    check(
         a.dtype in FLOATS,
         lambda: f"bi_compile::{name} has no kernel for {a.dtype}: use float32, bfloat16, float16 or float64",
     )
-    torch._check(
+    check(
         a.shape[-1] == b.shape[-2], lambda: f"bi_compile::{name} cannot multiply {tuple(a.shape)} by {tuple(b.shape)}"
     )
 
@@ -74,21 +74,19 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -
     `mm` (with a bias `addmm`) of row m of `a` with its group's matrix, bit for bit, wherever the groups begin; rows behind the
     last end are zeros. float32, bfloat16, float16.
     """
-    torch._check(
+    check(
         a.dim() == 2 and b.dim() == 3,
         lambda: f"bi_compile::grouped_mm takes operands of 2 and 3 dimensions, got {a.dim()} and {b.dim()}",
     )
     _check("grouped_mm", 3, a.unsqueeze(0), b)
-    torch._check(
-        a.dtype != torch.float64, lambda: "bi_compile::grouped_mm has no kernel for torch.float64: use float32"
-    )
-    torch._check(
+    check(a.dtype != torch.float64, lambda: "bi_compile::grouped_mm has no kernel for torch.float64: use float32")
+    check(
         offs.dim() == 1 and offs.shape[0] == b.shape[0] and offs.dtype in (torch.int32, torch.int64),
         lambda: (
             f"bi_compile::grouped_mm takes an end for each of its {b.shape[0]} groups, int32 or int64, got {offs.dtype} {tuple(offs.shape)}"
         ),
     )
-    torch._check(
+    check(
         bias is None or (bias.dtype == a.dtype and bias.shape == (b.shape[0], b.shape[2])),
         lambda: f"bi_compile::grouped_mm takes a bias of {a.dtype} {(b.shape[0], b.shape[2])}",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._define import operator
+from ._define import check, operator
 from .reduce import _float
 
 
@@ -16,7 +16,7 @@ def _statistic(x: Tensor) -> torch.dtype:
 def _affine(name: str, x: Tensor, *params: Tensor | None) -> None:
     _float(name, x)
     for p in params:
-        torch._check(
+        check(
             p is None or (p.dim() == 1 and p.shape[0] == x.shape[-1]),
             lambda: (
                 f"bi_compile::{name} takes a weight or bias of {x.shape[-1]} elements, got {None if p is None else tuple(p.shape)}"
@@ -41,7 +41,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
 
     x and residual have one shape and dtype. Returns y, rstd [..., 1] and s, in the order of `npu_add_rms_norm`.
     """
-    torch._check(
+    check(
         x.dtype == residual.dtype and x.shape == residual.shape,
         lambda: (
             f"bi_compile::add_rms_norm takes x and residual of one shape and dtype, got {tuple(x.shape)} {x.dtype} and {tuple(residual.shape)} {residual.dtype}"
@@ -72,7 +72,7 @@ def group_norm(
     read in row-major order. Returns y (contiguous), mean and rstd [N, groups] in float32 (float64 for float64).
     """
     _float("group_norm", x)
-    torch._check(
+    check(
         x.dim() >= 2 and groups > 0 and x.shape[1] % groups == 0,
         lambda: f"bi_compile::group_norm needs channels divisible by groups, got {tuple(x.shape)} and {groups}",
     )

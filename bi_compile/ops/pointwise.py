@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._define import composite, operator
+from ._define import check, composite, operator
 
 #: operator -> how it is called with (tensors, numbers, word)
 CALLS: dict[str, Callable[[Any, Sequence[Tensor], Sequence[float], str | None], Tensor]] = {
@@ -37,7 +37,7 @@ CHUNK = 32768 - 64
 
 
 def _call(name: str, tensors: Sequence[Tensor], numbers: Sequence[float], word: str | None) -> Tensor:
-    torch._check(name in CALLS, lambda: f"bi_compile::pointwise does not know {name!r}: it knows {', '.join(CALLS)}")
+    check(name in CALLS, lambda: f"bi_compile::pointwise does not know {name!r}: it knows {', '.join(CALLS)}")
     _, packet, overload = name.split(".")
     return CALLS[name](getattr(getattr(torch.ops.aten, packet), overload), tensors, numbers, word)
 

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._define import operator
+from ._define import check, operator
 from .matmul import FLOATS
 
 
 def _float(name: str, x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
     for t in (x.dtype, dtype or x.dtype):
-        torch._check(
+        check(
             t in FLOATS,
             lambda: f"bi_compile::{name} has no kernel for {t}: use float32, bfloat16, float16 or float64",
         )
@@ -27,7 +27,7 @@ def _float(name: str, x: Tensor, dtype: torch.dtype | None = None) -> torch.dtyp
 def reduced_shape(x: Tensor, dim: Sequence[int], keepdim: bool) -> list[int]:
     """The size of `x` after reducing `dim` (empty: every dimension)."""
     dims = {d % x.dim() if x.dim() else 0 for d in dim} or set(range(x.dim()))
-    torch._check(len(dim) in (0, len(dims)), lambda: f"a dimension appears twice in {list(dim)}")
+    check(len(dim) in (0, len(dims)), lambda: f"a dimension appears twice in {list(dim)}")
     return [1 if i in dims else n for i, n in enumerate(x.shape) if keepdim or i not in dims]
 
 

@@ -329,6 +329,18 @@ def group(x: Tensor, w: Tensor | None, b: Tensor | None, groups: int, eps: float
     return functional.group_norm(x, groups, w, b, eps), mean, torch.rsqrt(var + eps)
 
 
+@pytest.mark.parametrize("heads, length", [(2, 128), (3, 64), (16, 128), (5, 96), (2, 8192), (2, 9008)])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_heads_are_normalised_where_they_lie(heads: int, length: int, dtype: torch.dtype) -> None:
+    """A query's heads in the output of one product for query, key and value, and their copy; at any number of rows."""
+    together = draw(37, (heads + 3) * length, dtype=dtype)
+    x = together[:, length : (heads + 1) * length].view(37, heads, length)
+    want = call("rms_norm", x.contiguous(), weight(x, 1), 1e-6)
+    for rows in (1, 2, 17, 37):
+        got = call("rms_norm", x[:rows], weight(x, 1), 1e-6)
+        assert all(same(g, w[:rows]) for g, w in zip(got, want, strict=True)), rows
+
+
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("shape", [(3, 1), (2, 3, 7), (5, 128), (3, 4099), (0, 8)])
 def test_norms_are_right(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -402,11 +414,12 @@ def test_every_step_by_descriptor_gives_the_same_bits(length: int, dtype: torch.
     for rows in (1, 37, 300):
         a = apart[:rows]
         for b in (draw(72, length, dtype=dtype, seed=1).t(), draw(length, 72, dtype=dtype, seed=1)):
-            assert hopper.takes(a, b) and not hopper.takes(draw(length + 1, dtype=dtype)[None, 1:], b)
+            at = hopper.where(a, b)
+            assert at is not None and hopper.where(draw(length + 1, dtype=dtype)[None, 1:], b) is None
             want = product(a.new_empty(1, rows, 72), a[None], b[None], bias, 0.3, 1.7, Tile(16, 32, 4, 6))[0]
             for step in steps:
                 got = a.new_empty(rows, 72)
-                hopper.product(got, a, b, bias.expand(rows, 72), 0.3, 1.7, step)
+                hopper.product(got, a, b, bias.expand(rows, 72), 0.3, 1.7, at, step)
                 assert same(got, want), (rows, step)
 
 

@@ -14,7 +14,19 @@ from torch import Tensor
 from bi_compile import ops
 
 from .reduce import divide, exp, fold
-from .tiles import ATTENTION, ATTENTION_HEAD, LONGEST_HEAD, Tile, accumulator, choose, fitting, folds, launch, target
+from .tiles import (
+    ATTENTION,
+    ATTENTION_HEAD,
+    LONGEST_HEAD,
+    Tile,
+    accumulator,
+    cdiv,
+    choose,
+    fitting,
+    folds,
+    launch,
+    target,
+)
 
 
 @triton.jit
@@ -161,7 +173,7 @@ def attention(
             f"Ascend NPU's on-chip memory, which holds {limit}: use a shorter head or a narrower dtype"
         )
     tile = fitting(tile or choose(ATTENTION[device][size], length * group), max(blocks), longest)
-    tiles = triton.cdiv(length * group, tile.height)
+    tiles = cdiv(length * group, tile.height)
     launch(
         _attention, batches * heads * tiles, query, query, key, value, mask, *outs,
         tiles, heads, group, length, keys, dim, value_dim,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .matmul import GROUP, _finish
-from .tiles import ALIGNMENT, INT32_MAX, Tile, index_type, launch
+from .tiles import ALIGNMENT, INT32_MAX, Tile, cdiv, index_type, launch
 
 
 class Step(NamedTuple):
@@ -42,6 +42,7 @@ MANY = [
     Step(Tile(128, 128, 8, 4), 64, 0.89),
     Step(Tile(128, 256, 8, 3), 64, 1.0),
 ]
+_ROUNDS = frozenset(step.tile for step in MANY)
 
 
 @triton.jit(do_not_specialize=["M", "PROGRAMS"])
@@ -74,11 +75,18 @@ def _product_by_descriptor(
         )
 
 
-def _row_stride(x: Tensor) -> int | None:
-    """The distance of x's rows where a descriptor can read them: contiguous, aligned, a multiple of 16 bytes apart."""
-    apart = x.stride(0) if x.shape[0] > 1 else -(-x.shape[1] // ALIGNMENT) * ALIGNMENT
-    readable = (x.stride(1) == 1 or x.shape[1] == 1) and x.data_ptr() % ALIGNMENT == 0 and x.numel() > 0
-    return apart if readable and apart >= x.shape[1] and apart * x.element_size() % ALIGNMENT == 0 else None
+class Where(NamedTuple):
+    """How far apart the rows of a product's operands lie, where descriptors can read both; b by its columns or its rows."""
+
+    a: int
+    b: int
+    by_column: bool
+
+
+def _apart(rows: int, length: int, row: int, unit: int) -> int | None:
+    """The distance of 16-bit rows where a descriptor can read them: contiguous, a multiple of 16 bytes apart."""
+    apart = row if rows > 1 else cdiv(length, ALIGNMENT) * ALIGNMENT
+    return apart if (unit == 1 or length == 1) and apart >= length and apart * 2 % ALIGNMENT == 0 else None
 
 
 @functools.cache
@@ -88,17 +96,20 @@ def _processors(device: torch.device) -> int:
     return properties.multi_processor_count if properties.major == 9 else 0
 
 
-def takes(a: Tensor, b: Tensor) -> bool:
-    """Whether `product` can read a [M, K] and b [K, N] where they lie."""
-    return (
-        a.device.type == "cuda"
-        and a.element_size() == 2
-        and _processors(a.device) > 0
-        and _row_stride(a) is not None
-        and (_row_stride(b.t()) is not None or _row_stride(b) is not None)
-    )
+def where(a: Tensor, b: Tensor) -> Where | None:
+    """Whether `product` can read a [M, K] and b [K, N] where they lie, and how."""
+    if a.device.type != "cuda" or a.element_size() != 2 or not _processors(a.device):
+        return None
+    if (a.data_ptr() | b.data_ptr()) % ALIGNMENT or not a.numel() or not b.numel():
+        return None
+    (m, k), n = a.shape, b.shape[1]
+    left, right, by_column = _apart(m, k, *a.stride()), _apart(n, k, *b.stride()[::-1]), True
+    if right is None:
+        right, by_column = _apart(k, n, *b.stride()), False
+    return None if left is None or right is None else Where(left, right, by_column)
 
 
+@functools.lru_cache(4096)
 def step_for(m: int, n: int, processors: int) -> Step:
     """The step for M rows and N columns; K has no part in the choice, nor the choice in the bits."""
     for limit, step in FEW:
@@ -106,33 +117,37 @@ def step_for(m: int, n: int, processors: int) -> Step:
             return step
 
     def time(step: Step) -> float:
-        tiles = triton.cdiv(m, step.tile.height) * triton.cdiv(n, step.tile.width)
-        return triton.cdiv(tiles, processors) * step.tile.height * step.tile.width / step.speed
+        tiles = cdiv(m, step.tile.height) * cdiv(n, step.tile.width)
+        return cdiv(tiles, processors) * step.tile.height * step.tile.width / step.speed
 
     return min(MANY, key=time)
 
 
 def product(
-    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, beta: float, alpha: float, step: Step | None = None
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    beta: float,
+    alpha: float,
+    at: Where,
+    step: Step | None = None,
 ) -> None:
-    """Fill `out` [M, N], contiguous, with alpha * (a @ b) + beta * bias; `takes(a, b)` must hold."""
+    """Fill `out` [M, N], contiguous, with alpha * (a @ b) + beta * bias; `at` is `where(a, b)`, bias is [M, N]."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     (m, k), n = a.shape, b.shape[1]
     processors = _processors(a.device)
     tile, depth, _ = step or step_for(m, n, processors)
-    by_column = _row_stride(b.t()) is not None
-    stored = b.t() if by_column else b
-    block = [tile.width, depth] if by_column else [depth, tile.width]
-    tiles = triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width)
-    rounds = tile in (many.tile for many in MANY)
+    shape, block = ([n, k], [tile.width, depth]) if at.by_column else ([k, n], [depth, tile.width])
+    tiles = cdiv(m, tile.height) * cdiv(n, tile.width)
+    rounds = tile in _ROUNDS
     programs = min(tiles, processors) if rounds else tiles
     launch(
         _product_by_descriptor, programs, a,
-        TensorDescriptor(a, [m, k], [_row_stride(a), 1], [tile.height, depth]),
-        TensorDescriptor(stored, list(stored.shape), [_row_stride(stored), 1], block),
+        TensorDescriptor(a, [m, k], [at.a, 1], [tile.height, depth]), TensorDescriptor(b, shape, [at.b, 1], block),
         bias, out, m, n, k, programs, *((0, 0) if bias is None else bias.stride()), float(alpha), float(beta),
-        SCALED=alpha != 1, BIASED=bias is not None, B_BY_COLUMN=by_column, ROUNDS=rounds,
+        SCALED=alpha != 1, BIASED=bias is not None, B_BY_COLUMN=at.by_column, ROUNDS=rounds,
         INDEX=tl.int64 if m * n > INT32_MAX else index_type(bias, out),
         BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=depth, GROUP_M=GROUP,
         num_warps=tile.warps, num_stages=tile.stages,

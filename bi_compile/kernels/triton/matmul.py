@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .tiles import PRODUCT, PRODUCT_K, Tile, choose, index_type, launch, target, turned
+from .tiles import PRODUCT, PRODUCT_K, Tile, cdiv, choose, index_type, launch, target, turned
 
 #: tiles of one column of tiles that run side by side, so that they share their columns of b in the cache
 GROUP = 8
@@ -186,7 +186,7 @@ def _product64(
 def _float64(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, beta: float, alpha: float, tile: Tile) -> None:
     """`out` in float64; the epilogue by PyTorch, element by element, since Triton passes a scalar as float32."""
     count, m, n = out.shape
-    programs = count * triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width)
+    programs = count * cdiv(m, tile.height) * cdiv(n, tile.width)
     launch(
         _product64, programs, a, a, b, out, m, n, a.shape[2], *a.stride(), *b.stride(), INDEX=index_type(a, b, out),
         BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][8], GROUP_M=GROUP, num_warps=tile.warps,
@@ -213,21 +213,15 @@ def product(
     """
     count, m, n = out.shape
     size = out.element_size()
-    from . import hopper  # it shares the epilogue
-
-    descriptors = tile is None and count == 1 and hopper.takes(a[0], b[0])
-    tile = tile or choose(PRODUCT[target(a)][size], m)
-    if bias is not None:
-        bias = None if beta == 0 else bias.expand(out.shape)
     if out.numel() == 0:
         return out
+    if bias is not None:
+        bias = None if beta == 0 else bias.expand(out.shape)
+    tile = tile or choose(PRODUCT[target(a)][size], m)
     if size == 8:
         _float64(out, a, b, bias, beta, alpha, tile)
         return out
-    if descriptors:
-        hopper.product(out[0], a[0], b[0], None if bias is None else bias[0], beta, alpha)
-        return out
-    programs = count * triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width)
+    programs = count * cdiv(m, tile.height) * cdiv(n, tile.width)
     launch(
         _product, programs, a, a, b, bias, out, m, n, a.shape[2],
         *a.stride(), *b.stride(), *((0, 0, 0) if bias is None else bias.stride()), float(alpha), float(beta),
@@ -239,18 +233,27 @@ def product(
     return out
 
 
+def _matrix(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, beta: float = 1, alpha: float = 1) -> Tensor:
+    """`product` of single matrices, through descriptors where they can read them: the same bits."""
+    from . import hopper  # it shares the epilogue
+
+    at = hopper.where(a, b)
+    if at is None:
+        product(out[None], a[None], b[None], bias, beta, alpha)
+    else:
+        addend = None if bias is None or beta == 0 else bias.expand(out.shape)
+        hopper.product(out, a, b, addend, beta, alpha, at)
+    return out
+
+
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """See `bi_compile.ops.mm`; the order of the sum: `product`."""
-    out = ops.mm.__wrapped__(a, b)
-    product(out[None], a[None], b[None])
-    return out
+    return _matrix(ops.mm.__wrapped__(a, b), a, b)
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """See `bi_compile.ops.addmm`; the order of the sum: `product`."""
-    out = ops.addmm.__wrapped__(bias, a, b)
-    product(out[None], a[None], b[None], bias, beta, alpha)
-    return out
+    return _matrix(ops.addmm.__wrapped__(bias, a, b), a, b, bias, beta, alpha)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -270,9 +273,9 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -
     if out.numel() == 0 or b.shape[0] == 0:
         return out
     size = out.element_size()
-    tile = choose(PRODUCT[target(a)][size], triton.cdiv(m, b.shape[0]))
+    tile = choose(PRODUCT[target(a)][size], cdiv(m, b.shape[0]))
     # a group's rows begin anywhere, so each may leave a tile unfilled
-    programs = (triton.cdiv(m, tile.height) + b.shape[0]) * triton.cdiv(n, tile.width)
+    programs = (cdiv(m, tile.height) + b.shape[0]) * cdiv(n, tile.width)
     bias = None if bias is None else bias.unsqueeze(1).expand(-1, m, -1)
     launch(
         _grouped, programs, a, a, b, bias, offs.to(torch.int32), out, b.shape[0], n, a.shape[1],

@@ -12,16 +12,23 @@ from torch import Tensor
 from bi_compile import ops
 
 from .reduce import divide, load_rows, row_mean, row_var, store_each, store_rows, this_rows
-from .tiles import aligned, as_rows, keeps, launch, row_stride, rows_meta
+from .tiles import aligned, as_head_rows, as_rows, cdiv, keeps, launch, row_stride, rows_meta
 
 
 @triton.jit
 def _summand(
-    x, x_stride, residual, residual_stride, rows, start, R, C,
-    ADD: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    x, x_group, x_stride, residual, residual_stride, rows, start, R, C,
+    GROUP: tl.constexpr, ADD: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The columns from `start` of x, or of x + residual rounded to x's dtype, in ACC."""
-    value = load_rows(x, x_stride, rows, start, R, C, 0.0, BLOCK_C, ACC)
+    """The columns from `start` of x, or of x + residual rounded to x's dtype, in ACC. GROUP rows of x lie x_stride apart, such
+    groups x_group."""
+    if GROUP == 1:
+        value = load_rows(x, x_group, rows, start, R, C, 0.0, BLOCK_C, ACC)
+    else:
+        cols = start + tl.arange(0, BLOCK_C)
+        first = (rows // GROUP) * x_group + (rows % GROUP) * x_stride
+        inside = (rows < R)[:, None] & (cols < C)[None, :]
+        value = tl.load(x + first[:, None] + cols[None, :], mask=inside, other=0.0).to(ACC)
     if ADD:
         value += load_rows(residual, residual_stride, rows, start, R, C, 0.0, BLOCK_C, ACC)
         value = value.to(x.dtype.element_ty).to(ACC)
@@ -30,8 +37,8 @@ def _summand(
 
 @triton.jit(do_not_specialize=["R"])
 def _rms_norm(
-    x, residual, weight, y, rstd, s, x_stride, residual_stride, R, C,
-    EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
+    x, residual, weight, y, rstd, s, x_group, x_stride, residual_stride, R, C,
+    GROUP: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """s = x + residual if ADD (else x); y = s / sqrt(sum(s * s) / C + EPS) * weight. The sum has the order of `_sum`.
@@ -43,7 +50,7 @@ def _rms_norm(
     lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
     value = lanes
     for start in range(0, C, BLOCK_C):
-        value = _summand(x, x_stride, residual, residual_stride, rows, start, R, C, ADD, BLOCK_C, ACC)
+        value = _summand(x, x_group, x_stride, residual, residual_stride, rows, start, R, C, GROUP, ADD, BLOCK_C, ACC)
         lanes = tl.fma(value, value, lanes)
         if ADD:
             store_rows(s, value, rows, start, R, C, BLOCK_C)
@@ -52,7 +59,9 @@ def _rms_norm(
     store_each(rstd, scale, rows, R)
     for start in range(0, C, BLOCK_C):
         if not WHOLE:
-            value = _summand(x, x_stride, residual, residual_stride, rows, start, R, C, ADD, BLOCK_C, ACC)
+            value = _summand(
+                x, x_group, x_stride, residual, residual_stride, rows, start, R, C, GROUP, ADD, BLOCK_C, ACC
+            )
         scaled = value * scale[:, None]
         if WEIGHT:
             cols = start + tl.arange(0, BLOCK_C)
@@ -114,13 +123,14 @@ def _run_rms_norm(
         rstd.fill_(float("nan"))
         return
     length = x.shape[-1]
-    rows = as_rows(x, length)
+    rows, group, *distances = as_head_rows(x, length)
     others = None if residual is None else as_rows(residual, length)
     meta = rows_meta(rows, length)
+    count = rstd.numel()
     launch(
-        _rms_norm, triton.cdiv(rows.shape[0], meta["BLOCK_R"]), x, rows, others, _param_or_none(weight), y, rstd, s,
-        row_stride(rows), 0 if others is None else row_stride(others), rows.shape[0], length,
-        EPS=eps, ADD=others is not None, WEIGHT=weight is not None, WHOLE=keeps(rows, length), **meta,
+        _rms_norm, cdiv(count, meta["BLOCK_R"]), x, rows, others, _param_or_none(weight), y, rstd, s,
+        *distances, 0 if others is None else row_stride(others), count, length,
+        GROUP=group, EPS=eps, ADD=others is not None, WEIGHT=weight is not None, WHOLE=keeps(rows, length), **meta,
     )  # fmt: skip
 
 
@@ -150,7 +160,7 @@ def _run_layer_norm(
     rows = as_rows(x, length)
     meta = rows_meta(rows, length)
     launch(
-        _layer_norm, triton.cdiv(rows.shape[0], meta["BLOCK_R"]), x, rows, _param_or_none(weight), _param_or_none(bias),
+        _layer_norm, cdiv(rows.shape[0], meta["BLOCK_R"]), x, rows, _param_or_none(weight), _param_or_none(bias),
         *outs, row_stride(rows), rows.shape[0], length, groups, rest,
         EPS=eps, GROUPED=groups > 0, WEIGHT=weight is not None, BIAS=bias is not None, **meta,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .tiles import SCAN_ROWS, accumulator, as_rows, keeps, launch, row_stride, rows_meta, target
+from .tiles import SCAN_ROWS, accumulator, as_rows, cdiv, keeps, launch, row_stride, rows_meta, target
 
 
 @triton.jit
@@ -235,7 +235,7 @@ def _rows(x: Tensor, dim: Sequence[int]) -> Tensor:
 def _run(kernel: Any, rows: Tensor, outs: Sequence[Tensor], acc: torch.dtype, **meta: Any) -> None:
     count, length = rows.shape
     meta |= rows_meta(rows, length) | {"ACC": accumulator(acc)}
-    launch(kernel, triton.cdiv(count, meta["BLOCK_R"]), rows, rows, *outs, row_stride(rows), count, length, **meta)
+    launch(kernel, cdiv(count, meta["BLOCK_R"]), rows, rows, *outs, row_stride(rows), count, length, **meta)
 
 
 def _reduce(kernel: Any, x: Tensor, dim: Sequence[int], outs: Sequence[Tensor], empty: float, **meta: Any) -> None:
@@ -301,7 +301,7 @@ def _fill_cumsum(x: Tensor, out: Tensor) -> None:
     x = _cast(x, out.dtype)
     height = SCAN_ROWS[target(x)]
     launch(
-        _cumsum, triton.cdiv(x.shape[0], height), x, x, out, *x.stride(), *x.shape,
+        _cumsum, cdiv(x.shape[0], height), x, x, out, *x.stride(), *x.shape,
         BLOCK_R=height, ACC=accumulator(out.dtype), num_warps=1,
     )  # fmt: skip
 

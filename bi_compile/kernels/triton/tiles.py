@@ -7,6 +7,7 @@ follows the reduced length and the dtype alone.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -116,22 +117,28 @@ def fitting(tile: Tile, head: int, widest_head: int) -> Tile:
     return Tile(height, tile.width, warps, max(1, min(tile.stages, 512 // head)))
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; `triton.cdiv` takes microseconds, since it serves kernels too."""
+    return -(-a // b)
+
+
 def rows_meta(x: Tensor, length: int) -> dict[str, Any]:
     """Tile, accumulator and warps of a kernel over rows of `length` elements: a function of `length` and the dtype."""
-    widest, short, per_warp = ROWS[target(x)]
+    height, width, warps = _row_tile(target(x), length)
+    return {"BLOCK_R": height, "BLOCK_C": width, "ACC": accumulator(x.dtype), "num_warps": warps}
+
+
+@functools.cache
+def _row_tile(target: str, length: int) -> tuple[int, int, int]:
+    widest, short, per_warp = ROWS[target]
     width = min(triton.next_power_of_2(length), widest)
     height = max(1, short // max(width, 16))
-    return {
-        "BLOCK_R": height,
-        "BLOCK_C": width,
-        "ACC": accumulator(x.dtype),
-        "num_warps": max(4, height * width // per_warp),
-    }
+    return height, width, max(4, height * width // per_warp)
 
 
 def keeps(x: Tensor, length: int) -> bool:
     """Whether a program keeps its row instead of reading it again. Not on Ascend, where the unified buffer is short."""
-    return target(x) != "npu" and length <= rows_meta(x, length)["BLOCK_C"]
+    return target(x) != "npu" and length <= ROWS[target(x)][0]
 
 
 def accumulator(dtype: torch.dtype) -> Any:
@@ -154,6 +161,21 @@ def as_rows(x: Tensor, length: int) -> Tensor:
     apart = x.stride(0) % ALIGNMENT == 0 and length % ALIGNMENT == 0
     unit = x.stride(1) == 1 or length == 1
     return x if unit and (x.stride(0) == length or (apart and length > 1)) else x.contiguous()
+
+
+def as_head_rows(x: Tensor, length: int) -> tuple[Tensor, int, int, int]:
+    """x as rows of `length` that a kernel finds by two distances: (x, rows in a group, distance of groups, of rows in one).
+
+    The heads of a query that lies between keys and values in one product's output are such rows. They are read where they
+    lie if pointer and distances are multiples of 16, as in `as_rows`, whose rows are groups of one otherwise.
+    """
+    heads = x.dim() == 3 and x.shape[2] == length and x.shape[0] > 1 and x.shape[1] > 1 and target(x) != "npu"
+    if heads and not x.is_contiguous() and x.stride(2) == 1 and length > 1 and length % ALIGNMENT == 0:
+        group, row, _ = x.stride()
+        if group % ALIGNMENT == 0 and row % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0:
+            return x, x.shape[1], group, row
+    rows = as_rows(x, length)
+    return rows, 1, row_stride(rows), 0
 
 
 def row_stride(x: Tensor) -> int:
