@@ -23,7 +23,7 @@ from ..errors import HostError
 from ..options import Options
 from ..targets import ascend
 from .inductor import PostGradPass
-from .platforms import Platform, Switch, attribute
+from .platforms import Platform, Switch, attention_layers, attribute
 
 log = init_logger("vllm.plugins.bi_compile")
 
@@ -180,6 +180,35 @@ def own_mode_off() -> Iterator[None]:
         yield
 
 
+def check_model(vllm_config: Any) -> None:
+    """Every attention layer calls operators that the table has.
+
+    Raises:
+        HostError: latent (MLA) or sparse attention, a state space, an 8-bit cache, heads of 512 on A2 and A3, sinks.
+    """
+    from vllm_ascend.ascend_config import get_ascend_config
+    from vllm_ascend.attention.attention_v1 import AscendAttentionBackendImpl
+    from vllm_ascend.attention.utils import using_paged_attention
+
+    for layer, impl in attention_layers(vllm_config):
+        what = None
+        if type(impl) is not AscendAttentionBackendImpl:
+            what = type(impl).__name__
+        elif any(
+            using_paged_attention(n, vllm_config, impl.head_size) for n in (1, *get_ascend_config().pa_shape_list)
+        ):
+            what = f"_npu_paged_attention (heads of {impl.head_size}, or pa_shape_list)"
+        elif impl.sinks is not None:
+            what = "npu_fused_infer_attention_score_v2, with sinks,"
+        elif impl.enable_hamming_sparse:
+            what = "sparse attention (enable_hamming_sparse)"
+        if what is not None:
+            raise HostError(
+                f"{layer} has {what} for attention, which vllm-ascend calls between the compiled graphs and about which nothing is known: "
+                "serve a model with ordinary attention"
+            )
+
+
 def switches(vllm_config: Any) -> Sequence[Switch]:
     return variant_custom_ops_off(vllm_config), deterministic_algorithms(), own_mode_off()
 
@@ -189,6 +218,7 @@ PLATFORM = Platform(
     environment=ascend.ENVIRONMENT,
     before_config=before_config,
     switches=switches,
+    check_model=check_model,
     make_pass=AscendPass,
     own_operators_in_table=True,
 )

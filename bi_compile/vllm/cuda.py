@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import HostError
-from .platforms import Platform, Switch, attribute
+from .platforms import Platform, Switch, attention_layers, attribute
 
 LONGEST = 2**20
 """The number of queries and of keys that a request is said to have at most."""
@@ -86,27 +86,25 @@ def switches(vllm_config: Any) -> Sequence[Switch]:
 
 
 def check_model(vllm_config: Any) -> None:
-    """Every attention layer's backend is one of `PINNED`, for a decoder, and FlashAttention is version 3."""
-    for name, layer in vllm_config.compilation_config.static_forward_context.items():
-        if hasattr(layer, "impl"):
-            _check_attention(name, layer.impl)
-
-
-def _check_attention(layer: str, impl: Any) -> None:
-    backend = type(impl).__name__
-    if type(impl).__module__ not in PINNED:
-        raise HostError(f"{layer} has the attention of {backend}, about which nothing is known: {_REMEDY}")
-    if getattr(impl, "vllm_flash_attn_version", 3) != 3:
-        raise HostError(
-            f"{layer} has FlashAttention {impl.vllm_flash_attn_version}, whose order of sums is known for version 3 alone: {_REMEDY}"
-        )
-    if hasattr(impl, "vllm_flash_attn_version") and tuple(impl.sliding_window) != (-1, -1):
-        raise HostError(
-            f"{layer} has a window of {impl.sliding_window[0] + 1} keys, and FlashAttention 3 starts its sums where the window of a "
-            f"neighbour starts: {_REMEDY}"
-        )
-    if impl.attn_type != "decoder":
-        raise HostError(f"{layer} is attention of the type {impl.attn_type!r}, which was not tried: serve decoders")
+    """Every attention layer's backend is one of `PINNED`, for a decoder; FlashAttention is version 3 and has no window."""
+    for layer, impl in attention_layers(vllm_config):
+        if type(impl).__module__ not in PINNED:
+            raise HostError(
+                f"{layer} has {type(impl).__name__} for attention, which vLLM calls between the compiled graphs and about which nothing is "
+                f"known: {_REMEDY} if the model has ordinary attention, which alone is covered"
+            )
+        if impl.attn_type != "decoder":
+            raise HostError(f"{layer} is attention of the type {impl.attn_type!r}, which was not tried: serve decoders")
+        version = getattr(impl, "vllm_flash_attn_version", None)
+        if version not in (None, 3):
+            raise HostError(
+                f"{layer} has FlashAttention {version}, the order of whose sums is known for version 3 alone: {_REMEDY}"
+            )
+        if version == 3 and tuple(impl.sliding_window) != (-1, -1):
+            raise HostError(
+                f"{layer} has a window of {impl.sliding_window[0] + 1} keys, and FlashAttention 3 starts its sums where the window of a "
+                f"neighbour starts: {_REMEDY}"
+            )
 
 
 PLATFORM = Platform(

@@ -60,6 +60,19 @@ def current() -> Platform:
     return platform
 
 
+def attention_layers(vllm_config: Any) -> Iterator[tuple[str, Any]]:
+    """Name and implementation of each layer that has keys and values, or a state, of its own, in a worker's model.
+
+    vLLM cuts its graphs at them (`splitting_ops`) and calls them between the parts, where no audit sees them. The implementation
+    is None where a layer has no attention.
+    """
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if isinstance(layer, AttentionLayerBase):
+            yield name, getattr(layer, "impl", None)
+
+
 @contextlib.contextmanager
 def attribute(module: types.ModuleType, name: str, value: object) -> Iterator[None]:
     """`module.name` is `value`."""

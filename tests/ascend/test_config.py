@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import support
+import torch
 
 from bi_compile import HostError
 from bi_compile.vllm.ascend import AscendPass
@@ -101,6 +103,37 @@ def test_a_package_without_the_operator_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.delitem(sys.modules, "batch_invariant_ops")
     with pytest.raises(HostError, match=r"lacks npu_mm_batch_invariant.*install its current release"):
         ascendc_operators()
+
+
+@pytest.mark.parametrize(
+    "module, name, attributes, words",
+    [
+        ("attention_v1", "AscendAttentionBackendImpl", {}, None),
+        ("attention_v1", "AscendC8AttentionBackendImpl", {}, "AscendC8AttentionBackendImpl"),
+        ("attention_v1", "AscendAttentionBackendImpl", {"sinks": torch.zeros(4)}, "npu_fused_infer_attention_score_v2"),
+        ("attention_v1", "AscendAttentionBackendImpl", {"head_size": 512}, "_npu_paged_attention .heads of 512"),
+        ("attention_v1", "AscendAttentionBackendImpl", {"enable_hamming_sparse": True}, "sparse attention"),
+        ("mla_v1", "AscendMLAImpl", {}, "AscendMLAImpl"),
+    ],
+)
+def test_attention_that_the_table_does_not_have_is_refused(
+    module: str, name: str, attributes: dict[str, object], words: str | None, model: str
+) -> None:
+    """vLLM calls it between the compiled graphs, where no audit sees it."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    from bi_compile.vllm.ascend import check_model
+
+    config = support.engine_config(model)
+    layer = type("Layer", (AttentionLayerBase,), {"get_attn_backend": None, "get_kv_cache_spec": None})()
+    layer.impl = object.__new__(getattr(importlib.import_module(f"vllm_ascend.attention.{module}"), name))
+    layer.impl.__dict__.update({"head_size": 128, "sinks": None, "enable_hamming_sparse": False, **attributes})
+    config.compilation_config.static_forward_context["model.layers.0.attn"] = layer
+    refused = (
+        pytest.raises(HostError, match=rf"model\.layers\.0\.attn has {words}") if words else contextlib.nullcontext()
+    )
+    with refused:
+        check_model(config)
 
 
 def test_a_mixture_of_experts_without_vllm_ascends_operators_is_refused(tmp_path: Path) -> None:

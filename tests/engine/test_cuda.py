@@ -1,0 +1,121 @@
+"""vLLM on CUDA, as far as it can be tested without one; `attention_on_cuda.py` compares bits on a device."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bi_compile import HostError
+from bi_compile.vllm import cuda
+
+
+def calls(module: str, names: tuple[str, ...]) -> list[ast.Call]:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text())
+    return [
+        n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in names
+    ]
+
+
+@pytest.mark.parametrize("module", cuda.PINNED)
+def test_vllm_says_the_lengths_by_keyword(module: str) -> None:
+    """Each call in the installed vLLM's backends but those that hand everything on."""
+    found = [
+        {k.arg for k in call.keywords} for call in calls(module, cuda.PINNED[module]) if {k.arg for k in call.keywords} != {None}
+    ]  # fmt: skip
+    assert found and all({"max_seqlen_q", "max_seqlen_k"} <= keywords for keywords in found)
+
+
+def said(**arguments: Any) -> dict[str, Any]:
+    return cuda.pinned(lambda **given: given)(max_seqlen_q=7, max_seqlen_k=300, **arguments)  # type: ignore[no-any-return]
+
+
+def flash(size: int, dtype: torch.dtype = torch.bfloat16, pages: bool = True) -> dict[str, Any]:
+    q, k = torch.empty(3, 2, size, dtype=torch.bfloat16), torch.empty(4, 16, 2, size, dtype=dtype)
+    return {"q": q, "k": k, "block_table": torch.zeros(1, 4) if pages else None, "fa_version": 3, "num_splits": 0}
+
+
+def schedule(size: int, dtype: torch.dtype = torch.bfloat16, page: int | None = 16) -> dict[str, Any]:
+    return {"headdim": size, "qkv_dtype": dtype, "page_size": page, "num_splits": 4}
+
+
+@pytest.mark.parametrize("arguments", [flash, schedule])
+def test_attention_is_told_one_length_and_one_part(arguments: Any) -> None:
+    for size in (64, 96, 256):
+        given = said(**arguments(size))
+        assert (given["max_seqlen_q"], given["max_seqlen_k"], given["num_splits"]) == (cuda.LONGEST, cuda.LONGEST, 1)
+    given = said(**arguments(128))
+    assert (given["max_seqlen_q"], given["max_seqlen_k"], given["num_splits"]) == (7, cuda.LONGEST, 1)
+    assert said(**arguments(128, torch.float8_e4m3fn))["max_seqlen_q"] == cuda.LONGEST
+
+
+def test_keys_that_lie_in_no_pages_and_vllms_triton_attention_are_told_one_length() -> None:
+    for arguments in (flash(128, pages=False), schedule(128, page=None), {"q": torch.empty(3, 2, 128)}):
+        assert said(**arguments)["max_seqlen_q"] == cuda.LONGEST
+    assert "num_splits" not in said(q=torch.empty(3, 2, 128))
+
+
+def test_more_keys_than_that_are_refused() -> None:
+    with pytest.raises(HostError, match=f"keeps the order of its sums up to {cuda.LONGEST}, set max_model_len"):
+        cuda.pinned(lambda **given: given)(max_seqlen_q=1, max_seqlen_k=cuda.LONGEST + 1)
+
+
+@pytest.mark.parametrize(
+    "cascade, ranks, words", [(False, 1, "remove that line"), (True, 2, "keys lie on several ranks")]
+)
+def test_settings_that_cut_the_keys_are_refused(cascade: bool, ranks: int, words: str) -> None:
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(disable_cascade_attn=cascade),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=ranks),
+    )
+    with pytest.raises(HostError, match=words):
+        cuda.before_config(config)
+
+
+def layer(module: str | None, name: str, **attributes: object) -> Any:
+    """A layer of vLLM's with an implementation of attention that is not made: that needs a device."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    kind = type("Layer", (AttentionLayerBase,), {"get_attn_backend": None, "get_kv_cache_spec": None})
+    made = kind()
+    if module is not None:
+        cls = getattr(importlib.import_module(f"vllm.v1.attention.backends.{module}"), name)
+        made.impl = object.__new__(cls)
+        made.impl.__dict__.update({"attn_type": "decoder", "sliding_window": (-1, -1), **attributes})
+    return made
+
+
+def check(made: Any) -> None:
+    layers = {"model.layers.0.attn": made, "model.layers.0.mlp.experts": object()}
+    cuda.check_model(SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers)))
+
+
+def test_the_attention_that_was_tried_is_accepted() -> None:
+    check(layer("flash_attn", "FlashAttentionImpl", vllm_flash_attn_version=3))
+    check(layer("triton_attn", "TritonAttentionImpl", sliding_window=(99, 0)))
+
+
+@pytest.mark.parametrize(
+    "made, words",
+    [
+        (("flash_attn", "FlashAttentionImpl", {"vllm_flash_attn_version": 2}), "FlashAttention 2, .*TRITON_ATTN"),
+        (
+            ("flash_attn", "FlashAttentionImpl", {"vllm_flash_attn_version": 3, "sliding_window": (99, 0)}),
+            "a window of 100 keys.*TRITON_ATTN",
+        ),
+        (("triton_attn", "TritonAttentionImpl", {"attn_type": "encoder_only"}), "'encoder_only', which was not tried"),
+        (("flex_attention", "FlexAttentionImpl", {}), "FlexAttentionImpl for attention.*TRITON_ATTN"),
+        ((None, "", {}), "NoneType for attention, which vLLM calls between the compiled graphs"),
+    ],
+)
+def test_other_attention_is_refused_with_its_place(made: Any, words: str) -> None:
+    module, name, attributes = made
+    with pytest.raises(HostError, match=rf"(?s)^model\.layers\.0\.attn .*{words}"):
+        check(layer(module, name, **attributes))
