@@ -155,7 +155,9 @@ def vllm() -> Iterator[Line]:
         )
     if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
         given = os.environ["VLLM_BATCH_INVARIANT"]
-        yield Line(NOTE, "VLLM_BATCH_INVARIANT", given, "vLLM's own mode: unset it on CUDA, where custom_passes refuses it")
+        yield Line(
+            NOTE, "VLLM_BATCH_INVARIANT", given, "vLLM's own mode: unset it on CUDA, where custom_passes refuses it"
+        )
 
 
 def _vllm_plugins() -> Line:
