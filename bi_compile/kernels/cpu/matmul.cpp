@@ -1,9 +1,9 @@
-// mm, addmm, bmm, baddbmm. The order of the sums stands in product.h; here is only how the work is cut.
+// mm, addmm, bmm, baddbmm. The order of the sums stands in product.h and tiles.h; here is only how the work is cut.
 //
 // A task is a block of columns by all rows (by 48 rows where there are few columns): the columns of b come from memory once
 // and stay in cache while the rows pass by, in blocks of 48. K is never split between tasks.
 
-#include "product.h"
+#include "tiles.h"
 
 namespace bi {
 namespace {
@@ -105,6 +105,72 @@ void run_tasks(const Problem& p) {
   });
 }
 
+#ifdef BI_TILES
+// Rows of `a` that are packed at a time.
+constexpr int64_t MOST_PACKED = 2048;
+
+// bfloat16 on tiles: 32 columns to a task, by all rows or by 32.
+void run_tiles(Problem p, bool along_k) {
+  constexpr int64_t PAIR = 2 * TILE;
+  struct Packed;
+  auto a = static_cast<const BFloat16*>(p.a), b = static_cast<const BFloat16*>(p.b);
+  int64_t steps = ceil_div(p.K, TILE_K), threads = at::get_num_threads(), n_tasks = ceil_div(p.N, PAIR);
+  for (int64_t first = 0; first < p.M; first += MOST_PACKED) {
+    int64_t M = std::min(MOST_PACKED, p.M - first), blocks = ceil_div(M, TILE);
+    Tensor rows;  // of `a`, packed, if they are the right operand
+    if (along_k) {
+      rows = at::empty({p.batch * blocks * steps * BLOCK}, at::kInt);
+      parallel_rows(p.batch * blocks, TILE * p.K / 8, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          int64_t m = i % blocks * TILE;
+          auto x = a + i / blocks * p.a_batch + (first + m) * p.a_m;
+          pack_rows(reinterpret_cast<uint32_t*>(rows.mutable_data_ptr<int>()) + i * steps * BLOCK, x, p.a_m, std::min(TILE, M - m), p.K);
+        }
+      });
+    }
+    int64_t pairs = ceil_div(M, PAIR), m_tasks = p.batch * n_tasks >= 2 * threads ? 1 : pairs, each = m_tasks == 1 ? blocks * TILE : PAIR;
+    parallel_rows(p.batch * n_tasks * m_tasks, each * PAIR * p.K / 64, [&](int64_t begin, int64_t end) {
+      TileConfig config;
+      alignas(64) float tiles[4 * BLOCK], sums[PAIR * PAIR];
+      for (int64_t task = begin; task < end; ++task) {
+        int64_t batch = task / (n_tasks * m_tasks), n = task / m_tasks % n_tasks * PAIR, cols = std::min(PAIR, p.N - n);
+        int64_t n_blocks = ceil_div(cols, TILE), from = task % m_tasks * each;
+        auto weights = b + batch * p.b_batch + n * p.b_n;
+        Rows left[2] = {};
+        const uint32_t* right[2] = {};
+        if (along_k) {
+          left[0] = left_rows<0>(weights, p.b_n, std::min(TILE, cols), p.K);
+          if (n_blocks == 2) left[1] = left_rows<1>(weights + TILE * p.b_n, p.b_n, cols - TILE, p.K);
+        } else {
+          uint32_t* panel = scratch<Packed, uint32_t>(n_blocks * steps * BLOCK);
+          for (int64_t j = 0; j < n_blocks; ++j) {
+            right[j] = panel + j * steps * BLOCK;
+            pack_columns(panel + j * steps * BLOCK, weights + j * TILE, p.b_k, cols - j * TILE, p.K);
+          }
+        }
+        for (int64_t m = from; m < std::min(M, from + each); m += PAIR) {
+          int64_t count = std::min(PAIR, M - m), m_blocks = ceil_div(count, TILE);
+          if (along_k) {
+            auto packed = reinterpret_cast<const uint32_t*>(rows.const_data_ptr<int>()) + batch * blocks * steps * BLOCK;
+            for (int64_t j = 0; j < m_blocks; ++j) right[j] = packed + (m / TILE + j) * steps * BLOCK;
+            tile_product(n_blocks, m_blocks, left, right, p.K, m == from, tiles);
+          } else {
+            auto x = a + batch * p.a_batch + (first + m) * p.a_m;
+            left[0] = left_rows<0>(x, p.a_m, std::min(TILE, count), p.K);
+            if (m_blocks == 2) left[1] = left_rows<1>(x + TILE * p.a_m, p.a_m, count - TILE, p.K);
+            tile_product(m_blocks, n_blocks, left, right, p.K, false, tiles);
+          }
+          for (int64_t i = 0; i < m_blocks; ++i)
+            for (int64_t j = 0; j < n_blocks; ++j)
+              place_tile(tiles + (along_k ? j * m_blocks + i : i * n_blocks + j) * BLOCK, along_k, sums + i * TILE * PAIR + j * TILE, PAIR);
+          finish<BFloat16>(p, sums, PAIR, batch, first + m, n, count, cols);
+        }
+      }
+    });
+  }
+}
+#endif
+
 // ---- the operators ----
 
 void check(const char* op, int64_t dims, const Tensor& a, const Tensor& b, const OptTensor& bias) {
@@ -156,6 +222,12 @@ Tensor product(const char* op, int64_t dims, const Tensor& a_, const Tensor& b_,
   Tensor out = at::empty(shape, a_.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
   p.out = out.mutable_data_ptr();
+#ifdef BI_TILES
+  if (type == at::kBFloat16 && tiles_permitted()) {
+    run_tiles(p, along(b, -2));
+    return out;
+  }
+#endif
   with_type(type, [&](auto t) {
     using T = decltype(t);
     along(b, -2) ? run_tasks<Step<T>, T, Dot>(p) : run_tasks<Step<T>, T, Column>(p);

@@ -6,7 +6,7 @@
 // A step is one element of K; for bfloat16 where the processor has its dot product (AVX512_BF16) it is two, k and k + 1,
 // added by that instruction (which takes subnormals for zero). float16, and bfloat16 elsewhere, are widened to float.
 //
-// Two kernels give these same bits:
+// Two kernels give these same bits (bfloat16 products on AMX have an order of their own: tiles.h):
 //   dot     both operands contiguous along K: vectors run along K, a tile of up to 6 x 4 elements in registers;
 //   column  b contiguous along N: vectors run along N, one accumulator for each lane and row, 4 to 16 lanes at a time.
 #pragma once
