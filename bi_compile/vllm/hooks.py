@@ -145,15 +145,12 @@ def _wrap_worker(module: ModuleType) -> None:
         return result
 
     def load_model(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        def load_and_check() -> Any:
-            result = plain(*args, **kwargs)
-            if _asked_for(self.vllm_config):
-                from .engine import check_model
+        result = _guarded(plain, self, *args, **kwargs)
+        if _asked_for(self.vllm_config):
+            from .engine import check_model
 
-                check_model(self.vllm_config)
-            return result
-
-        return _guarded(load_and_check, self)
+            _guarded(check_model, self, self.vllm_config)
+        return result
 
     wrapper = module.WorkerWrapperBase
     _wrap(wrapper, "init_device", init_device)

@@ -110,7 +110,7 @@ void run_tasks(const Problem& p) {
 constexpr int64_t MOST_PACKED = 2048;
 
 // bfloat16 on tiles: 32 columns to a task, by all rows or by 32.
-void run_tiles(Problem p, bool along_k) {
+void run_tiles(const Problem& p, bool along_k) {
   constexpr int64_t PAIR = 2 * TILE;
   struct Packed;
   auto a = static_cast<const BFloat16*>(p.a), b = static_cast<const BFloat16*>(p.b);
@@ -137,10 +137,13 @@ void run_tiles(Problem p, bool along_k) {
         int64_t n_blocks = ceil_div(cols, TILE), from = task % m_tasks * each;
         auto weights = b + batch * p.b_batch + n * p.b_n;
         Rows left[2] = {};
+        auto read_left = [&](const BFloat16* x, int64_t ld, int64_t count) {
+          left[0] = left_rows<0>(x, ld, std::min(TILE, count), p.K);
+          if (count > TILE) left[1] = left_rows<1>(x + TILE * ld, ld, count - TILE, p.K);
+        };
         const uint32_t* right[2] = {};
         if (along_k) {
-          left[0] = left_rows<0>(weights, p.b_n, std::min(TILE, cols), p.K);
-          if (n_blocks == 2) left[1] = left_rows<1>(weights + TILE * p.b_n, p.b_n, cols - TILE, p.K);
+          read_left(weights, p.b_n, cols);
         } else {
           uint32_t* panel = scratch<Packed, uint32_t>(n_blocks * steps * BLOCK);
           for (int64_t j = 0; j < n_blocks; ++j) {
@@ -155,9 +158,7 @@ void run_tiles(Problem p, bool along_k) {
             for (int64_t j = 0; j < m_blocks; ++j) right[j] = packed + (m / TILE + j) * steps * BLOCK;
             tile_product(n_blocks, m_blocks, left, right, p.K, m == from, tiles);
           } else {
-            auto x = a + batch * p.a_batch + (first + m) * p.a_m;
-            left[0] = left_rows<0>(x, p.a_m, std::min(TILE, count), p.K);
-            if (m_blocks == 2) left[1] = left_rows<1>(x + TILE * p.a_m, p.a_m, count - TILE, p.K);
+            read_left(a + batch * p.a_batch + (first + m) * p.a_m, p.a_m, count);
             tile_product(m_blocks, n_blocks, left, right, p.K, false, tiles);
           }
           for (int64_t i = 0; i < m_blocks; ++i)

@@ -72,7 +72,7 @@ inline void turn(__m512i (&r)[TILE]) {
 
 // `count` <= 32 elements, zeros behind them.
 inline __m512i elements(const BFloat16* p, int64_t count) {
-  return _mm512_maskz_loadu_epi16((uint32_t)((uint64_t{1} << count) - 1), p);
+  return (__m512i)DotBf16::a_part(p, count);
 }
 
 // Packs `rows` <= 16 rows along K, `ld` apart, as columns of a right operand: ceil(k / 32) blocks.

@@ -246,6 +246,14 @@ def _matrix(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, beta:
     return out
 
 
+def _batch(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, beta: float = 1, alpha: float = 1) -> Tensor:
+    """`product`; a batch of one is a single matrix."""
+    if out.shape[0] != 1:
+        return product(out, a, b, bias, beta, alpha)
+    _matrix(out[0], a[0], b[0], None if bias is None else bias.expand(out.shape)[0], beta, alpha)
+    return out
+
+
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """See `bi_compile.ops.mm`; the order of the sum: `product`."""
     return _matrix(ops.mm.__wrapped__(a, b), a, b)
@@ -258,12 +266,12 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """See `bi_compile.ops.bmm`; the order of the sum: `product`."""
-    return product(ops.bmm.__wrapped__(a, b), a, b)
+    return _batch(ops.bmm.__wrapped__(a, b), a, b)
 
 
 def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """See `bi_compile.ops.baddbmm`; the order of the sum: `product`."""
-    return product(ops.baddbmm.__wrapped__(bias, a, b), a, b, bias, beta, alpha)
+    return _batch(ops.baddbmm.__wrapped__(bias, a, b), a, b, bias, beta, alpha)
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
