@@ -23,7 +23,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from . import rows
 from .errors import AuditError
 from .ops import NAMESPACE
-from .rewrite import source_line, values_of
+from .rewrite.splice import source_line, values_of
 from .table import Table
 from .targets import Target
 

@@ -25,10 +25,10 @@ from torch import fx
 
 from . import certificate
 from .audit import Finding, Knowledge, Report, audit
-from .dump import Dump
 from .errors import OptionError
 from .options import ALL, Options, resolve_passes
-from .rewrite import Change, Decompositions, rewrite
+from .rewrite.dump import Dump
+from .rewrite.splice import Change, Decompositions, rewrite
 from .rows import held_graphs
 from .table import Pass, Table
 from .targets import Target, for_device, get_target
@@ -97,7 +97,9 @@ class Pipeline:
 
     def rewrite(self, graph: fx.Graph, stage: str, decompositions: Decompositions | None = None) -> list[Change]:
         """Run every pass over `graph` and the graphs that it holds, in order; changes them in place."""
-        from . import groups  # imports Inductor, which takes a second, and which compiles the graph in any case
+        from .rewrite import (
+            patterns as groups,  # imports Inductor, which takes a second, and which compiles the graph in any case
+        )
 
         start = time.perf_counter()
         known = self.knowledge(self.target_of(graph).name)

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from bi_compile import Options, Pipeline
 from bi_compile.audit import Knowledge, Report, Verdict, audit
 from bi_compile.passes import PASSES
-from bi_compile.rewrite import Change, rewrite
+from bi_compile.rewrite.splice import Change, rewrite
 from bi_compile.table import Pass, Table
 from bi_compile.targets import get_target
 

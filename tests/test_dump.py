@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from bi_compile.rewrite.splice.dump import program
 from support import captured, pipeline, python, rand, traced
 from torch import Tensor, fx
 
 from bi_compile import Pipeline
-from bi_compile.dump import program
 
 
 def model(x: Tensor, w: Tensor, ids: Tensor) -> Tensor:

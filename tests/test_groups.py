@@ -12,9 +12,9 @@ from support import captured, close, rand, same_bits, targets
 from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
 
-from bi_compile import groups
 from bi_compile.passes import PASSES
-from bi_compile.rewrite import Change, rewrite
+from bi_compile.rewrite.splice import Change, rewrite
+from bi_compile.rewrite.splice import patterns as groups
 from bi_compile.table import Table
 
 EPS = 1e-6

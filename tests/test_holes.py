@@ -17,7 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from bi_compile.adversarial import Adversary
 from bi_compile.audit import ALLOWED, Finding, Knowledge, audit
 from bi_compile.passes import PASSES
-from bi_compile.rewrite import rewrite
+from bi_compile.rewrite.splice import rewrite
 from bi_compile.rows import held_graphs
 from bi_compile.table import Table
 from bi_compile.targets import get_target

@@ -29,7 +29,7 @@ from torch._ops import OpOverload
 from bi_compile import RewriteError
 from bi_compile.passes import PASSES
 from bi_compile.passes.pointwise import Pointwise
-from bi_compile.rewrite import rewrite
+from bi_compile.rewrite.splice import rewrite
 from bi_compile.table import Entry, Table, find_operator
 
 aten = torch.ops.aten

@@ -23,7 +23,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._ops import OpOverload
 
 from bi_compile import Pass, RewriteError, ops, replaces
-from bi_compile.rewrite import Tracer, rewrite
+from bi_compile.rewrite.splice import Tracer, rewrite
 from bi_compile.table import Table
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bi_compile import Pass, RewriteError, TableError, invariant, replaces
 from bi_compile.passes import PASSES
-from bi_compile.rewrite import rewrite
+from bi_compile.rewrite.splice import rewrite
 from bi_compile.table import Entry, Table, find_operator
 
 aten = torch.ops.aten

@@ -23,8 +23,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import SymInt, Tensor, fx
 
-from .errors import OptionError
-from .rewrite import Change
+from ..errors import OptionError
+from .splice import Change
 
 _PROGRAM = '''\
 """{title}

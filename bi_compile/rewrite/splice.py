@@ -20,8 +20,8 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .errors import RewriteError
-from .table import Entry, Replacement, Table
+from ..errors import RewriteError
+from ..table import Entry, Replacement, Table
 
 Decompositions = dict[OpOverload, Callable[..., Any]]
 

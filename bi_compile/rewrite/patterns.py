@@ -23,8 +23,8 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .rewrite import Change, Tracer, fake_mode_of, splice
-from .table import Entry, Group, Pass
+from ..table import Entry, Group, Pass
+from .splice import Change, Tracer, fake_mode_of, splice
 
 aten = torch.ops.aten
 
