@@ -101,7 +101,7 @@ def audit(
 
     With --target, say what the passes would do to a model on Ascend, without an NPU; exit code 1 if something is left.
     """
-    from . import certificate
+    from .audit import certificate
     from .errors import OptionError
 
     if target is not None and (check or len(paths) != 1):

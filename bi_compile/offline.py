@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from .audit import Finding, audit
+from .audit.report import Finding, audit
 from .cann_stub import LIBRARIES, folder
 from .errors import HostError, OptionError
 from .options import Options

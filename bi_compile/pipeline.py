@@ -23,13 +23,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from . import certificate
-from .audit import Finding, Knowledge, Report, audit
+from .audit import certificate
+from .audit.batch_dims import held_graphs
+from .audit.report import Finding, Knowledge, Report, audit
 from .errors import OptionError
 from .options import ALL, Options, resolve_passes
 from .rewrite.dump import Dump
 from .rewrite.splice import Change, Decompositions, rewrite
-from .rows import held_graphs
 from .table import Pass, Table
 from .targets import Target, for_device, get_target
 

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bi_compile.adversarial import Adversary
-from bi_compile.audit import Knowledge, Verdict, audit
+from bi_compile.audit.report import Knowledge, Verdict, audit
 from bi_compile.passes import PASSES
 from bi_compile.rewrite.splice import rewrite
 from bi_compile.table import Table

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, fx
 
-from ..audit import Finding, Report, Verdict
+from ..audit.report import Finding, Report, Verdict
 from ..errors import MeasureError, OptionError
 from .case import Case
 from .plan import make_plan

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ..audit import operator_name
+from ..audit.report import operator_name
 from ..rewrite.splice import source_line
 
 #: memory without content, and what only looks at memory: nothing is computed

@@ -181,7 +181,7 @@ def operators(graph: fx.Graph) -> Counter[str]:
 def objections(graph: fx.Graph) -> list[str]:
     """What the audit says about a graph that no pass has been over."""
     from bi_compile import Options, Pipeline
-    from bi_compile.audit import audit
+    from bi_compile.audit.report import audit
 
     pipeline = Pipeline(Options(target="ascend-a2"))
     return sorted({f.operator for f in audit(graph, pipeline.knowledge("ascend-a2")).objections})

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 
-from .flow import Dim, Layout, Node, carries, packet_of
+from .batch_rules import Dim, Layout, Node, carries, packet_of
 
 PUT_BACK = "sorted by group, and put back: every row keeps its own values and its own group"
 COUNTED = "counts the rows of each group, which says where its rows begin and nothing of what they hold"

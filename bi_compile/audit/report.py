@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from . import rows
-from .errors import AuditError
-from .ops import NAMESPACE
-from .rewrite.splice import source_line, values_of
-from .table import Table
-from .targets import Target
+from ..errors import AuditError
+from ..ops import NAMESPACE
+from ..rewrite.splice import source_line, values_of
+from ..table import Table
+from ..targets import Target
+from . import batch_dims as rows
 
 
 class Verdict(str, enum.Enum):

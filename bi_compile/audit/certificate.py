@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from .audit import Report
-from .errors import OptionError
+from ..errors import OptionError
+from .report import Report
 
 FORMAT = "bi_compile certificate 1"
 #: distributions whose version is part of a certificate where they are installed

@@ -20,9 +20,9 @@ from typing import Any
 from torch import SymInt, Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from .errors import OptionError
-from .flow import Factor, Layout, Node, as_one, carries, plain, rule_of, size_of
-from .sorting import COUNTED, PUT_BACK, Sorts
+from ..errors import OptionError
+from .batch_rules import Factor, Layout, Node, as_one, carries, plain, rule_of, size_of
+from .moe_sort import COUNTED, PUT_BACK, Sorts
 
 #: node -> dimensions of its value (for several outputs: of the first) that the batch runs along
 BatchDims = dict[fx.Node, frozenset[int]]

@@ -17,7 +17,7 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch._ops import OpOverload
 
-from .ops import NAMESPACE
+from ..ops import NAMESPACE
 
 
 @dataclasses.dataclass(frozen=True)
