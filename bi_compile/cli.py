@@ -173,7 +173,7 @@ def _function(fn: str, inputs: str, batch_dims: str) -> tuple[str, list[Any], An
     import sys
 
     from .errors import MeasureError
-    from .measure.case import load
+    from .measure.row_function import load
 
     sys.path.insert(0, os.getcwd())  # as `python -m` has it
     made = load(inputs)()
@@ -211,7 +211,7 @@ def verify_function(
 ) -> None:
     """A Python function, a model or something compiled. Exit code 1 if a row differs."""
     from .measure import verify
-    from .measure.case import Case
+    from .measure.row_function import Case
 
     out = console()
     given = _function(fn, inputs, batch_dims)
@@ -244,7 +244,7 @@ def verify_vllm(
     """A vLLM engine: requests alone and together, their logprobs and tokens. Exit code 1 if a request differs."""
     import json
 
-    from .measure import engine
+    from .measure import verify_vllm as engine
 
     again = model.is_file()
     plan = _plan(compilation_config, engine_args, requests=requests, tokens=tokens, seed=seed, time_limit=time_limit)
@@ -306,7 +306,8 @@ def bisect_vllm(
     model: Model, compilation_config: Config = None, engine_args: EngineArgs = "{}", seed: Seed = 0
 ) -> None:
     """A vLLM engine, its compiled graphs run node by node. Exit code 1 if a request differs."""
-    from .measure import engine, engine_bisect
+    from .measure import bisect_vllm as engine_bisect
+    from .measure import verify_vllm as engine
 
     out = console()
     with out.status("the engine starts, then requests run alone and together, operator by operator"):

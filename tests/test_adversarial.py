@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 
 from bi_compile import AuditError, ops
-from bi_compile.adversarial import HELD, ORDERED, Adversary, moved
 from bi_compile.demo.compiled import qwen3
+from bi_compile.measure.adversarial import HELD, ORDERED, Adversary, moved
 from bi_compile.table import find_operator
 
 X, W = rand(7, 50), rand(50, 30, seed=1)

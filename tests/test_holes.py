@@ -15,8 +15,8 @@ from support import knowledge, rand, same_bits, traced, traced_rows
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from bi_compile.adversarial import Adversary
 from bi_compile.audit.report import ALLOWED, Finding, Knowledge, audit
+from bi_compile.measure.adversarial import Adversary
 from bi_compile.passes import PASSES
 from bi_compile.rewrite.splice import rewrite
 from bi_compile.table import Table

@@ -25,8 +25,8 @@ from bi_compile.cli import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import verify as measured
 from bi_compile.measure.bits import difference
-from bi_compile.measure.case import Case
 from bi_compile.measure.plan import FILLS, LAYOUTS, Batch, batch_from, build, make_plan
+from bi_compile.measure.row_function import Case
 
 WEIGHT = rand(1000, 64, seed=1)
 PARENT = os.environ.setdefault("BI_COMPILE_TEST_PARENT", str(os.getpid()))

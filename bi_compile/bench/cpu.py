@@ -55,8 +55,8 @@ def product() -> tuple[Table, str]:
 
 def engine() -> tuple[Table, str]:
     """vLLM tokens per second with the pass against without, engines taking turns."""
-    from ..demo.models import make
-    from ..demo.processes import take_turns
+    from ..measure.models import make
+    from ..measure.process import take_turns
 
     table = Table(
         "dtype",
@@ -74,7 +74,7 @@ def engine() -> tuple[Table, str]:
         for dtype in ("float32", "bfloat16"):
             plan = {"model": str(model), "dtype": dtype, "batches": [1, 4, 16], "rounds": 7, "tokens": 16}
             without, ours = take_turns(
-                "bi_compile.demo.requests",
+                "bi_compile.measure.requests",
                 [{**plan, "compilation_config": c} for c in ({}, {"custom_passes": ["bi_ascend"]})],
             )
             for size in ("1", "4", "16"):

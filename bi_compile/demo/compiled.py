@@ -69,7 +69,7 @@ def qwen3(rows: int, folder: Path | None) -> tuple[Function, list[Tensor]]:
     """The logits of the token that follows 11 others, from a Qwen3 of two layers with random weights."""
     from transformers import AutoModelForCausalLM
 
-    from .models import make
+    from ..measure.models import make
 
     where = make("qwen3", (folder or Path(tempfile.mkdtemp())) / "qwen3-2", num_hidden_layers=2)
     model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()

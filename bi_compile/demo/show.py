@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import HostError
-from .processes import ProcessFailed, run_module
+from ..measure.process import ProcessFailed, run_module
 
 NEEDS = {
     "vllm": "vLLM for the CPU",
@@ -52,7 +52,7 @@ def cases(folder: Path) -> list[Case]:
     """The table's lines. `folder` keeps the models."""
     from transformers.utils import logging
 
-    from .models import make
+    from ..measure.models import make
 
     logging.disable_progress_bar()  # there is one bar already
     model = str(make("qwen3", folder / "qwen3"))
@@ -61,7 +61,7 @@ def cases(folder: Path) -> list[Case]:
         plan = {"model": model, "dtype": dtype}
         passes = {"compilation_config": {"custom_passes": ["bi_ascend"]}}
         what = f"Qwen3, random weights, {dtype}: 16 requests alone and together"
-        found.append(Case("vLLM", what, "bi_compile.demo.requests", plan, plan | passes))
+        found.append(Case("vLLM", what, "bi_compile.measure.requests", plan, plan | passes))
     lines: list[tuple[str, str, bool | None]] = [
         ("encoder", "sentence encoder all-MiniLM-L6-v2, float32, shapes as torch.compile chooses", None),
         ("encoder", "sentence encoder all-MiniLM-L6-v2, float32, static shapes", False),

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..errors import MeasureError
 from .bits import Difference, difference
-from .case import Case, Function, recompiling
 from .plan import SIZES, Batch, make_plan
 from .record import Call, Recorder, interpreting
+from .row_function import Case, Function, recompiling
 from .verify import Mismatch, run
 
 

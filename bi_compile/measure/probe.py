@@ -24,8 +24,8 @@ from torch import Tensor, fx
 
 from ..audit.report import Finding, Report, Verdict
 from ..errors import MeasureError, OptionError
-from .case import Case
 from .plan import make_plan
+from .row_function import Case
 from .verify import run
 
 FORMAT = 1

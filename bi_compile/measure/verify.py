@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..errors import MeasureError
 from .bits import Difference, difference
-from .case import Case, Function, Place, recompiling
 from .plan import SIZES, Batch, Plan, batch_from, make_plan
+from .row_function import Case, Function, Place, recompiling
 
 
 @dataclasses.dataclass(frozen=True)

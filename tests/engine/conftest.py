@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from bi_compile.demo.models import make
+from bi_compile.measure.models import make
 
 
 @pytest.fixture(scope="session")

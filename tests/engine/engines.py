@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from bi_compile.demo import processes
+from bi_compile.measure import process as processes
 
 PASS: dict[str, Any] = {"compilation_config": {"custom_passes": ["bi_ascend"]}}
 
@@ -17,8 +17,8 @@ def python(arguments: list[str], **environment: str) -> subprocess.CompletedProc
 
 
 def requests(model: Path, cache: Path, **plan: Any) -> tuple[dict[str, Any], str]:
-    """Run `bi_compile.demo.requests`; its result and everything that was printed."""
+    """Run `bi_compile.measure.requests`; its result and everything that was printed."""
     caches = {"VLLM_CACHE_ROOT": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
     return processes.run_module(
-        "bi_compile.demo.requests", {"model": str(model), **plan}, 540, VLLM_LOGGING_LEVEL="INFO", **caches
+        "bi_compile.measure.requests", {"model": str(model), **plan}, 540, VLLM_LOGGING_LEVEL="INFO", **caches
     )

@@ -59,7 +59,7 @@ plain = llama.LlamaMLP.forward
 def forward(self, x):
     return plain(self, torch.ops.testlib.mystery(x))  # the line to find
 llama.LlamaMLP.forward = forward
-import bi_compile.demo.requests as r
+import bi_compile.measure.requests as r
 print("RESULT", r.run({"model": sys.argv[1], "dtype": "bfloat16", "requests": 2, "batches": [2], "tokens": 2,
       "compilation_config": {"custom_passes": ["bi_ascend"]}, "additional_config": {"bi_compile": {"on_unproven": sys.argv[2]}}}))
 """

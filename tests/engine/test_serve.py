@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from bi_compile.demo.models import SIZES
-from bi_compile.demo.processes import ENVIRONMENT
+from bi_compile.measure.models import SIZES
+from bi_compile.measure.process import ENVIRONMENT
 
 MODEL = "served"
 pytestmark = pytest.mark.xdist_group("engine")

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from bi_compile.cli import app
 from bi_compile.errors import MeasureError
-from bi_compile.measure import engine, engine_bisect
+from bi_compile.measure import bisect_vllm as engine_bisect
+from bi_compile.measure import verify_vllm as engine
 from bi_compile.passes import PASSES
 
 Model = Callable[[str], Path]

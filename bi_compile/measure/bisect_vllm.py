@@ -1,6 +1,6 @@
 """The first operator whose row differs on a vLLM engine: requests alone and together, model step by model step.
 
-    python -m bi_compile.measure.engine_bisect '{"model": "DIR"}'
+    python -m bi_compile.measure.bisect_vllm '{"model": "DIR"}'
 
 The engine runs in a process of its own with its compiled graphs interpreted (`record.interpreting`); what it leaves
 uncompiled (lm_head, the sampler) is recorded at the dispatcher. Prints one line `RESULT {json}`.
@@ -17,8 +17,8 @@ from typing import Any
 from ..errors import MeasureError
 from .bisect import Bisection, Span, Step, compare
 from .bits import Difference
-from .engine import PLAN, Requests, batches, check, in_a_process, main, settled, start
 from .record import Call, Recorder, interpreting
+from .verify_vllm import PLAN, Requests, batches, check, in_a_process, main, settled, start
 
 #: nothing that was compiled earlier, and no step that is prepared beside another
 ENVIRONMENT = {"VLLM_DISABLE_COMPILE_CACHE": "1", "VLLM_USE_AOT_COMPILE": "0"}

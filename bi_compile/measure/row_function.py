@@ -1,6 +1,6 @@
 """A function with inputs whose rows can be told apart: what it is checked for, and how it is called on a batch.
 
-python -m bi_compile.measure.case FOLDER     # the second process: runs FOLDER/batches.pt, writes FOLDER/outputs.pt
+python -m bi_compile.measure.row_function FOLDER     # the second process: runs FOLDER/batches.pt, writes FOLDER/outputs.pt
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Case:
         Raises:
             MeasureError: the process failed; the message holds the end of its output.
         """
-        from ..demo.processes import python
+        from .process import python
 
         with tempfile.TemporaryDirectory(prefix="bi_compile_verify_") as folder:
             data = {

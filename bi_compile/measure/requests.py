@@ -1,6 +1,6 @@
 """Requests alone and together on one vLLM engine: how many get other bits?
 
-    python -m bi_compile.demo.requests '{"model": "DIR", "dtype": "bfloat16", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
+    python -m bi_compile.measure.requests '{"model": "DIR", "dtype": "bfloat16", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
 
 Prints one line `RESULT {json}`: for each batch size, of how many requests the logprobs and the tokens differ from those
 that the request got alone, and the tokens per second (the median of "rounds"); with "bits" a digest of what the requests
@@ -18,7 +18,7 @@ import sys
 import time
 from typing import Any
 
-from .processes import wait_for_turn
+from .process import wait_for_turn
 
 #: keys of a plan that are not vLLM's
 PLAN: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Requests alone and together on one vLLM engine, in several sizes and orders, up to the first mismatch, made small.
 
-    python -m bi_compile.measure.engine '{"model": "DIR", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
+    python -m bi_compile.measure.verify_vllm '{"model": "DIR", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
 
 Prints one line `RESULT {json}`; `verify` runs that in a process of its own and reads it.
 """
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from ..demo import requests
-from ..demo.processes import ProcessFailed, run_module
 from ..errors import HostError, MeasureError
+from . import requests
 from .bits import difference
+from .process import ProcessFailed, run_module
 
 #: keys of a plan that are not vLLM's. only: {"request": i, "batch": [i, j, …]}, a counterexample that is run again.
 PLAN: dict[str, Any] = {
