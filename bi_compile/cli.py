@@ -107,7 +107,7 @@ def audit(
     if target is not None and (check or len(paths) != 1):
         raise OptionError("audit --target takes one folder of a model, and no --check")
     if target is not None:
-        from . import offline
+        from .offline import trace as offline
 
         raise typer.Exit(0 if offline.main(paths[0], target, console()) else 1)
     if len(paths) != (2 if check else 1):

@@ -8,7 +8,8 @@ import pytest
 import support
 from transformers import BertConfig
 
-from bi_compile import OptionError, offline
+from bi_compile import OptionError
+from bi_compile.offline.trace import trace as offline
 
 ENCODER = BertConfig(
     hidden_size=64,

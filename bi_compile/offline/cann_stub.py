@@ -1,6 +1,6 @@
 """STAND-INS for the CANN libraries: they let the real torch_npu be imported on a machine without CANN, and compute nothing.
 
-    python -m bi_compile.cann_stub FOLDER
+    python -m bi_compile.offline.trace.cann_stub FOLDER
     LD_LIBRARY_PATH=FOLDER python -c "import torch, torch_npu; print(torch.ops.npu.npu_add_rms_norm.default._schema)"
 
 torch_npu binds some 85 C functions of CANN when it is loaded, and looks up more by name when it starts a device. Here each
@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from .errors import HostError
+from ..errors import HostError
 
 #: what torch_npu is linked with
 LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel")

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from .audit.report import Finding, audit
+from ..audit.report import Finding, audit
+from ..errors import HostError, OptionError
+from ..options import Options
+from ..pipeline import Pipeline
+from ..targets.ascend import check_torch_npu, check_versions
 from .cann_stub import LIBRARIES, folder
-from .errors import HostError, OptionError
-from .options import Options
-from .pipeline import Pipeline
-from .targets.ascend import check_torch_npu, check_versions
 
 #: target -> the chip that the stand-ins say they are
 CHIPS = {"ascend-a2": "Ascend910B2", "ascend-a3": "Ascend910_9391", "ascend-950": "Ascend950PR_9599"}
