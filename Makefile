@@ -50,7 +50,7 @@ docs: $(READY)
 	$(BIN)/bi-compile passes --markdown > docs/operators.md
 
 npu-operators: $(READY_ASCEND)
-	$(RUN_ASCEND) -m bi_compile.npu_operators docs/npu-operators.md
+	$(RUN_ASCEND) -m bi_compile.cli.app.npu_reference docs/npu-operators.md
 
 clean:
 	rm -rf $(VENV) $(VENV_ASCEND)

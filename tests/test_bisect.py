@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from bi_compile.backend import bi_ascend
-from bi_compile.cli import app
+from bi_compile.cli.app import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import bisect as measured
 from bi_compile.measure.bisect import Bisection, Span, bisect, compare

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from bi_compile import AuditError, OptionError, Options
 from bi_compile.audit.report import Report, Verdict
-from bi_compile.cli import app
+from bi_compile.cli.app import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import probe as measured
 from bi_compile.table import Table, find_operator
@@ -123,7 +123,7 @@ def test_the_cache_key_follows_the_file(file: Path, data: dict[str, Any]) -> Non
 def test_a_stale_file_is_refused_and_the_doctor_says_so(
     file: Path, data: dict[str, Any], change: dict[str, Any], words: tuple[str, ...]
 ) -> None:
-    from bi_compile import diagnosis
+    from bi_compile.cli.app import doctor as diagnosis
 
     assert [line.state for line in diagnosis.probe(file)] == [diagnosis.OK]
     file.write_text(json.dumps({**data, **change}))

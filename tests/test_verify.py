@@ -21,7 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import bi_compile
-from bi_compile.cli import app
+from bi_compile.cli.app import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import verify as measured
 from bi_compile.measure.bits import difference

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch_npu  # noqa: F401  registers the operators
 
-from bi_compile import npu_operators
+from bi_compile.cli.app import npu_reference as npu_operators
 
 ROOT = Path(__file__).parent.parent.parent
 

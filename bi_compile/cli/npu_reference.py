@@ -1,6 +1,6 @@
 """docs/npu-operators.md: the verdict on every operator of torch_npu's registry, from the targets' lists and the tables.
 
-python -m bi_compile.npu_operators docs/npu-operators.md
+python -m bi_compile.cli.app.npu_reference docs/npu-operators.md
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .options import ALL, resolve_passes
-from .table import Table
-from .targets.ascend import check_torch_npu
-from .targets.npu_operators import ROW_LOCAL, TRUSTED, UNPROVEN
+from ..options import ALL, resolve_passes
+from ..table import Table
+from ..targets.ascend import check_torch_npu
+from ..targets.npu_operators import ROW_LOCAL, TRUSTED, UNPROVEN
 
 _HEAD = """\
 # torch_npu's operators
