@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from ..errors import HostError
 from . import Target
-from .npu_operators import ROW_LOCAL, TRUSTED, UNPROVEN
+from .torch_npu_ops import ROW_LOCAL, TRUSTED, UNPROVEN
 
 #: operators of vllm-ascend 0.23 that are opaque in its graphs
 _HOST = {

@@ -404,7 +404,7 @@ def test_every_tile_of_a_product_gives_the_same_bits(length: int, dtype: torch.d
 @pytest.mark.parametrize("length", [8, 1000, 4096])
 def test_every_step_by_descriptor_gives_the_same_bits(length: int, dtype: torch.dtype) -> None:
     """Those of the kernel without descriptors too; weights as [N, K] and as [K, N], rows that lie apart."""
-    from bi_compile.kernels.triton import hopper
+    from bi_compile.kernels.triton import matmul_tma as hopper
     from bi_compile.kernels.triton.matmul import product
     from bi_compile.kernels.triton.tiles import Tile
 

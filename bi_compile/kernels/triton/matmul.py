@@ -235,7 +235,7 @@ def product(
 
 def _matrix(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, beta: float = 1, alpha: float = 1) -> Tensor:
     """`product` of single matrices, through descriptors where they can read them: the same bits."""
-    from . import hopper  # it shares the epilogue
+    from . import matmul_tma as hopper  # it shares the epilogue
 
     at = hopper.where(a, b)
     if at is None:
