@@ -50,7 +50,7 @@ docs: $(READY)
 	$(BIN)/bi-compile passes --markdown > docs/operators.md
 
 npu-operators: $(READY_ASCEND)
-	$(RUN_ASCEND) -m bi_compile.cli.app.npu_reference docs/npu-operators.md
+	$(RUN_ASCEND) -m bi_compile.cli.npu_reference docs/npu-operators.md
 
 clean:
 	rm -rf $(VENV) $(VENV_ASCEND)
@@ -78,5 +78,5 @@ $(READY_ASCEND): requirements/ascend.txt pyproject.toml
 	SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(PIP_ASCEND) install --no-deps --no-build-isolation vllm-ascend==0.23.0.post1
 	$(PIP_ASCEND) install 'pytest>=8' pytest-timeout 'hypothesis>=6' 'rich>=13' 'typer>=0.12' 'wrapt>=1.16' ninja packaging
 	$(PIP_ASCEND) install --no-deps --no-build-isolation -e .
-	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(VENV_ASCEND)/bin/python -m bi_compile.offline.trace.cann_stub $(VENV_ASCEND)/cann
+	TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(VENV_ASCEND)/bin/python -m bi_compile.offline.cann_stub $(VENV_ASCEND)/cann
 	touch $@

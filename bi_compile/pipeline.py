@@ -98,7 +98,7 @@ class Pipeline:
     def rewrite(self, graph: fx.Graph, stage: str, decompositions: Decompositions | None = None) -> list[Change]:
         """Run every pass over `graph` and the graphs that it holds, in order; changes them in place."""
         from .rewrite import (
-            patterns as groups,  # imports Inductor, which takes a second, and which compiles the graph in any case
+            patterns,  # imports Inductor, which takes a second, and which compiles the graph in any case
         )
 
         start = time.perf_counter()
@@ -111,7 +111,7 @@ class Pipeline:
             done = [
                 change
                 for g in (graph, *(body.graph for body in bodies))
-                for change in groups.replace(g, p, stage) + rewrite(g, known.table, p.name, decompositions)
+                for change in patterns.replace(g, p, stage) + rewrite(g, known.table, p.name, decompositions)
             ]
             changes += done
             if dumped and done:

@@ -113,11 +113,11 @@ def test_doctor_finds_a_setting_that_takes_the_guarantee_away(
     setting: str, value: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("vllm")
-    from bi_compile.cli.app import doctor as diagnosis
+    from bi_compile.cli import doctor
 
     monkeypatch.setenv(setting, value)
-    found = [line for line in diagnosis.vllm() if line.what == setting]
-    assert [line.state for line in found] == [diagnosis.MISSING] and remedy in found[0].remedy
+    found = [line for line in doctor.vllm() if line.what == setting]
+    assert [line.state for line in found] == [doctor.MISSING] and remedy in found[0].remedy
 
 
 def test_passes_lists_every_operator() -> None:

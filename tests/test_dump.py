@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from bi_compile.rewrite.splice.dump import program
+from bi_compile.rewrite.dump import program
 from support import captured, pipeline, python, rand, traced
 from torch import Tensor, fx
 

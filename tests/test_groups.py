@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
 
 from bi_compile.passes import PASSES
+from bi_compile.rewrite import patterns
 from bi_compile.rewrite.splice import Change, rewrite
-from bi_compile.rewrite.splice import patterns as groups
 from bi_compile.table import Table
 
 EPS = 1e-6
@@ -31,7 +31,7 @@ def graph(f: Function, *inputs: Tensor, stage: str, dynamic: bool = False) -> fx
 
 def matched(gm: fx.GraphModule, stage: str) -> list[str]:
     """Replace groups alone; the names of those found, in the order of the passes."""
-    changes: list[Change] = [c for p in PASSES for c in groups.replace(gm.graph, p, stage)]
+    changes: list[Change] = [c for p in PASSES for c in patterns.replace(gm.graph, p, stage)]
     gm.graph.lint()
     gm.recompile()
     return [c.operator for c in changes]
@@ -163,7 +163,7 @@ def test_the_change_names_pass_operator_and_line() -> None:
     gm = graph(lambda x: llama(x, x), x, stage="captured")
     for node in gm.graph.nodes:
         node.meta["stack_trace"] = '  File "model.py", line 3, in norm\n    y\n'
-    (change,) = [c for p in PASSES for c in groups.replace(gm.graph, p, "captured")]
+    (change,) = [c for p in PASSES for c in patterns.replace(gm.graph, p, "captured")]
     assert (change.pass_name, change.operator, change.by) == ("rms_norm", "rms_norm", ("bi_compile.rms_norm.default",))
     assert change.where == "model.py, line 3, in norm"
 

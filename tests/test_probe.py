@@ -123,14 +123,14 @@ def test_the_cache_key_follows_the_file(file: Path, data: dict[str, Any]) -> Non
 def test_a_stale_file_is_refused_and_the_doctor_says_so(
     file: Path, data: dict[str, Any], change: dict[str, Any], words: tuple[str, ...]
 ) -> None:
-    from bi_compile.cli.app import doctor as diagnosis
+    from bi_compile.cli import doctor
 
-    assert [line.state for line in diagnosis.probe(file)] == [diagnosis.OK]
+    assert [line.state for line in doctor.probe(file)] == [doctor.OK]
     file.write_text(json.dumps({**data, **change}))
     with pytest.raises(OptionError) as error:
         Options(probe=str(file))
-    (line,) = diagnosis.probe(file)
-    assert line.state == diagnosis.MISSING
+    (line,) = doctor.probe(file)
+    assert line.state == doctor.MISSING
     for word in words:
         assert word in str(error.value) and word in line.remedy
 

@@ -54,7 +54,7 @@ def test_there_is_a_one_liner_for_each_face() -> None:
 
 
 def test_operators_page_is_up_to_date() -> None:
-    from bi_compile.cli.app.reference import markdown
+    from bi_compile.cli.reference import markdown
 
     assert (ROOT / "docs" / "operators.md").read_text() == markdown(), "run `make docs`"
 

@@ -25,7 +25,7 @@ from ..ops import NAMESPACE
 from ..rewrite.splice import source_line, values_of
 from ..table import Table
 from ..targets import Target
-from . import batch_dims as rows
+from . import batch_dims
 
 
 class Verdict(str, enum.Enum):
@@ -302,10 +302,10 @@ def audit(graph: fx.Graph, knowledge: Knowledge, batch: Mapping[str, int] | None
         batch: placeholder -> its batch dimension, for a graph of static shapes. Otherwise a batch dimension is one whose
             size holds the free symbol of the first symbolic dimension of an input.
     """
-    return Report(knowledge.target.name, tuple(_findings(graph, knowledge, rows.follow(graph, batch), "")))
+    return Report(knowledge.target.name, tuple(_findings(graph, knowledge, batch_dims.follow(graph, batch), "")))
 
 
-def _findings(graph: fx.Graph, known: Knowledge, found: rows.Rows, inside: str) -> Iterator[Finding]:
+def _findings(graph: fx.Graph, known: Knowledge, found: batch_dims.Rows, inside: str) -> Iterator[Finding]:
     for node in graph.nodes:
         verdict, reason = _judge_node(node, known, found)
         yield Finding(
@@ -323,7 +323,7 @@ def _findings(graph: fx.Graph, known: Knowledge, found: rows.Rows, inside: str) 
             yield from _findings(body, known, inner, f"{inside}{node.name}/{name}/")
 
 
-def _judge_node(node: fx.Node, known: Knowledge, found: rows.Rows) -> tuple[Verdict, str]:
+def _judge_node(node: fx.Node, known: Knowledge, found: batch_dims.Rows) -> tuple[Verdict, str]:
     if node.op in ("placeholder", "get_attr", "output"):
         return Verdict.ROW_LOCAL, "an input, a constant or the output"
     if node in found.mixed:

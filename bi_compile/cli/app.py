@@ -76,10 +76,10 @@ def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that the option dump_dir named")],
 ) -> None:
     """Print a dump: the graphs, what each pass did, what is left or trusted, and why."""
-    from . import inspect as inspection
+    from . import inspect as dumps
 
     out = console()
-    for table in inspection.tables(folder):
+    for table in dumps.tables(folder):
         out.print(table)
 
 
@@ -107,9 +107,9 @@ def audit(
     if target is not None and (check or len(paths) != 1):
         raise OptionError("audit --target takes one folder of a model, and no --check")
     if target is not None:
-        from ..offline import trace as offline
+        from ..offline import trace
 
-        raise typer.Exit(0 if offline.main(paths[0], target, console()) else 1)
+        raise typer.Exit(0 if trace.main(paths[0], target, console()) else 1)
     if len(paths) != (2 if check else 1):
         raise OptionError(f"audit takes {'two paths with --check' if check else 'one path'}, got {len(paths)}")
     out = console()
@@ -127,9 +127,9 @@ def doctor(
     probe: Annotated[Path | None, typer.Option(help="a file of `bi-compile probe`: is it of this machine?")] = None,
 ) -> None:
     """Check this machine: versions, kernels, plugins, settings. Exit code 1 if something that is needed is missing."""
-    from . import doctor as diagnosis
+    from . import doctor as checks
 
-    raise typer.Exit(0 if diagnosis.show(console(), probe) else 1)
+    raise typer.Exit(0 if checks.show(console(), probe) else 1)
 
 
 @app.command()
@@ -226,7 +226,7 @@ def verify_function(
 
 @verify_app.command("vllm")
 @_sentences
-def verify_vllm(
+def verify_engine(
     model: Annotated[
         Path,
         typer.Argument(metavar="MODEL_DIR", help="a folder with a model, or counterexample.json to run that one again"),
@@ -244,15 +244,15 @@ def verify_vllm(
     """A vLLM engine: requests alone and together, their logprobs and tokens. Exit code 1 if a request differs."""
     import json
 
-    from ..measure import verify_vllm as engine
+    from ..measure import verify_vllm
 
     again = model.is_file()
     plan = _plan(compilation_config, engine_args, requests=requests, tokens=tokens, seed=seed, time_limit=time_limit)
     if again:
-        model, plan = engine.read(model)
+        model, plan = verify_vllm.read(model)
     with console().status("the engine starts, then requests run alone and together"):
-        result = engine.verify(model, **plan)
-    typer.echo(engine.line(result))
+        result = verify_vllm.verify(model, **plan)
+    typer.echo(verify_vllm.line(result))
     if result["mismatch"] is not None and not again:
         only = {k: result["mismatch"][k] for k in ("request", "batch")}
         write.write_text(json.dumps({"model": str(model.resolve()), **plan, "only": only}))
@@ -302,17 +302,16 @@ def bisect_function(
 
 @bisect_app.command("vllm")
 @_sentences
-def bisect_vllm(
+def bisect_engine(
     model: Model, compilation_config: Config = None, engine_args: EngineArgs = "{}", seed: Seed = 0
 ) -> None:
     """A vLLM engine, its compiled graphs run node by node. Exit code 1 if a request differs."""
-    from ..measure import bisect_vllm as engine_bisect
-    from ..measure import verify_vllm as engine
+    from ..measure import bisect_vllm, verify_vllm
 
     out = console()
     with out.status("the engine starts, then requests run alone and together, operator by operator"):
-        mismatch, found = engine_bisect.bisect(model, **_plan(compilation_config, engine_args, seed=seed))
-    _show(out, found, engine.sentence(mismatch) if mismatch else "")
+        mismatch, found = bisect_vllm.bisect(model, **_plan(compilation_config, engine_args, seed=seed))
+    _show(out, found, verify_vllm.sentence(mismatch) if mismatch else "")
 
 
 def _show(out: Any, found: Any, mismatch: str) -> None:

@@ -1,6 +1,6 @@
 """STAND-INS for the CANN libraries: they let the real torch_npu be imported on a machine without CANN, and compute nothing.
 
-    python -m bi_compile.offline.trace.cann_stub FOLDER
+    python -m bi_compile.offline.cann_stub FOLDER
     LD_LIBRARY_PATH=FOLDER python -c "import torch, torch_npu; print(torch.ops.npu.npu_add_rms_norm.default._schema)"
 
 torch_npu binds some 85 C functions of CANN when it is loaded, and looks up more by name when it starts a device. Here each

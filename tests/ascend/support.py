@@ -1,6 +1,6 @@
 """A decoder layer as vllm-ascend builds it, traced on fake npu:0 tensors, and what vllm-ascend's two compilers execute of it.
 
-Everything is real but the device: CANN is a stand-in (bi_compile.offline.trace.cann_stub), so nothing computes.
+Everything is real but the device: CANN is a stand-in (bi_compile.offline.cann_stub), so nothing computes.
 """
 
 from __future__ import annotations

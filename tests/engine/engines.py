@@ -6,19 +6,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from bi_compile.measure import process as processes
+from bi_compile.measure import process
 
 PASS: dict[str, Any] = {"compilation_config": {"custom_passes": ["bi_ascend"]}}
 
 
 def python(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """This interpreter, in the demonstration's environment but with vLLM's log."""
-    return processes.python(arguments, 540, VLLM_LOGGING_LEVEL="INFO", **environment)
+    return process.python(arguments, 540, VLLM_LOGGING_LEVEL="INFO", **environment)
 
 
 def requests(model: Path, cache: Path, **plan: Any) -> tuple[dict[str, Any], str]:
     """Run `bi_compile.measure.requests`; its result and everything that was printed."""
     caches = {"VLLM_CACHE_ROOT": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
-    return processes.run_module(
+    return process.run_module(
         "bi_compile.measure.requests", {"model": str(model), **plan}, 540, VLLM_LOGGING_LEVEL="INFO", **caches
     )

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from bi_compile.cli.app import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import bisect_vllm as engine_bisect
-from bi_compile.measure import verify_vllm as engine
+from bi_compile.measure import verify_vllm
 from bi_compile.passes import PASSES
 
 Model = Callable[[str], Path]
@@ -29,7 +29,7 @@ BUT_PRODUCTS: dict[str, Any] = {
 
 def test_an_engine_with_the_pass(model: Model) -> None:
     """The operators are replaced in eager mode here; test_engine.py has the compiled engine."""
-    result = engine.verify(model("qwen3"), dtype="bfloat16", sizes=[2, 5, 16], enforce_eager=True, **PASS)
+    result = verify_vllm.verify(model("qwen3"), dtype="bfloat16", sizes=[2, 5, 16], enforce_eager=True, **PASS)
     assert result["mismatch"] is None and result["left"] == 0, result
     assert result["rows"] == 3 * 3 * 16 and set(result["batches"]) == {"given", "reversed", "shuffled"}
 
@@ -70,7 +70,7 @@ def test_the_first_product_is_named(model: Model, settings: dict[str, Any], oper
     assert any("Sampler" in s.layer for s in found.steps), "the comparison reaches the sampler"
 
 
-@pytest.mark.parametrize("measure", [engine.verify, engine_bisect.bisect])
+@pytest.mark.parametrize("measure", [verify_vllm.verify, engine_bisect.bisect])
 def test_what_is_refused_before_an_engine_starts(model: Model, tmp_path: Path, measure: Callable[..., Any]) -> None:
     with pytest.raises(MeasureError, match="prefix caching is on"):
         measure(model("qwen3"), enable_prefix_caching=True)
