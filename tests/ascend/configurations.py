@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import lowering
 import torch
 from torch import Tensor

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import emulated_npu
 

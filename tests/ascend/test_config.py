@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import npu_layers
 import pytest
-import support
 import torch
 
 from bi_compile import HostError
@@ -18,7 +18,7 @@ from bi_compile.vllm.ascend import AscendPass
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return support.model_folder("dense", tmp_path_factory.mktemp("model"))
+    return npu_layers.model_folder("dense", tmp_path_factory.mktemp("model"))
 
 
 def test_the_configuration_holds_the_pass_its_settings_and_a_stable_hash(model: str) -> None:
@@ -43,8 +43,8 @@ def test_the_configuration_holds_the_pass_its_settings_and_a_stable_hash(model: 
 
 
 def test_the_options_of_additional_config_are_read_and_change_the_hash(model: str) -> None:
-    plain = support.engine_config(model)
-    warn = support.engine_config(model, additional_config={"bi_compile": {"on_unproven": "warn"}})
+    plain = npu_layers.engine_config(model)
+    warn = npu_layers.engine_config(model, additional_config={"bi_compile": {"on_unproven": "warn"}})
     ours = warn.compilation_config.inductor_compile_config["graph_fusion_manager"]
     assert ours.pipeline.options.on_unproven == "warn"
     assert plain.compute_hash() != warn.compute_hash()
@@ -62,13 +62,13 @@ def test_a_setting_that_breaks_the_guarantee_is_refused_with_the_line_to_write(
     additional: dict[str, Any], line: str, model: str
 ) -> None:
     with pytest.raises(HostError, match=line):
-        support.engine_config(model, additional_config=additional)
+        npu_layers.engine_config(model, additional_config=additional)
 
 
 def test_hccl_true_is_not_enough(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HCCL_DETERMINISTIC", "true")
     with pytest.raises(HostError, match="set HCCL_DETERMINISTIC=strict or unset it"):
-        support.engine_config(model)
+        npu_layers.engine_config(model)
 
 
 def test_without_kernels_the_engine_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_without_kernels_the_engine_is_refused(model: str, monkeypatch: pytest.M
     real = ascend.importlib.util.find_spec
     monkeypatch.setattr(ascend.importlib.util, "find_spec", lambda name: None if name == "triton" else real(name))
     with pytest.raises(HostError, match="pip install triton-ascend"):
-        support.engine_config(model)
+        npu_layers.engine_config(model)
 
 
 def test_vllm_ascends_own_mode_patches_nothing_while_ours_is_active() -> None:
@@ -124,7 +124,7 @@ def test_attention_that_the_table_does_not_have_is_refused(
 
     from bi_compile.vllm.ascend import check_model
 
-    config = support.engine_config(model)
+    config = npu_layers.engine_config(model)
     layer = type("Layer", (AttentionLayerBase,), {"get_attn_backend": None, "get_kv_cache_spec": None})()
     layer.impl = object.__new__(getattr(importlib.import_module(f"vllm_ascend.attention.{module}"), name))
     layer.impl.__dict__.update({"head_size": 128, "sinks": None, "enable_hamming_sparse": False, **attributes})
@@ -143,7 +143,7 @@ def test_a_mixture_of_experts_without_vllm_ascends_operators_is_refused(tmp_path
     for kind in ("dense", "moe"):
         folder = tmp_path / kind
         folder.mkdir()
-        config = support.engine_config(support.model_folder(kind, folder))
+        config = npu_layers.engine_config(npu_layers.model_folder(kind, folder))
         refused = pytest.raises(HostError, match=r"a mixture of experts needs .*COMPILE_CUSTOM_KERNELS=1")
         with refused if kind == "moe" else contextlib.nullcontext(), variant_custom_ops_off(config):
             pass

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CONFIGS
+from npu_layers import CONFIGS
 
 SERVE = Path(__file__).with_name("serve.py")
 PASS = {"custom_passes": ["bi_ascend"]}

@@ -6,8 +6,8 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import npu_layers
 import pytest
-import support
 import torch
 
 VARIANT = {"npu.npu_add_rms_norm.default", "vllm.unquantized_gemm.default"}
@@ -15,15 +15,15 @@ VARIANT = {"npu.npu_add_rms_norm.default", "vllm.unquantized_gemm.default"}
 
 @pytest.fixture(scope="module")
 def traced(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]]:
-    config = support.engine_config(support.model_folder(kind, tmp_path_factory.mktemp(kind)))
-    with support.one_rank(config):
-        yield config, *support.trace_layer(config, kind), kind
+    config = npu_layers.engine_config(npu_layers.model_folder(kind, tmp_path_factory.mktemp(kind)))
+    with npu_layers.one_rank(config):
+        yield config, *npu_layers.trace_layer(config, kind), kind
 
 
 def test_before_the_pass_the_audit_lists_the_variant_operators(traced: tuple[Any, ...]) -> None:
     _, graph, *_ = traced
-    print(support.operators(graph.graph))
-    assert set(support.objections(graph.graph)) == VARIANT
+    print(npu_layers.operators(graph.graph))
+    assert set(npu_layers.objections(graph.graph)) == VARIANT
 
 
 def test_the_batch_is_symbolic(traced: tuple[Any, ...]) -> None:
@@ -37,12 +37,12 @@ def test_after_it_none_is_left(compiler: str, traced: tuple[Any, ...], monkeypat
     config, graph, args, mode, kind = traced
     graph = copy.deepcopy(graph)
     if compiler == "npugraph_ex":
-        left = support.npugraph_ex_mode(config, graph, args, mode, monkeypatch)
+        left = npu_layers.npugraph_ex_mode(config, graph, args, mode, monkeypatch)
     else:
-        left = support.manager_mode(config, graph, args, mode)
-    found = support.operators(left)
+        left = npu_layers.manager_mode(config, graph, args, mode)
+    found = npu_layers.operators(left)
     print(compiler, found)
-    assert support.objections(left) == []
+    assert npu_layers.objections(left) == []
     assert not VARIANT & set(found)
     # each norm with residual is one kernel, as the fused operator was; vllm-ascend's split takes two
     assert found["bi_compile.add_rms_norm.default"] == 2 and found["npu.npu_rms_norm.default"] == 2

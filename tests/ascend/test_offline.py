@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import npu_layers
 import pytest
-import support
 from transformers import BertConfig
 
 from bi_compile import OptionError
@@ -23,7 +23,7 @@ ENCODER = BertConfig(
 
 @pytest.mark.parametrize("model", ["dense", "moe", "encoder"])
 def test_the_audit_says_what_varies_and_what_is_replaced(model: str, tmp_path: Path) -> None:
-    (ENCODER if model == "encoder" else support.CONFIGS[model]).save_pretrained(tmp_path)
+    (ENCODER if model == "encoder" else npu_layers.CONFIGS[model]).save_pretrained(tmp_path)
     found = offline.run(tmp_path, "ascend-a2", print)
     print(model, found.varies, found.replaced)
     varies = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import npu_layers
 import pytest
-import support
 import torch
 import torch_npu
 import torch_npu.dynamo  # makes npugraph_ex importable
@@ -57,7 +57,7 @@ def executed(function: object, monkeypatch: pytest.MonkeyPatch, ours: AscendPass
     monkeypatch.setattr(compiler._NpuFxCompiler, "_gen_compiled_gm", look)
     with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)):
         nge.get_npu_backend(compiler_config=config)(graph, args)
-    return support.operators(left[-1].fx_graph.graph)
+    return npu_layers.operators(left[-1].fx_graph.graph)
 
 
 @pytest.mark.parametrize(

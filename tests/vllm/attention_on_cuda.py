@@ -1,6 +1,6 @@
 """vLLM's attention on a CUDA device of compute capability 9.0: each query alone and among others, as vLLM calls it and pinned.
 
-    python tests/engine/attention_on_cuda.py
+    python tests/vllm/attention_on_cuda.py
 
 Prints for heads, pages and windows how many queries differ in any bit from the same request alone, and the relative error of the
 first against float64. Requests of 1 to 3,000 keys come in chunks of up to 40 queries, at any place, beside up to 17 others.

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from bi_compile.audit.report.certificate import compare, read
 from support import knowledge, pipeline, rand, traced_rows
 from torch import Tensor, fx
 from typer.testing import CliRunner
 
 from bi_compile import OptionError
+from bi_compile.audit.certificate import compare, read
 from bi_compile.audit.report import audit
 from bi_compile.cli.app import app
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from bi_compile.audit.report.batch_dims import held_graphs
 from functorch.compile import make_boxed_func
 from holes import CLEAN, HOLES, ROWS, Function, Hole
 from support import knowledge, rand, same_bits, traced, traced_rows
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
+from bi_compile.audit.batch_dims import held_graphs
 from bi_compile.audit.report import ALLOWED, Finding, Knowledge, audit
 from bi_compile.measure.adversarial import Adversary
 from bi_compile.passes import PASSES

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from bi_compile.rewrite.dump import program
 from support import captured, pipeline, python, rand, traced
 from torch import Tensor, fx
 
 from bi_compile import Pipeline
+from bi_compile.rewrite.dump import program
+
+HELPERS = str(Path(__file__).parents[1] / "helpers")
 
 
 def model(x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ for _ in range(3):
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
     """Each graph keeps a folder of its own, with its own audit."""
-    here = str(Path(__file__).parent)
+    here = HELPERS
     started = [
         subprocess.Popen(
             [sys.executable, "-c", TWO, str(tmp_path), here], env=os.environ.copy(), stderr=subprocess.PIPE, text=True
@@ -205,5 +207,5 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_later_process_counts_on(tmp_path: Path) -> None:
     ran(pipeline(dump_dir=str(tmp_path)))
-    python(TWO, str(tmp_path), str(Path(__file__).parent))
+    python(TWO, str(tmp_path), HELPERS)
     assert [p.name[:9] for p in sorted(tmp_path.iterdir())] == [f"graph_{i:03d}" for i in range(4)]

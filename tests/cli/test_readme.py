@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BLOCKS = [
     b for b in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if b.startswith('python -c "')
 ]

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from bi_compile.audit.report.batch_dims import batch_dimensions, batch_symbols
 from support import captured, graph_of, judged, knowledge, rand, rewrite_all, traced, traced_rows, verdicts
 from torch import Tensor, fx
 
 from bi_compile import OptionError, ops
+from bi_compile.audit.batch_dims import batch_dimensions, batch_symbols
 from bi_compile.audit.report import Verdict, audit
 
 aten = torch.ops.aten

@@ -2,7 +2,7 @@
 
 The test run takes 2,000 graphs of a fixed seed. By hand, 50,000 others:
 
-    BI_COMPILE_FUZZ=50000 python -m pytest tests/test_fuzz.py
+    BI_COMPILE_FUZZ=50000 python -m pytest tests/passes/test_fuzz.py
 """
 
 from __future__ import annotations
