@@ -22,20 +22,20 @@ from vllm.logger import init_logger
 from ..errors import HostError
 from ..options import Options
 from ..targets import ascend
-from .inductor import PostGradPass
+from .inductor import VllmPass
 from .platforms import Platform, Switch, attention_layers, attribute
 
 log = init_logger("vllm.plugins.bi_compile")
 
 
-class AscendPass(PostGradPass, VllmInductorPass):
+class AscendPass(VllmPass, VllmInductorPass):
     """The passes and the audit as vllm-ascend's pass manager and npugraph_ex want them.
 
     Replacements are spliced in as they are: neither compiler decomposes operators.
     """
 
     def __init__(self, options: Options, theirs: Any = None) -> None:
-        PostGradPass.__init__(self, options, theirs)
+        VllmPass.__init__(self, options, theirs)
         self.pass_name = type(self).__name__
 
     def __call__(self, graph: fx.Graph | fx.GraphModule) -> None:

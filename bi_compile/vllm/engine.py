@@ -17,12 +17,10 @@ from ..errors import HostError
 from ..options import Options, read_options, resolve_passes
 from ..targets import for_device, get_target
 from . import platforms
-from .hooks import KEY
+from .keys import KEY, OPTIONS
 
 log = init_logger("vllm.plugins.bi_compile")
 
-OPTIONS = "bi_compile"
-"""The key of `additional_config` that holds the options."""
 OLDEST, NEWEST = Version("0.23"), Version("0.34")
 #: what `prepare_worker` changed in this process, and how to undo it
 _prepared = contextlib.ExitStack()
@@ -80,7 +78,7 @@ def configure(vllm_config: Any) -> None:
     """
     from vllm.platforms import current_platform
 
-    from .inductor import PostGradPass
+    from .inductor import VllmPass
 
     options, platform = options_of(vllm_config), platforms.current()
     if vllm_config.lora_config is not None:
@@ -99,7 +97,7 @@ def configure(vllm_config: Any) -> None:
                 f"inductor_compile_config sets {name}={config[name]!r}, but the guarantee needs {needed!r}: remove that line"
             )
     key = current_platform.pass_key
-    if not isinstance(config.get(key), PostGradPass):
+    if not isinstance(config.get(key), VllmPass):
         config[key] = platform.make_pass(options, config.get(key))
 
 

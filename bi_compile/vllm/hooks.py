@@ -12,9 +12,9 @@ from typing import Any
 
 import wrapt
 
-log = logging.getLogger("bi_compile")
+from .keys import KEY
 
-KEY = "custom_passes"
+log = logging.getLogger("bi_compile")
 _installed = False
 
 

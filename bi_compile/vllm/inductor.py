@@ -12,7 +12,7 @@ from ..options import Options
 from ..pipeline import Pipeline
 
 
-class PostGradPass(FinalPass, InductorPass):
+class VllmPass(FinalPass, InductorPass):
     """`FinalPass` for vLLM; travels to the worker processes by its options."""
 
     def __init__(self, options: Options, theirs: Any = None) -> None:
@@ -27,6 +27,6 @@ class PostGradPass(FinalPass, InductorPass):
     def __reduce__(self) -> Any:
         return type(self), (self.pipeline.options, self.theirs)
 
-    def __deepcopy__(self, memo: Any) -> PostGradPass:
+    def __deepcopy__(self, memo: Any) -> VllmPass:
         # vLLM copies its configuration; the copies report to one summary
         return self

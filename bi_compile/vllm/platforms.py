@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import HostError
 from ..options import Options
-from .inductor import PostGradPass
+from .inductor import VllmPass
 
 #: vLLM's name of the device type -> module
 MODULES = {"cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
@@ -36,7 +36,7 @@ class Platform:
     """What is switched in a worker process before the model loads, and taken back when the engine is gone."""
     check_model: Callable[[Any], None] = _nothing
     """What can only be checked in a worker once its model is there."""
-    make_pass: Callable[[Options, Any], PostGradPass] = PostGradPass
+    make_pass: Callable[[Options, Any], VllmPass] = VllmPass
     """Options and a pass of the user's -> the pass for the compilation config."""
     own_operators_in_table: bool = False
     """Whether the table has the platform's own operators; where it has not, vLLM runs its plain PyTorch code instead."""

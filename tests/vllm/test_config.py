@@ -47,7 +47,7 @@ def test_the_key_puts_pass_and_settings_into_the_engine_config(model: Model) -> 
         say(a.compute_hash() != engine_config({"custom_passes": ["matmul"]}).compute_hash())
         """,
     )
-    assert said(run) == ["PostGradPass ['bi_ascend']", "True True", "True"]
+    assert said(run) == ["VllmPass ['bi_ascend']", "True True", "True"]
 
 
 def test_without_the_key_the_configuration_is_vllms_own(model: Model) -> None:
