@@ -4,9 +4,9 @@ Each is opaque to the compilers above it, mutates nothing, and gives the same bi
 inside a CUDA graph. The order of each sum is a function of the reduced length, the dtype and the device.
 """
 
-from ._define import KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .attention import scaled_dot_product_attention
 from .collective import REDUCE_OPS, all_reduce, reduce_scatter
+from .declare import KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .matmul import addmm, baddbmm, bmm, grouped_mm, mm
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
 from .pointwise import first, pointwise, spread

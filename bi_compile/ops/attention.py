@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._define import check, operator
+from .declare import check, operator
 from .reduce import _float
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers _c10d_functional
 from torch import Tensor
 
-from ._define import check, composite, operator
+from .declare import check, composite, operator
 
 REDUCE_OPS = ("sum", "avg")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._define import check, operator
+from .declare import check, operator
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._define import check, composite, operator
+from .declare import check, composite, operator
 
 #: operator -> how it is called with (tensors, numbers, word)
 CALLS: dict[str, Callable[[Any, Sequence[Tensor], Sequence[float], str | None], Tensor]] = {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._define import check, operator
+from .declare import check, operator
 from .matmul import FLOATS
 
 

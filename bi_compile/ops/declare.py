@@ -90,8 +90,10 @@ def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class Operator(Protocol):
-    """What `@operator` makes of a function: a call of the operator, with the fake implementation in `__wrapped__`."""
+    """What `@operator` makes of a function: a call of the operator."""
 
+    meta: Callable[..., Any]
+    """The fake implementation by itself: checks the arguments (of any device) and returns empty results like them."""
     __wrapped__: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -113,6 +115,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
         def call(*args: Any, **kwargs: Any) -> Any:
             return op(*args, **kwargs)
 
+        call.meta = fake  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
 
     return declare
