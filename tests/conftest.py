@@ -8,9 +8,15 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # a graph that an earlier run left in Inductor's cache would be neither rewritten nor judged
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bi_compile_tests_")
+
+# programs that a test starts find what tests share, as pytest does
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent / "helpers"), os.environ.get("PYTHONPATH")))
+)
 
 # each of pytest-xdist's workers keeps to cores of its own: threads that wait for each other spin
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bi_compile import OptionError
 from bi_compile.audit.certificate import compare, read
 from bi_compile.audit.report import audit
-from bi_compile.cli.app import app
+from bi_compile.cli import app
 
 runner = CliRunner()
 

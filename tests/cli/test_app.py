@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bi_compile.cli.app import app
+from bi_compile.cli import app
 
 runner = CliRunner()
 
@@ -132,7 +132,7 @@ def test_passes_lists_every_operator() -> None:
 
 def test_every_replacement_says_by_what() -> None:
     """None is shown as computed with row-local operators alone unless it is."""
-    from bi_compile.cli.app import reference
+    from bi_compile.cli import reference
     from bi_compile.passes import PASSES
 
     assert reference.called(next(e for e in PASSES[1].entries if e.operator.startswith("aten.")).replacement) == [
@@ -154,9 +154,7 @@ def test_the_entry_point_exits_as_it_says(tmp_path: Path) -> None:
 
 
 def test_importing_the_command_line_imports_no_compiler() -> None:
-    code = (
-        "import sys, bi_compile.cli.app; sys.exit('torch._inductor.compile_fx' in sys.modules or 'vllm' in sys.modules)"
-    )
+    code = "import sys, bi_compile.cli; sys.exit('torch._inductor.compile_fx' in sys.modules or 'vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

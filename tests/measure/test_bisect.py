@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from bi_compile.backend import bi_ascend
-from bi_compile.cli.app import app
+from bi_compile.cli import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import bisect as measured
 from bi_compile.measure.bisect import Bisection, Span, bisect, compare
@@ -145,8 +145,8 @@ def test_what_cannot_be_compared_is_said() -> None:
 
 
 def test_the_command() -> None:
-    common = ["--inputs", "test_bisect:inputs"]
-    result = CliRunner().invoke(app, ["bisect", "function", "test_bisect:mlp", *common])
+    common = ["--inputs", "tests.measure.test_bisect:inputs"]
+    result = CliRunner().invoke(app, ["bisect", "function", "tests.measure.test_bisect:mlp", *common])
     assert result.exit_code == 1 and "the first operator whose row differs is aten.mm.default" in result.output
     result = CliRunner().invoke(app, ["bisect", "function", "torch:relu", *common])
     assert result.exit_code == 0 and "no row differs" in result.output

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from bi_compile import AuditError, OptionError, Options
 from bi_compile.audit.report import Report, Verdict
-from bi_compile.cli.app import app
+from bi_compile.cli import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import probe as measured
 from bi_compile.table import Table, find_operator

@@ -21,7 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import bi_compile
-from bi_compile.cli.app import app
+from bi_compile.cli import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import verify as measured
 from bi_compile.measure.bits import difference
@@ -267,8 +267,8 @@ def test_a_counterexample_is_a_program(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    common = ["--inputs", "test_verify:inputs"]
-    result = CliRunner().invoke(app, ["verify", "function", "test_verify:product", *common])
+    common = ["--inputs", "tests.measure.test_verify:inputs"]
+    result = CliRunner().invoke(app, ["verify", "function", "tests.measure.test_verify:product", *common])
     assert result.exit_code == 1 and "is not batch-invariant" in result.output, result.output
     assert (tmp_path / "counterexample.py").exists() and "python counterexample.py" in result.output
     result = CliRunner().invoke(app, ["verify", "function", "torch:relu", *common, "--batch-dims", "one"])

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from bi_compile import Pipeline
 from bi_compile.rewrite.dump import program
 
-HELPERS = str(Path(__file__).parents[1] / "helpers")
+HERE = str(Path(__file__).parent)
 
 
 def model(x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
@@ -191,10 +191,9 @@ for _ in range(3):
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
     """Each graph keeps a folder of its own, with its own audit."""
-    here = HELPERS
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, str(tmp_path), here], env=os.environ.copy(), stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", TWO, str(tmp_path), HERE], env=os.environ.copy(), stderr=subprocess.PIPE, text=True
         )
         for _ in range(2)
     ]
@@ -207,5 +206,5 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_later_process_counts_on(tmp_path: Path) -> None:
     ran(pipeline(dump_dir=str(tmp_path)))
-    python(TWO, str(tmp_path), HELPERS)
+    python(TWO, str(tmp_path), HERE)
     assert [p.name[:9] for p in sorted(tmp_path.iterdir())] == [f"graph_{i:03d}" for i in range(4)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bi_compile.cli.app import app
+from bi_compile.cli import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import bisect_vllm as engine_bisect
 from bi_compile.measure import verify_vllm
