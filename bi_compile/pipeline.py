@@ -24,11 +24,12 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from .audit import certificate
-from .audit.batch_dims import held_graphs
-from .audit.report import Finding, Knowledge, Report, audit
+from .audit.report import Finding, Report, audit
+from .audit.spec import Knowledge
 from .errors import OptionError
 from .options import ALL, Options, resolve_passes
 from .rewrite.dump import Dump
+from .rewrite.fx_utils import held_graphs
 from .rewrite.splice import Change, Decompositions, rewrite
 from .table import Pass, Table
 from .targets import Target, for_device, get_target
@@ -105,19 +106,19 @@ class Pipeline:
         known = self.knowledge(self.target_of(graph).name)
         dumped = self._dump.begin(stage, graph) if self._dump else None
         changes: list[Change] = []
-        bodies = list(held_graphs(graph))
+        subgraphs = list(held_graphs(graph))
         for p in self.passes:
             began = time.perf_counter()
             done = [
                 change
-                for g in (graph, *(body.graph for body in bodies))
+                for g in (graph, *(held.graph for held in subgraphs))
                 for change in patterns.replace(g, p, stage) + rewrite(g, known.table, p.name, decompositions)
             ]
             changes += done
             if dumped and done:
                 dumped.after(p.name, graph, done, time.perf_counter() - began)
-        for body in bodies:
-            body.recompile()
+        for held in subgraphs:
+            held.recompile()
         self.summary.replaced.update(c.operator for c in changes)
         if dumped:
             dumped.end(graph)

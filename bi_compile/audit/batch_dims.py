@@ -1,6 +1,6 @@
 """Where the rows are: an abstract interpretation of a graph over which dimensions carry the batch.
 
-The abstract value is the layout of a tensor, and `flow.FLOW` is the table of what each operator makes of it; an operator
+The abstract value is the layout of a tensor, and `batch_rules.RULES` is the table of what each operator makes of it; an operator
 that combines a dimension with a factor of rows mixes rows.
 
 Where it starts: with symbolic shapes, at each dimension whose size holds a batch symbol, and the batch symbols are those of
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import SymInt, Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from ..errors import OptionError
+from ..rewrite.fx_utils import as_list, subgraphs
 from .batch_rules import Factor, Layout, Node, as_one, carries, plain, rule_of, size_of
 from .moe_sort import COUNTED, PUT_BACK, Sorts
 
@@ -29,14 +30,14 @@ BatchDims = dict[fx.Node, frozenset[int]]
 
 
 @dataclasses.dataclass
-class Rows:
+class Analysis:
     """What is known of one graph."""
 
     layouts: dict[fx.Node, Any] = dataclasses.field(default_factory=dict)
     """The layout of each node's value; a tuple of them where it has several outputs."""
     mixed: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     """The nodes that combine several rows into one value, each with a sentence."""
-    bodies: dict[fx.Node, list[tuple[str, fx.Graph, Rows]]] = dataclasses.field(default_factory=dict)
+    subgraphs: dict[fx.Node, list[tuple[str, fx.Graph, Analysis]]] = dataclasses.field(default_factory=dict)
     """The graphs that a higher-order operator holds, followed from its operands."""
 
     grouped: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
@@ -56,7 +57,7 @@ def batch_dimensions(graph: fx.Graph, named: Mapping[str, int] | None = None) ->
     return {node: frozenset(found.dims(node)) for node in graph.nodes}
 
 
-def follow(graph: fx.Graph, named: Mapping[str, int] | None = None) -> Rows:
+def follow(graph: fx.Graph, named: Mapping[str, int] | None = None) -> Analysis:
     """The layouts of every node's value, and the nodes that mix rows.
 
     Raises:
@@ -95,91 +96,42 @@ def batch_symbols(graph: fx.Graph) -> set[Any]:
     return first - later
 
 
-# -- higher-order operators -----------------------------------------------------------------------------------------
-
-
-def _items(x: Any) -> list[Any]:
-    return list(x) if isinstance(x, (tuple, list)) else [x]
-
-
-def _scanned(scan: fx.Node) -> list[tuple[Any, list[Any], list[Any]]]:
-    body, init, xs, more = (*scan.args, ())[:4]
-    return [(body, [*_items(init), *_items(xs), *_items(more)], _items(xs))]
-
-
-#: operator -> for each graph that it holds: the graph, its operands, and those of which it gets one slice of dimension 0
-BODIES: dict[str, Callable[[fx.Node], list[tuple[Any, list[Any], list[Any]]]]] = {
-    "cond": lambda n: [(body, _items(n.args[3]), []) for body in n.args[1:3]],
-    # the body first: what it hands back is what the condition sees
-    "while_loop": lambda n: [(body, [*_items(n.args[2]), *_items(n.args[3])], []) for body in n.args[1::-1]],
-    "invoke_subgraph": lambda n: [(n.args[0], list(n.args[2:]), [])],
-    "map_impl": lambda n: [(n.args[0], [*_items(n.args[1]), *_items(n.args[2])], _items(n.args[1]))],
-    "scan": _scanned,
-}
-
-
-def bodies(node: fx.Node) -> list[tuple[str, fx.GraphModule, list[Any], list[Any]]]:
-    """The graphs that a higher-order operator holds: name, graph, operands, those it gets a slice of. None: unreadable."""
-    find = BODIES.get(node.target.name()) if isinstance(node.target, HigherOrderOperator) else None
-    owner = node.graph.owning_module
-    found = []
-    for body, operands, sliced in find(node) if find and node.args and owner is not None else ():
-        graph = getattr(owner, body.target, None) if isinstance(body, fx.Node) and body.op == "get_attr" else None
-        if not isinstance(graph, fx.GraphModule):
-            return []
-        found.append((str(body.target), graph, operands, sliced))
-    return found
-
-
-def held_graphs(graph: fx.Graph) -> Iterator[fx.GraphModule]:
-    """The graphs that the higher-order operators of `graph` hold, and that those hold, each once."""
-    found: dict[int, fx.GraphModule] = {}
-    todo = [graph]
-    while todo:
-        for node in todo.pop().nodes:
-            for _, body, _, _ in bodies(node):
-                if id(body) not in found:
-                    found[id(body)] = body
-                    todo.append(body.graph)
-    yield from found.values()
-
-
 class _Follower:
     """Goes through a graph, and through the graphs that it holds."""
 
     def __init__(self, symbols: set[Any]) -> None:
         self.symbols = symbols
 
-    def run(self, graph: fx.Graph, layouts: Mapping[fx.Node, Layout]) -> Rows:
-        found, sorts = Rows(dict(layouts)), Sorts()
+    def run(self, graph: fx.Graph, layouts: Mapping[fx.Node, Layout]) -> Analysis:
+        found, sorts = Analysis(dict(layouts)), Sorts()
         for node in graph.nodes:
             if node not in found.layouts:
                 found.layouts[node] = self.visit(node, found)
             put_back = sorts.visit(node, found.layouts)
             if put_back is not None:
                 found.layouts[node] = put_back
-        for sort in sorts.keys:
+        for sort in sorts.dims:
             if sort not in sorts.broken:
                 found.mixed.pop(sort, None)
                 found.grouped[sort] = PUT_BACK
             elif sort in found.mixed:
                 found.mixed[sort] += f"; {sorts.broken[sort]}"
-        found.grouped |= {node: COUNTED for node in sorts.counted if sorts.standing[node].sort not in sorts.broken}
+        found.grouped |= {node: COUNTED for node in sorts.counted if sorts.roles[node].sort not in sorts.broken}
         return found
 
-    def visit(self, node: fx.Node, found: Rows) -> Any:
+    def visit(self, node: fx.Node, found: Analysis) -> Any:
         value = node.meta.get("val")
         if node.op == "call_function" and node.target is operator.getitem:
             whole, i = found.layouts.get(node.args[0]), node.args[1]  # type: ignore[arg-type]
             layout = whole[i] if isinstance(whole, tuple) and isinstance(i, int) and i < len(whole) else ()
             return self.with_symbols(layout, value)
-        if node.op != "call_function" or not any(isinstance(v, Tensor) for v in _items(value)):
+        if node.op != "call_function" or not any(isinstance(v, Tensor) for v in as_list(value)):
             if isinstance(node.target, HigherOrderOperator):
                 self.hold(node, found)
             return self.with_symbols((), value)
         if isinstance(node.target, HigherOrderOperator):
             self.hold(node, found)
-            return tuple(self.with_symbols(self.held(node, found, i), v) for i, v in enumerate(_items(value)))
+            return tuple(self.with_symbols(self.held(node, found, i), v) for i, v in enumerate(as_list(value)))
         if not isinstance(node.target, OpOverload) or not any(
             isinstance(a.meta.get("val"), Tensor) for a in node.all_input_nodes
         ):
@@ -218,11 +170,11 @@ class _Follower:
     def symbolic(self, n: Any) -> bool:
         return isinstance(n, SymInt) and bool(n.node.expr.free_symbols & self.symbols)
 
-    def hold(self, node: fx.Node, found: Rows) -> None:
+    def hold(self, node: fx.Node, found: Analysis) -> None:
         """Follow the rows into the graphs that a higher-order operator holds."""
-        found.bodies[node] = []
+        found.subgraphs[node] = []
         grown: list[Layout] | None = None
-        for name, body, operands, sliced in bodies(node):
+        for name, body, operands, sliced in subgraphs(node):
             inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
             given = grown or [found.layouts.get(x, ()) if isinstance(x, fx.Node) else () for x in operands]
             cut = [isinstance(x, fx.Node) and any(x is s for s in sliced) for x in operands]
@@ -235,11 +187,11 @@ class _Follower:
                 i: self.with_symbols(layout[1:] if is_cut else layout, i.meta.get("val"))
                 for i, layout, is_cut in zip(inputs, given, cut, strict=False)
             }
-            found.bodies[node].append((name, body.graph, self.loop(node, body.graph, inputs, seeds)))
+            found.subgraphs[node].append((name, body.graph, self.loop(node, body.graph, inputs, seeds)))
             if node.target.name() == "while_loop":  # type: ignore[union-attr]
                 grown = [seeds[i] for i in inputs]
 
-    def loop(self, node: fx.Node, graph: fx.Graph, inputs: list[fx.Node], seeds: dict[fx.Node, Layout]) -> Rows:
+    def loop(self, node: fx.Node, graph: fx.Graph, inputs: list[fx.Node], seeds: dict[fx.Node, Layout]) -> Analysis:
         """A loop hands its results back as operands: rows that it brings into one are there from the start."""
         again = node.target.name() in ("while_loop", "scan")  # type: ignore[union-attr]
         while True:
@@ -256,18 +208,18 @@ class _Follower:
             if not grown:
                 return rows
 
-    def held(self, node: fx.Node, found: Rows, i: int) -> Layout:
+    def held(self, node: fx.Node, found: Analysis, i: int) -> Layout:
         """The layout of output `i`, from the graphs that compute it; results of slices are stacked along dimension 0."""
-        value = _items(node.meta["val"])[i]
+        value = as_list(node.meta["val"])[i]
         if not isinstance(value, Tensor):
             return ()
         out = plain(value)
         stacked = any(
             isinstance(x, fx.Node) and carries((found.layouts.get(x) or ((),))[0])
-            for _, _, _, sliced in bodies(node)
+            for _, _, _, sliced in subgraphs(node)
             for x in sliced
         )
-        for _, graph, rows in found.bodies.get(node, ()):
+        for _, graph, rows in found.subgraphs.get(node, ()):
             outs = _outputs(graph)
             layout = rows.layouts.get(outs[i], ()) if i < len(outs) and isinstance(outs[i], fx.Node) else ()
             layout = ((Factor(0, stacked),), *layout) if len(layout) == value.dim() - 1 else layout
@@ -278,4 +230,4 @@ class _Follower:
 
 def _outputs(graph: fx.Graph) -> list[Any]:
     (output,) = (n for n in graph.nodes if n.op == "output")
-    return _items(output.args[0])
+    return as_list(output.args[0])

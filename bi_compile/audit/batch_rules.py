@@ -3,7 +3,7 @@
 The abstract value of a tensor is its *layout*: for each dimension the factors that it is made of, from the slowest to the
 fastest, each with its size and whether it counts rows. A view that merges the batch with other dimensions makes one
 dimension of several factors; a view that splits it again finds them. Factors are told apart by the sizes that the compiler
-saw. `FLOW` is the table; `rows` follows a graph with it.
+saw. `RULES` is the table; `batch_dims` follows a graph with it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import SymInt, Tensor, fx
 from torch._ops import OpOverload
 
 from ..ops import NAMESPACE
+from ..rewrite.fx_utils import packet_of
+from .pointwise import is_pointwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +93,6 @@ def _split(layout: Layout, shape: Sequence[int]) -> Layout:
 # -- the rules: what an operator combines, and where the rows are afterwards ----------------------------------------
 
 
-def packet_of(node: fx.Node) -> str:
-    """The operator's name without namespace and overload; empty for what is no operator."""
-    return node.target._overloadpacket.__name__ if isinstance(node.target, OpOverload) else ""
-
-
 class Node:
     """A node as the rules see it."""
 
@@ -131,8 +128,8 @@ class Node:
 
 
 #: the layout of the result, or one for each output; and what is combined
-Flow = tuple[Any, Sequence[Combined]]
-Rule = Callable[[Node], Flow]
+Result = tuple[Any, Sequence[Combined]]
+Rule = Callable[[Node], Result]
 
 
 def _aligned(n: Node, tensors: Sequence[fx.Node], shape: Sequence[int]) -> Layout:
@@ -146,11 +143,11 @@ def _aligned(n: Node, tensors: Sequence[fx.Node], shape: Sequence[int]) -> Layou
     return tuple(out)
 
 
-def _elementwise(n: Node) -> Flow:
+def _elementwise(n: Node) -> Result:
     return _aligned(n, n.tensors, n.shape), ()
 
 
-def _by_size(n: Node) -> Flow:
+def _by_size(n: Node) -> Result:
     """An operator of which nothing more is known: a dimension stays where its size does."""
     out: list[Dim] = [(Factor(size, False),) for size in n.shape]
     for x in n.tensors:
@@ -160,11 +157,11 @@ def _by_size(n: Node) -> Flow:
     return tuple(out), ()
 
 
-def _reshaped(n: Node) -> Flow:
+def _reshaped(n: Node) -> Result:
     return _split(n.layout(n.first), n.shape), ()
 
 
-def _permuted(n: Node) -> Flow:
+def _permuted(n: Node) -> Result:
     layout = n.layout(n.first)
     order = list(range(len(layout)))
     if n.packet in ("permute", "permute_copy"):
@@ -192,7 +189,7 @@ def _kept(layout: Layout, gone: Sequence[int], rank: int) -> Layout:
     return tuple(dim for i, dim in enumerate(layout) if i not in gone)
 
 
-def _reduced(n: Node) -> Flow:
+def _reduced(n: Node) -> Result:
     if n.packet in ("max", "min") and len(n.tensors) > 1:
         return _elementwise(n)
     layout = n.layout(n.first)
@@ -200,7 +197,7 @@ def _reduced(n: Node) -> Flow:
     return _kept(layout, dims, len(n.shape)), [(n.first, d) for d in dims]
 
 
-def _along(n: Node) -> Flow:
+def _along(n: Node) -> Result:
     """Combines a dimension and keeps it: softmax, cumsum, sort."""
     layout = n.layout(n.first)
     dims = [n.arg("dim", -1) % len(layout)] if layout else []
@@ -210,24 +207,24 @@ def _along(n: Node) -> Flow:
     return out, [(n.first, d) for d in dims]
 
 
-def _selected(n: Node) -> Flow:
+def _selected(n: Node) -> Result:
     layout = n.layout(n.first)
     return _kept(layout, [n.arg("dim", 0) % len(layout)], len(layout) - 1), ()
 
 
-def _squeezed(n: Node) -> Flow:
+def _squeezed(n: Node) -> Result:
     layout, shape = n.layout(n.first), n.first.meta["val"].shape
     gone = [d for d in _dims(n, len(layout)) if size_of(shape[d]) == 1]
     return _kept(layout, gone, len(layout) - len(gone) or -1), ()
 
 
-def _unsqueezed(n: Node) -> Flow:
+def _unsqueezed(n: Node) -> Result:
     layout = n.layout(n.first)
     at = n.arg("dim") % (len(layout) + 1)
     return (*layout[:at], (Factor(1, False),), *layout[at:]), ()
 
 
-def _resized(n: Node) -> Flow:
+def _resized(n: Node) -> Result:
     """Slices, paddings, rolls: the same dimensions, some of another size."""
     layout = n.layout(n.first)
     return tuple(dim if _length(dim) == m else as_one(dim, m) for dim, m in zip(layout, n.shape, strict=True)), ()
@@ -237,7 +234,7 @@ def _length(dim: Dim) -> int:
     return math.prod(f.size for f in dim)
 
 
-def _parts(n: Node) -> Flow:
+def _parts(n: Node) -> Result:
     """split, chunk, unbind: each part has the dimensions of the whole, unbind's without the one it takes apart."""
     layout = n.layout(n.first)
     outs = []
@@ -250,7 +247,7 @@ def _parts(n: Node) -> Flow:
     return tuple(outs), ()
 
 
-def _joined(n: Node) -> Flow:
+def _joined(n: Node) -> Result:
     """cat: rows of several tensors one behind the other; and stack."""
     # an empty tensor of one dimension is passed over, as cat does
     layouts = [n.layout(x) for x in n.arg("tensors")]
@@ -266,12 +263,12 @@ def _joined(n: Node) -> Flow:
     return tuple(dim if _length(dim) == m else as_one(dim, m) for dim, m in zip(merged, n.shape, strict=True)), ()
 
 
-def _embedded(n: Node) -> Flow:
+def _embedded(n: Node) -> Result:
     indices = n.layout(n.arg("indices"))
     return (*indices, (Factor(n.shape[-1], False),)), ()
 
 
-def _index_selected(n: Node) -> Flow:
+def _index_selected(n: Node) -> Result:
     layout, index = n.layout(n.arg("self")), n.layout(n.arg("index"))
     if not layout:
         return _by_size(n)
@@ -280,7 +277,7 @@ def _index_selected(n: Node) -> Flow:
     return tuple((Factor(m, rows),) if i == at else d for i, (d, m) in enumerate(zip(layout, n.shape, strict=True))), ()
 
 
-def _gathered(n: Node) -> Flow:
+def _gathered(n: Node) -> Result:
     layout, index = n.layout(n.arg("self")), n.layout(n.arg("index"))
     at = n.arg("dim", 0) % max(len(index), 1)
     if len(layout) != len(index):
@@ -291,7 +288,7 @@ def _gathered(n: Node) -> Flow:
     ), ()
 
 
-def _indexed(n: Node) -> Flow:
+def _indexed(n: Node) -> Result:
     """x[i, j, :]: the indices are broadcast together and stand where the first of them stood, in front if they are apart."""
     layout, indices = n.layout(n.arg("self")), list(n.arg("indices"))
     at = [i for i, x in enumerate(indices) if x is not None]
@@ -307,7 +304,7 @@ def _indexed(n: Node) -> Flow:
     return (*rest[:start], *index, *rest[start:]), ()
 
 
-def _repeated(n: Node) -> Flow:
+def _repeated(n: Node) -> Result:
     layout = n.layout(n.first)
     padded = ((Factor(1, False),),) * (len(n.shape) - len(layout)) + layout
     return tuple(
@@ -316,7 +313,7 @@ def _repeated(n: Node) -> Flow:
     ), ()
 
 
-def _strided(n: Node) -> Flow:
+def _strided(n: Node) -> Result:
     """as_strided: a dimension carries rows if a step along it may reach another row."""
     value, layout = n.first.meta["val"], n.layout(n.first)
     steps = [size_of(value.stride(i)) for i, dim in enumerate(layout) if carries(dim)]
@@ -327,14 +324,14 @@ def _strided(n: Node) -> Flow:
     return tuple((Factor(m, any(r >= s for s in steps)),) for r, m in zip(reach, n.shape, strict=True)), ()
 
 
-def _unfolded(n: Node) -> Flow:
+def _unfolded(n: Node) -> Result:
     layout = n.layout(n.first)
     at = n.arg("dimension") % len(layout)
     window: Dim = (Factor(n.shape[-1], carries(layout[at])),)
     return (*(as_one(d, n.shape[i]) if i == at else d for i, d in enumerate(layout)), window), ()
 
 
-def _diagonal(n: Node) -> Flow:
+def _diagonal(n: Node) -> Result:
     layout = n.layout(n.first)
     two = [n.arg("dim1", 0) % len(layout), n.arg("dim2", 1) % len(layout)]
     return (*_kept(layout, two, -1), (Factor(n.shape[-1], any(carries(layout[i]) for i in two)),)), ()
@@ -343,7 +340,7 @@ def _diagonal(n: Node) -> Flow:
 def _product(a: str, b: str) -> Rule:
     """[..., M, K] by [..., K, N]; either may have one dimension, which is K."""
 
-    def rule(n: Node) -> Flow:
+    def rule(n: Node) -> Result:
         x, y = n.arg(a), n.arg(b)
         left, right = n.layout(x), n.layout(y)
         combined = [(x, len(left) - 1), (y, max(len(right) - 2, 0))]
@@ -363,19 +360,19 @@ def _product(a: str, b: str) -> Rule:
     return rule
 
 
-def _grouped(n: Node) -> Flow:
+def _grouped(n: Node) -> Result:
     """[M, K] by [G, K, N]: each row meets its group's matrix."""
     x, w = n.arg("a"), n.arg("b")
     return (*n.layout(x)[:1], *n.layout(w)[2:]), [(x, 1), (w, 1)]
 
 
-def _linear(n: Node) -> Flow:
+def _linear(n: Node) -> Result:
     x, w = n.arg("input"), n.arg("weight")
     layout, weight = n.layout(x), n.layout(w)
     return (*layout[:-1], *weight[:-1]), [(x, len(layout) - 1), (w, len(weight) - 1)]
 
 
-def _attention(n: Node) -> Flow:
+def _attention(n: Node) -> Result:
     """Every query meets every key of its batch: the keys, and the features of the queries, are combined."""
     q, k, v = n.arg("query"), n.arg("key"), n.arg("value")
     layout = n.layout(q)
@@ -393,7 +390,7 @@ def _attention(n: Node) -> Flow:
 def _normalised(start: Callable[[Node, int], int]) -> Rule:
     """Statistics over the dimensions from `start` on: the result, then the statistics."""
 
-    def rule(n: Node) -> Flow:
+    def rule(n: Node) -> Result:
         layout = n.layout(n.first)
         at = start(n, len(layout)) % max(len(layout), 1)
         outs = []
@@ -411,7 +408,7 @@ def _normalised(start: Callable[[Node, int], int]) -> Rule:
     return rule
 
 
-def _batch_norm(n: Node) -> Flow:
+def _batch_norm(n: Node) -> Result:
     """Statistics over all but the channels where it trains; fixed ones otherwise."""
     layout = n.layout(n.first)
     trains = n.arg("training", n.arg("train", "no_training" not in n.packet))
@@ -419,24 +416,24 @@ def _batch_norm(n: Node) -> Flow:
     return out, [(n.first, d) for d in range(len(layout)) if d != 1] if trains else ()
 
 
-def _convolved(n: Node) -> Flow:
+def _convolved(n: Node) -> Result:
     layout = n.layout(n.first)
     return (layout[0], *((Factor(m, False),) for m in n.shape[1:])), [(n.first, d) for d in range(1, len(layout))]
 
 
-def _spread(n: Node) -> Flow:
+def _spread(n: Node) -> Result:
     return (*n.layout(n.first), (Factor(n.shape[-1], False),)), ()
 
 
-def _first(n: Node) -> Flow:
+def _first(n: Node) -> Result:
     return n.layout(n.first)[:-1], ()
 
 
-def _fresh(n: Node) -> Flow:
+def _fresh(n: Node) -> Result:
     return tuple((Factor(m, False),) for m in n.shape), ()
 
 
-def _bag(n: Node) -> Flow:
+def _bag(n: Node) -> Result:
     """embedding_bag: the bags are cut out of one list of indices."""
     return _by_size(n)[0], [(n.arg("indices"), 0)] if len(n.layout(n.arg("indices"))) == 1 else ()
 
@@ -446,7 +443,7 @@ def _table(*rows: tuple[str, Rule]) -> dict[str, Rule]:
 
 
 #: operators by name, without namespace and overload; an operator in place follows the rule of the functional one
-FLOW: dict[str, Rule] = _table(
+RULES: dict[str, Rule] = _table(
     ("view reshape _unsafe_view _reshape_copy view_copy flatten collapse", _reshaped),
     ("permute permute_copy t transpose", _permuted),
     ("select select_copy", _selected),
@@ -455,7 +452,7 @@ FLOW: dict[str, Rule] = _table(
     ("slice slice_copy narrow narrow_copy constant_pad_nd flip roll rev index_fill", _resized),
     ("split split_with_sizes chunk unbind unsafe_split split_copy split_with_sizes_copy unbind_copy", _parts),
     ("cat stack", _joined),
-    ("expand clone copy _to_copy where contiguous expand_copy broadcast_in_dim slice_scatter pointwise", _elementwise),
+    ("expand copy _to_copy contiguous expand_copy broadcast_in_dim slice_scatter", _elementwise),
     ("embedding", _embedded),
     ("index_select", _index_selected),
     ("gather", _gathered),
@@ -495,16 +492,16 @@ def _second(n: Node) -> str:
     return next(name for name in ("mat2", "other", "tensor", "b") if n.arg(name) is not None)
 
 
-#: namespaces whose operators the names in FLOW mean
+#: namespaces whose operators the names in RULES mean
 _NAMESPACES = ("aten", "prims", NAMESPACE, "npu", "vllm_ir")
 
 
 def rule_of(target: OpOverload) -> Rule:
     name = target._overloadpacket.__name__
     if target.namespace in _NAMESPACES:
-        found = FLOW.get(name) or FLOW.get(name.removesuffix("_"))
+        found = RULES.get(name) or RULES.get(name.removesuffix("_"))
         if found is not None:
             return found
-        if torch.Tag.pointwise in target.tags:
+        if is_pointwise(target):
             return _elementwise
     return _by_size

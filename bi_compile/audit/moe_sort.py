@@ -13,10 +13,11 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import SymInt, Tensor, fx
 
-from .batch_rules import Dim, Layout, Node, carries, packet_of
+from ..rewrite.fx_utils import has_tensor, packet_of
+from .batch_rules import Dim, Layout, Node, carries
+from .pointwise import is_pointwise
 
 PUT_BACK = "sorted by group, and put back: every row keeps its own values and its own group"
 COUNTED = "counts the rows of each group, which says where its rows begin and nothing of what they hold"
@@ -36,25 +37,39 @@ _VIEWS = (
     "unsqueeze", "squeeze", "slice", "select", "split", "split_with_sizes", "chunk", "view", "reshape", "_unsafe_view", "expand",
 )  # fmt: skip
 _GATHERS = ("index", "_unsafe_index", "index_select")
-#: pointwise, though PyTorch does not tag them so
-_POINTWISE = ("pointwise", "npu_swiglu", "where", "masked_fill", "masked_fill_", "clamp", "clamp_", *_CASTS)
+#: not pointwise, yet each row of the result is made of the same row alone
+_ROW_BY_ROW = ("npu_swiglu", *_CASTS)
+
+
+#: what a value can be to a sort
+ROLES = {
+    "sort": "both results of the sort",
+    "keys": "the sorted keys",
+    "order": "the indices that sort",
+    "source": "for each sorted row the token that it comes from: the order, divided by the experts of a token",
+    "rows": "rows in that order",
+    "parts": "several tensors of rows in that order",
+    "counts": "how many rows each group has",
+    "ends": "where each group's rows end",
+    "resort": "both results of sorting the order",
+    "back": "the indices that undo the order",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
-    """What a value is to a sort: "sort" its outputs, "keys" sorted, "order" the indices, "source" of them by tokens, "rows" in that
-    order, "counts" and "ends" of the groups, "resort" of the order, "back" the indices that undo it."""
+class Role:
+    """What a value is to the sort that it comes from: see `ROLES`."""
 
     sort: fx.Node
-    kind: str
+    name: str
 
 
 class Sorts:
     """The sorts of one graph."""
 
     def __init__(self) -> None:
-        self.standing: dict[fx.Node, Standing] = {}
-        self.keys: dict[fx.Node, Dim] = {}
+        self.roles: dict[fx.Node, Role] = {}
+        self.dims: dict[fx.Node, Dim] = {}
         """sort -> the dimension of rows before it"""
         self.broken: dict[fx.Node, str] = {}
         """sort -> what takes more from it than an order that is undone"""
@@ -62,22 +77,22 @@ class Sorts:
 
     def visit(self, node: fx.Node, layouts: Mapping[fx.Node, Any]) -> Layout | None:
         """Follow one node, its inputs before it. The rows' dimension of a value that is put back; None for all others."""
-        given = {x: self.standing[x] for x in node.all_input_nodes if x in self.standing}
+        given = {x: self.roles[x] for x in node.all_input_nodes if x in self.roles}
         if given and node.op == "output":
-            for standing in given.values():
-                self.broken.setdefault(standing.sort, "the graph returns rows in that order")
+            for role in given.values():
+                self.broken.setdefault(role.sort, "the graph returns rows in that order")
             return None
         n = Node(node, layouts)
         if not given:
             self._begin(n)
             return None
         sorts = {s.sort for s in given.values()}
-        if node.op == "call_function" and not _has_tensor(node):
+        if node.op == "call_function" and not has_tensor(node):
             return None  # a size
         found = self._next(n, given) if node.op == "call_function" and len(sorts) == 1 else None
         (sort, *others) = sorts
         if found == "put back":
-            return (self.keys[sort], *n.layout(node.args[0])[1:])
+            return (self.dims[sort], *n.layout(node.args[0])[1:])
         if found == "blank":
             return None
         if found is None:
@@ -86,7 +101,7 @@ class Sorts:
             return None
         if found in ("counts", "ends"):
             self.counted.add(node)
-        self.standing[node] = Standing(sort, found)
+        self.roles[node] = Role(sort, found)
         return None
 
     def _begin(self, n: Node) -> None:
@@ -94,41 +109,41 @@ class Sorts:
             return
         layout = n.layout(n.node.args[0])
         if len(layout) == 1:  # in a graph of static shapes nobody knows whether these are rows
-            self.keys[n.node] = layout[0]
-            self.standing[n.node] = Standing(n.node, "order" if n.packet == "argsort" else "sort")
+            self.dims[n.node] = layout[0]
+            self.roles[n.node] = Role(n.node, "order" if n.packet == "argsort" else "sort")
 
-    def _next(self, n: Node, given: Mapping[fx.Node, Standing]) -> str | None:
+    def _next(self, n: Node, given: Mapping[fx.Node, Role]) -> str | None:
         """What the node's value is to the sort, "put back", "blank" for new memory, or None: it is not on the way."""
         node, name = n.node, n.packet
-        kinds = {s.kind for s in given.values()}
+        roles = {s.name for s in given.values()}
         first = given.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
         if node.target is operator.getitem and first:
             i = node.args[1]
             pairs = {("sort", 0): "keys", ("sort", 1): "order", ("resort", 1): "back", ("parts", i): "rows"}
-            return pairs.get((first.kind, i))  # type: ignore[arg-type]
+            return pairs.get((first.name, i))  # type: ignore[arg-type]
         if name in ("empty_like", "new_empty", "empty", "zeros_like", "new_zeros", "full_like"):
             return "blank"
         if name in _CASTS and len(given) == 1:
-            return next(iter(kinds))
-        if kinds == {"order"}:
+            return next(iter(roles))
+        if roles == {"order"}:
             return self._from_order(n)
         by = _one_index(node) if name in _GATHERS else None
         if by in given:
-            index = given[by].kind
+            index = given[by].name
             if index == "source" and first is None:
                 return "rows"
-            return "put back" if index == "back" and first and first.kind in ("rows", "keys") else None
-        if name in ("histc", "bincount") and kinds == {"keys"}:
+            return "put back" if index == "back" and first and first.name in ("rows", "keys") else None
+        if name in ("histc", "bincount") and roles == {"keys"}:
             keys = given[n.first].sort.args[0]
             return "counts" if name == "bincount" or _counts_from_zero(n, keys) else None
-        if name == "cumsum" and kinds == {"counts"}:
+        if name == "cumsum" and roles == {"counts"}:
             return "ends"
-        if name in ("grouped_mm", "_grouped_mm") and first and first.kind == "rows":
+        if name in ("grouped_mm", "_grouped_mm") and first and first.name == "rows":
             offs = n.arg("offs")
             rest = [x for x in node.all_input_nodes if x is not node.args[0] and x is not offs]
             plain = not any(x in given or any(map(carries, n.layout(x))) for x in rest)
-            return "rows" if offs in given and given[offs].kind == "ends" and plain else None
-        if kinds <= {"rows", "keys"}:
+            return "rows" if offs in given and given[offs].name == "ends" and plain else None
+        if roles <= {"rows", "keys"}:
             return self._row_by_row(n, given)
         return None
 
@@ -137,11 +152,11 @@ class Sorts:
         floor = name == "floor_divide" or (name == "div" and node.kwargs.get("rounding_mode") == "floor")
         if floor and isinstance(node.args[1], int):
             return "source"
-        if name in _GATHERS and _one_index(node) in self.standing and node.args[0] not in self.standing:
+        if name in _GATHERS and _one_index(node) in self.roles and node.args[0] not in self.roles:
             return "rows"
         if name in _SORTS and not n.arg("descending"):
             return "back" if name == "argsort" else "resort"
-        if name in ("index_put", "index_put_", "_unsafe_index_put") and _one_index(node) in self.standing:
+        if name in ("index_put", "index_put_", "_unsafe_index_put") and _one_index(node) in self.roles:
             written = node.args[2]
             if not isinstance(written, fx.Node) or packet_of(written) not in ("arange", "iota"):
                 return None
@@ -150,7 +165,7 @@ class Sorts:
             return "back" if from_zero and not n.arg("accumulate") else None
         return None
 
-    def _row_by_row(self, n: Node, given: Mapping[fx.Node, Standing]) -> str | None:
+    def _row_by_row(self, n: Node, given: Mapping[fx.Node, Role]) -> str | None:
         """Pointwise operators, and views that leave dimension 0 alone."""
         node, name, value = n.node, n.packet, n.value
         several = isinstance(value, (tuple, list))
@@ -158,8 +173,7 @@ class Sorts:
         # dimension 0 stays dimension 0
         if any(len(s) == 0 or not _same(s[0], x.meta["val"].shape[0]) for s in shapes for x in given):
             return None
-        pointwise = name in _POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
-        if pointwise and not several:
+        if (is_pointwise(node.target) or name in _ROW_BY_ROW) and not several:
             rank = len(shapes[0])
             # what else takes part is the same for every row
             plain = all(
@@ -203,11 +217,6 @@ def _not_negative(x: Any) -> bool:
     if packet_of(x) == "remainder":
         return isinstance(x.args[1], int) and x.args[1] > 0
     return packet_of(x) in ("argmax", "argmin", "argsort", "arange", "abs")
-
-
-def _has_tensor(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return any(isinstance(v, Tensor) for v in (value if isinstance(value, (tuple, list)) else [value]))
 
 
 def _same(a: Any, b: Any) -> bool:

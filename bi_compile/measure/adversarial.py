@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..audit.report import ALLOWED, Call, Knowledge, judge
+from ..audit.spec import ALLOWED, Call, Knowledge, judge
 from ..errors import AuditError
 from ..options import ALL, resolve_passes
 from ..table import Table

@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, fx
 
-from ..audit.report import Finding, Report, Verdict
+from ..audit.report import Finding, Report
+from ..audit.spec import Verdict
 from ..errors import MeasureError, OptionError
 from .plan import make_plan
 from .row_function import Case

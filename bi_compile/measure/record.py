@@ -21,7 +21,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..audit.report import operator_name
-from ..rewrite.splice import source_line
+from ..rewrite.fx_utils import source_line
 
 #: memory without content, and what only looks at memory: nothing is computed
 _NO_CONTENT = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "getitem")

@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..table import Entry, Group, Pass
-from .splice import Change, Tracer, fake_mode_of, splice
+from .fx_utils import fake_mode_of
+from .splice import Change, Tracer, splice
 
 aten = torch.ops.aten
 

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import RewriteError
 from ..table import Entry, Replacement, Table
+from .fx_utils import fake_mode_of, source_line, value_of, values_of
 
 Decompositions = dict[OpOverload, Callable[..., Any]]
 
@@ -37,44 +38,6 @@ class Change:
     """The operators that stand there now."""
     where: str
     """The line of the user's program, where it is known."""
-
-
-def source_line(node: fx.Node) -> str:
-    """File and line of the user's program that the node came from; the empty string where it is not known."""
-    lines = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
-    ]
-    return lines[-1].removeprefix("File ").replace('"', "") if lines else ""
-
-
-def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
-    """The fake mode of the graph's values.
-
-    Raises:
-        RewriteError: no node carries a fake value.
-    """
-    for node in graph.nodes:
-        for leaf in pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(leaf, torch._subclasses.FakeTensor):
-                return leaf.fake_mode
-    raise RewriteError(
-        "the graph carries no shape information (no node has a fake tensor in meta['val']): run the pass where "
-        "torch.compile has traced shapes, or run torch.fx.passes.fake_tensor_prop.FakeTensorProp over the graph first"
-    )
-
-
-def value_of(node: fx.Node) -> Any:
-    if "val" not in node.meta:
-        raise RewriteError(
-            f"the node {node.name} ({node.target}) carries no shape information (meta['val'] is missing), so it cannot be "
-            "rewritten: run torch.fx.passes.fake_tensor_prop.FakeTensorProp over the graph after the pass that made it"
-        )
-    return node.meta["val"]
-
-
-def values_of(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The node's arguments with each node in them replaced by its fake value."""
-    return fx.map_arg((node.args, node.kwargs), value_of)  # type: ignore[return-value]
 
 
 def rewrite(

@@ -33,7 +33,7 @@ _HOST = {
     "vllm::moe_forward": "its kernels are called in eager code, where the table replaces them: products of each expert "
     "(npu_grouped_matmul), gating, and the sum over a token's experts (npu_moe_token_unpermute)",
 }
-_HOST_NEEDED = {
+_HOST_UNPROVEN = {
     "vllm::qkv_rmsnorm_rope": "norm and rotation in one Triton kernel: set ascend_compilation_config.fuse_qknorm_rope=False",
     "vllm::matmul_and_reduce": "a product and a sum over ranks in one: switch sequence parallelism off (VLLM_ASCEND_ENABLE_FLASHCOMM1=0)",
     "_C_ascend::matmul_allreduce_add_rmsnorm": "set ascend_compilation_config.fuse_allreduce_rms=False",
@@ -68,7 +68,7 @@ def _target(name: str) -> Target:
         device="npu",
         row_local=ROW_LOCAL,
         trusted={**TRUSTED, **_HOST},
-        needed={**UNPROVEN, **_HOST_NEEDED},
+        unproven={**UNPROVEN, **_HOST_UNPROVEN},
     )
 
 

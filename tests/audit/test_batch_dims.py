@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from bi_compile import OptionError, ops
 from bi_compile.audit.batch_dims import batch_dimensions, batch_symbols
-from bi_compile.audit.report import Verdict, audit
+from bi_compile.audit.report import audit
+from bi_compile.audit.spec import Verdict
 
 aten = torch.ops.aten
 ROWS = 6

@@ -14,10 +14,11 @@ from support import knowledge, rand, same_bits, traced, traced_rows
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from bi_compile.audit.batch_dims import held_graphs
-from bi_compile.audit.report import ALLOWED, Finding, Knowledge, audit
+from bi_compile.audit.report import Finding, audit
+from bi_compile.audit.spec import ALLOWED, Knowledge
 from bi_compile.measure.adversarial import Adversary
 from bi_compile.passes import PASSES
+from bi_compile.rewrite.fx_utils import held_graphs
 from bi_compile.rewrite.splice import rewrite
 from bi_compile.table import Table
 from bi_compile.targets import get_target

@@ -17,7 +17,8 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
 from bi_compile import AuditError
-from bi_compile.audit.report import Finding, Report, Verdict, audit
+from bi_compile.audit.report import Finding, Report, audit
+from bi_compile.audit.spec import Verdict
 from bi_compile.passes import Matmul, Softmax
 
 aten = torch.ops.aten

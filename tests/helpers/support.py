@@ -19,7 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from bi_compile import Options, Pipeline
-from bi_compile.audit.report import Knowledge, Report, Verdict, audit
+from bi_compile.audit.report import Report, audit
+from bi_compile.audit.spec import Knowledge, Verdict
 from bi_compile.passes import PASSES
 from bi_compile.rewrite.splice import Change, rewrite
 from bi_compile.table import Pass, Table

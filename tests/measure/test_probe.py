@@ -13,7 +13,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from bi_compile import AuditError, OptionError, Options
-from bi_compile.audit.report import Report, Verdict
+from bi_compile.audit.report import Report
+from bi_compile.audit.spec import Verdict
 from bi_compile.cli import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import probe as measured

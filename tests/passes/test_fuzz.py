@@ -22,7 +22,8 @@ from support import fake_mode, faked, rand, same_bits
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bi_compile.audit.report import Knowledge, Verdict, audit
+from bi_compile.audit.report import audit
+from bi_compile.audit.spec import Knowledge, Verdict
 from bi_compile.measure.adversarial import Adversary
 from bi_compile.passes import PASSES
 from bi_compile.rewrite.splice import rewrite
