@@ -11,7 +11,7 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._ops import OpOverload
@@ -20,6 +20,9 @@ from .ops import KERNELS, load_kernels
 from .options import Options, resolve_passes
 from .table import Entry, Replacement, Table
 from .targets import for_device
+
+if TYPE_CHECKING:
+    from .eager_audit import Observed
 
 _lock = threading.RLock()
 _active = threading.local()
@@ -33,6 +36,8 @@ class EagerFallback:
         self.device = device
         self.table = Table(resolve_passes(options.passes), for_device(device, compiled=False).name)
         self._libraries: dict[str, torch.library.Library] = {}
+        self.seen: Observed | None = None
+        """What the audit of `invariant(audit=True)` saw."""
 
     @property
     def operators(self) -> list[str]:
@@ -115,6 +120,15 @@ def _numbers_as_tensors(op: OpOverload, args: tuple[Any, ...]) -> Iterator[Any]:
         yield torch.scalar_tensor(value, dtype=torch.tensor(value).dtype) if is_number else value
 
 
+def replaced_by(op: Any, device: str) -> Entry | None:
+    """The entry of the table by which an installed fallback replaces `op` on `device` now."""
+    for fallback in reversed(_installed):
+        found = fallback.table.get(op) if fallback.device == device else None
+        if found is not None and found[0].eager and fallback._has_kernel(op):
+            return found[0]
+    return None
+
+
 def install(options: Options | None = None, device: str = "cpu") -> EagerFallback:
     """Replace the table's operators for every tensor on `device` in this process, until `.remove()`.
 
@@ -129,10 +143,23 @@ def install(options: Options | None = None, device: str = "cpu") -> EagerFallbac
 
 
 @contextlib.contextmanager
-def invariant(options: Options | None = None, device: str = "cpu") -> Iterator[EagerFallback]:
-    """`install` for the length of a with-block."""
+def invariant(options: Options | None = None, device: str = "cpu", audit: bool = False) -> Iterator[EagerFallback]:
+    """`install` for the length of a with-block.
+
+    Args:
+        audit: judge every operator that this thread calls in the block (`eager_audit.judged`); `.seen` holds what it saw.
+
+    Raises:
+        AuditError: with `audit`, an operator that is not known to be invariant.
+    """
     fallback = install(options, device)
     try:
-        yield fallback
+        if not audit:
+            yield fallback
+            return
+        from .eager_audit import judged
+
+        with judged(options, device) as fallback.seen:
+            yield fallback
     finally:
         fallback.remove()

@@ -1,0 +1,330 @@
+"""What runs without a graph is judged by the rules of the audit: operators at the dispatcher, Triton kernels at their launch.
+
+    with eager_audit.judged(options, "cuda") as seen:
+        ...                     # a warm-up: every operator that this thread calls outside of compiled graphs
+    seen.report(), seen.calls
+
+A `TorchDispatchMode` sees each call below autograd: in eager code, between compiled graphs, in custom operators' place. It does
+not see what runs inside an operator (its C++ kernel, the replacement of the eager fallback), inside a compiled graph (which
+has an audit of its own), in another thread, or in a backward pass.
+
+The operators are judged one by one. Which dimension carries the rows is not followed here: an operator that mixes rows by
+its meaning, such as a mean over the batch, is found in graphs only.
+
+After the with-block nothing is left that costs anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+import threading
+import types
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import eager
+from .audit.report import ALLOWED, Call, Finding, Knowledge, Report, Verdict, judge
+from .errors import AuditError, OptionError
+from .options import ALL, Options, resolve_passes
+from .table import Table
+from .targets import for_device
+
+log = logging.getLogger("bi_compile")
+
+#: what stands here is no place in a user's program
+_OURS_AND_TORCHS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
+#: the operator as which Inductor may call a whole compiled graph, and the function in which it calls one
+_COMPILED_GRAPH = "inductor_compiled_code"
+_COMPILED_CALL = (os.path.join("_inductor", "output_code.py"), "__call__")
+
+
+class _PerThread(threading.local):
+    def __init__(self) -> None:
+        self.observers: tuple[Observer, ...] = ()
+        """Those that watch this thread, the innermost last."""
+        self.depth = 0
+        """How many operators or compiled graphs this thread is inside of."""
+
+
+_thread = _PerThread()
+
+
+class Observed:
+    """The operators and Triton kernels that were seen, with verdicts."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.calls: Counter[str] = Counter()
+        """Operator (`ns.packet.overload`) or kernel (`triton.NAME`) -> how often it was called."""
+        self._findings: dict[tuple[str, Verdict, str], Finding] = {}
+
+    def add(self, finding: Finding) -> None:
+        self._findings[finding.operator, finding.verdict, finding.reason] = finding
+
+    def has(self, operator: str, verdict: Verdict, reason: str) -> bool:
+        return (operator, verdict, reason) in self._findings
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """One for each operator and verdict, with the place of its first call."""
+        return tuple(self._findings.values())
+
+    @property
+    def objections(self) -> tuple[Finding, ...]:
+        """What is not known to be batch-invariant."""
+        return tuple(f for f in self.findings if f.verdict not in ALLOWED)
+
+    def report(self) -> Report:
+        """The findings as the audit of a graph gives them."""
+        return Report(self.target, self.findings)
+
+
+class Observer(TorchDispatchMode):
+    """Judges every operator that is called under it, and raises or warns as `options.on_unproven` says."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, options: Options, device: str) -> None:
+        super().__init__()
+        if options.batch is not None or options.probe is not None:
+            name = "probe" if options.batch is None else "batch"
+            raise OptionError(f"the option {name} speaks of a graph, and here is none: leave it out for eager code")
+        self.options = options
+        self.device = device
+        self.seen = Observed(for_device(device, compiled=False).name)
+        self._warned: set[str] = set()
+        self.knowledge = functools.cache(self._knowledge)
+        self.knowledge(device)
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True  # otherwise torch.compile runs everything under it uncompiled
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def _knowledge(self, device: str) -> Knowledge:
+        target = self.options.target if device == self.device else None
+        name = target or for_device(device, compiled=False).name
+        return Knowledge(
+            for_device(device, compiled=False),
+            Table(resolve_passes(self.options.passes), name),
+            Table(resolve_passes([ALL]), name),
+            self.options.trust,
+        )
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _thread.depth or _in_backward() or _is_compiled_graph(func) or _in_a_compiled_graph():
+            with inside():
+                return func(*args, **kwargs)
+        call = Call(func, args, kwargs)
+        verdict, reason = self.judge(call)
+        if verdict not in ALLOWED:
+            if any(isinstance(x, FakeTensor) for x in pytree.tree_leaves((args, kwargs))):
+                return func(*args, **kwargs)  # a compiler that looks ahead
+            if _is_composite(func):
+                with self:  # under inference_mode it arrives whole; its parts are what runs
+                    return func.decompose(*args, **kwargs)
+        self.note(call.name, verdict, reason)
+        with inside():
+            return func(*args, **kwargs)
+
+    def judge(self, call: Call) -> tuple[Verdict, str]:
+        device = self.device_of(call)
+        entry = eager.replaced_by(call.target, device)
+        if entry is not None:
+            if entry.stays(*call.args, **call.kwargs):
+                return Verdict.ROW_LOCAL, "exact for these arguments in every order"
+            return Verdict.REPLACED, f"by the pass {entry.pass_name!r} at the dispatcher"
+        return judge(call, self.knowledge(device))
+
+    def device_of(self, call: Call) -> str:
+        """Where it runs: on an accelerator if one of its tensors lies there."""
+        found = {x.device.type for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, torch.Tensor)}
+        if call.kwargs.get("device") is not None:
+            found.add(torch.device(call.kwargs["device"]).type)
+        return next(
+            (d for d in sorted(found) if d in _devices() and d != "cpu"), "cpu" if "cpu" in found else self.device
+        )
+
+    def note(self, operator: str, verdict: Verdict, reason: str) -> None:
+        """Count it, and raise or warn if it is not allowed."""
+        self.seen.calls[operator] += 1
+        new = not self.seen.has(operator, verdict, reason)
+        if new:
+            self.seen.add(Finding("eager", operator, verdict, reason, place()))
+        if verdict in ALLOWED or (not new and self.options.on_unproven == "warn"):
+            return
+        message = f"{operator} {verdict.value}: {reason} — {place()}"
+        if self.options.on_unproven == "error":
+            raise AuditError(f"eager code is not known to be batch-invariant: {message}")
+        if operator not in self._warned:
+            self._warned.add(operator)
+            log.warning("bi_compile: not batch-invariant: %s", message)
+            warnings.warn(f"bi_compile: not batch-invariant: {message}", stacklevel=2)
+
+    def launched(self, kernel: str) -> None:
+        """A Triton kernel is about to run that belongs to no operator."""
+        name = f"triton.{kernel}"
+        self.note(name, *judge(Call(name, (), {}), self.knowledge(self.device)))
+
+
+@contextlib.contextmanager
+def inside() -> Iterator[None]:
+    """What runs in this thread within the block is not judged: it belongs to an operator or a graph that was."""
+    _thread.depth += 1
+    try:
+        yield
+    finally:
+        _thread.depth -= 1
+
+
+@contextlib.contextmanager
+def judged(options: Options | None = None, device: str = "cpu") -> Iterator[Observed]:
+    """Judge what this thread runs outside of compiled graphs within the block.
+
+    An operator that an installed fallback replaces (`eager.install`) counts as replaced. With on_unproven="error" the call of
+    an operator that is not known to be invariant raises, before it runs; with "warn" it is said once for each operator.
+
+    Args:
+        device: where a call without tensors and a Triton kernel is taken to run: "cpu", "cuda" or "npu".
+
+    Raises:
+        OptionError, TableError: as `Options` and `Table` do, or an option that speaks of a graph.
+        AuditError: an operator that is not known to be invariant; the message names it, the place of its call and the remedy.
+    """
+    observer = Observer(options or Options(), device)
+    before = _thread.observers
+    _thread.observers = (*before, observer)
+    try:
+        with _launch_hook(), observer:
+            yield observer.seen
+    finally:
+        _thread.observers = before
+
+
+def place() -> str:
+    """`file, line N, in function` of the innermost frame that is neither torch's nor ours nor generated."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS_AND_TORCHS + _triton_files()):
+        frame = frame.f_back
+    return "" if frame is None else f"{frame.f_code.co_filename}, line {frame.f_lineno}, in {frame.f_code.co_name}"
+
+
+@functools.cache
+def _devices() -> tuple[str, ...]:
+    from .ops import KERNELS
+
+    return tuple(KERNELS)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _is_compiled_graph(func: Any) -> bool:
+    return isinstance(func, HigherOrderOperator) and func.name() == _COMPILED_GRAPH
+
+
+def _in_a_compiled_graph() -> bool:
+    """Whether Inductor's code calls: a product, say, for which it wrote no kernel."""
+    frame: types.FrameType | None = sys._getframe(1)
+    file, function = _COMPILED_CALL
+    while frame is not None:
+        if frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_composite(func: Any) -> bool:
+    return isinstance(func, OpOverload) and func._can_decompose() and not func.name().startswith("bi_compile::")
+
+
+# -- Triton kernels ---------------------------------------------------------------------------------------------------
+
+_hook_lock = threading.Lock()
+_hook_users = 0
+
+
+def _on_launch(metadata: Any, *_: Any) -> None:
+    observers = _thread.observers
+    if not observers or _thread.depth or _in_backward() or _in_a_compiled_graph():
+        return
+    observers[-1].launched(str(metadata.get()["name"]))
+
+
+@contextlib.contextmanager
+def _launch_hook() -> Iterator[None]:
+    """Triton calls `_on_launch` before each kernel, as long as anyone is in the block; nothing happens without Triton."""
+    global _hook_users
+    with _hook_lock:
+        _hook_users += 1
+        if _hook_users == 1:
+            _set_hook(True)
+    try:
+        yield
+    finally:
+        with _hook_lock:
+            _hook_users -= 1
+            if _hook_users == 0:
+                _set_hook(False)
+
+
+def _set_hook(on: bool) -> None:
+    if not _triton_files():
+        return
+    owner, name = _triton_hook()
+    chain = getattr(owner, name)
+    if hasattr(chain, "add"):  # from Triton 3.5 on: a chain of hooks
+        (chain.add if on else chain.remove)(_on_launch)
+    elif on:
+        setattr(owner, name, _Before(chain))
+    elif isinstance(chain, _Before):
+        setattr(owner, name, chain.theirs)
+
+
+class _Before:
+    """`_on_launch`, then the one hook that was there."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = theirs
+
+    def __call__(self, *args: Any) -> None:
+        _on_launch(*args)
+        if self.theirs is not None:
+            self.theirs(*args)
+
+
+@functools.cache
+def _triton_hook() -> tuple[Any, str]:
+    """What holds the hook, and its name there."""
+    import triton
+
+    knobs = getattr(triton, "knobs", None)
+    owner = knobs.runtime if knobs is not None else triton.compiler.CompiledKernel  # before Triton 3.4
+    return owner, "launch_enter_hook"
+
+
+@functools.cache
+def _triton_files() -> tuple[str, ...]:
+    import importlib.util
+
+    spec = importlib.util.find_spec("triton")
+    return tuple(p + os.sep for p in (spec.submodule_search_locations or ())) if spec else ()
