@@ -12,7 +12,7 @@ from .eager import install, invariant
 from .errors import AuditError, BiCompileError, HostError, MeasureError, OptionError, RewriteError, TableError
 from .options import Options
 from .pipeline import Pipeline
-from .table import Group, Pass, replaces
+from .table import Pass, Pattern, refuse, replaces
 
 if TYPE_CHECKING:
     from .measure.verify import verify
@@ -23,8 +23,8 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "AuditError", "BiCompileError", "Group", "HostError", "MeasureError", "OptionError", "Options", "Pass", "Pipeline",
-    "RewriteError", "TableError", "install", "invariant", "replaces", "verify",
+    "AuditError", "BiCompileError", "HostError", "MeasureError", "OptionError", "Options", "Pass", "Pattern", "Pipeline",
+    "RewriteError", "TableError", "install", "invariant", "refuse", "replaces", "verify",
 ]  # fmt: skip
 
 
@@ -34,4 +34,8 @@ def __getattr__(name: str) -> Any:
         from .measure.verify import verify
 
         return verify
+    if name == "Group":
+        raise ImportError(
+            "bi_compile.Group is called Pattern now, and a pass lists them as `patterns`: write that instead"
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

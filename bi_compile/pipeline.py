@@ -31,7 +31,7 @@ from .options import ALL, Options, resolve_passes
 from .rewrite.dump import Dump
 from .rewrite.fx_utils import held_graphs
 from .rewrite.splice import Change, Decompositions, rewrite
-from .table import Pass, Table
+from .table import Pass, Replacement, Table
 from .targets import Target, for_device, get_target
 
 log = logging.getLogger("bi_compile")
@@ -197,10 +197,15 @@ def _package_digest() -> str:
 
 
 def pass_digest(p: type[Pass]) -> str:
-    """A digest of the source of a pass and of what stands beside it in its module."""
-    module = inspect.getmodule(p)
-    source = inspect.getsource(module if module is not None and hasattr(module, "__file__") else p)
-    return hashlib.sha256(source.encode()).hexdigest()
+    """A digest of the source of a pass and of the modules in which its replacements stand."""
+    sources = dict.fromkeys([_source(p), *(_source(entry.replacement) for entry in p.entries)])
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
+
+
+def _source(part: type[Pass] | Replacement) -> str:
+    """The source of the module that holds `part`, or where it has no file that of `part` alone."""
+    module = inspect.getmodule(part)
+    return inspect.getsource(module if module is not None and hasattr(module, "__file__") else part)
 
 
 def digest(options: Options) -> str:

@@ -2,14 +2,16 @@
 
     class Softmax(Pass):
         name = "softmax"
+        why = "the row sum's split follows the number of rows"
+        source = "aten/src/ATen/native/cuda/SoftMax.cu"
 
-        @replaces(aten._softmax.default, why="...", source="...")
-        def softmax(x, dim, half_to_float):
-            return ops.softmax(...)
 
-A pass is a class that holds replacements: plain functions (no self) with the signature of the operator they replace, written
-with invariant operators only. The same table serves the compiler (`rewrite`), the dispatcher (`eager`), the `audit` and the
-reference page.
+    @Softmax.replaces(aten._softmax.default)
+    def softmax(self: Tensor, dim: int, half_to_float: bool) -> Tensor:
+        return ops.softmax(self, dim, dtype=torch.float32 if half_to_float else None)
+
+A replacement is written as PyTorch writes a decomposition: a function with the signature of the operator, made of invariant
+operators only. The same table serves the compiler (`rewrite`), the dispatcher (`eager`), the `audit` and the reference page.
 
 A functional operator's `.out` overload and in-place form need no entry of their own: they are derived from the entry of
 the functional one (`Entry.overloads`).
@@ -21,7 +23,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch._ops import OpOverload
@@ -29,6 +31,7 @@ from torch._ops import OpOverload
 from .errors import TableError
 
 Replacement = Callable[..., Any]
+F = TypeVar("F", bound=Replacement)
 
 
 def find_operator(name: str) -> OpOverload | None:
@@ -56,6 +59,7 @@ class Entry:
     eager: bool = True
     """Whether the eager fallback takes the operator too."""
     pass_name: str = ""
+    """The pass that holds it."""
 
     @property
     def op(self) -> OpOverload | None:
@@ -128,36 +132,11 @@ def _check_signature(op: OpOverload, entry: Entry) -> None:
         )
 
 
-def replaces(
-    *operators: str | OpOverload,
-    why: str,
-    source: str,
-    unless: Callable[..., bool] | None = None,
-    targets: Iterable[str] | None = None,
-    eager: bool = True,
-) -> Callable[[Replacement], Replacement]:
-    """Mark a function of a `Pass` as the replacement of `operators` (overloads, or their names `ns.packet.overload`).
-
-    Args:
-        why: what makes the operator vary with the batch.
-        source: where that is known from.
-        unless: a predicate of the operator's arguments; where it is true the operator is exact and stays as it is.
-        targets: the targets on which the operator varies (default: all).
-        eager: whether the eager fallback takes the operator too.
-    """
-
-    def mark(fn: Replacement) -> Replacement:
-        on = tuple(targets) if targets is not None else None
-        entries = [Entry(str(op), fn, why, source, unless, on, eager) for op in operators]
-        fn._bi_entries = [*getattr(fn, "_bi_entries", []), *entries]  # type: ignore[attr-defined]
-        return fn
-
-    return mark
-
-
 def given(arguments: Mapping[str, Any], plain: Mapping[str, Any] | None = None) -> list[str]:
-    """The arguments that say something: not None, not the default that `plain` names, or where it names none not 0, False or
-    empty. For a refusal by name."""
+    """The names of the arguments that ask for something: not None, and not the default.
+
+    plain: the defaults; that of an argument which is not among them is 0, False or empty.
+    """
 
     def says_nothing(name: str, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
@@ -167,8 +146,19 @@ def given(arguments: Mapping[str, Any], plain: Mapping[str, Any] | None = None) 
     return [name for name, value in arguments.items() if not says_nothing(name, value)]
 
 
+def refuse(operator: str, arguments: Iterable[str], remedy: str) -> NoReturn:
+    """Stop where a replacement has no invariant form for `arguments`; `remedy` says what to do instead.
+
+    The compiler adds the pass, the node and the line of the user's program.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(f"{operator} with {', '.join(arguments)} has no invariant form: {remedy}")
+
+
 @dataclasses.dataclass(frozen=True)
-class Group:
+class Pattern:
     """Nodes that an earlier stage has taken apart, and the function that puts an operator in their place.
 
     `search` and `replace` take the same arguments; `search` is written plainly, and is traced to the form that is looked
@@ -184,22 +174,79 @@ class Group:
 
 
 class Pass:
-    """Base of a pass. Subclasses set `name`, mark functions with `@replaces`, and may list `groups`."""
+    """Base of a pass: a subclass is a named list of replacements. It is not instantiated.
+
+    Attributes:
+        name: what `custom_passes` and `passes` call it.
+        why: what makes its operators vary with the batch; an entry may give a reason of its own.
+        source: where that is known from; an entry may give a source of its own.
+        patterns: forms that an earlier stage has taken apart.
+        entries: one for each operator, in the order of their definition; filled by `replaces`.
+    """
 
     name: ClassVar[str]
+    why: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    patterns: ClassVar[tuple[Pattern, ...]] = ()
     entries: ClassVar[tuple[Entry, ...]] = ()
-    groups: ClassVar[tuple[Group, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not isinstance(getattr(cls, "name", None), str):
             raise TableError(f'the pass {cls.__qualname__} has no name: give it `name = "..."`')
-        found: list[Entry] = []
-        for attribute in vars(cls).values():
-            # a list holds functions that were made from a list of names
-            for fn in attribute if isinstance(attribute, list) else [attribute]:
-                found += [dataclasses.replace(e, pass_name=cls.name) for e in getattr(fn, "_bi_entries", ())]
-        cls.entries = tuple(found)
+        if hasattr(cls, "groups"):
+            raise TableError(
+                f"the pass {cls.name!r} lists groups: write `patterns = (bi_compile.Pattern(...), ...)` instead"
+            )
+        cls.entries = ()
+        for attribute in list(vars(cls).values()):
+            for operators, said in getattr(attribute, "_bi_replaces", ()):
+                cls.replaces(*operators, **said)(attribute)
+
+    @classmethod
+    def replaces(
+        cls,
+        *operators: str | OpOverload,
+        why: str | None = None,
+        source: str | None = None,
+        unless: Callable[..., bool] | None = None,
+        targets: Iterable[str] | None = None,
+        eager: bool = True,
+    ) -> Callable[[F], F]:
+        """Make the function below the replacement of `operators` (overloads, or their names `ns.packet.overload`).
+
+        Args:
+            why, source: of these operators, where they differ from the pass's own.
+            unless: a predicate of the operator's arguments; where it is true the operator is exact and stays as it is.
+            targets: the targets on which the operator varies (default: all).
+            eager: whether the eager fallback takes the operator too.
+
+        Raises:
+            TableError: neither the pass nor the entry says why, or from where that is known.
+        """
+        why, source = why or cls.why, source or cls.source
+        for key, value in (("why", why), ("source", source)):
+            if not value:
+                raise TableError(
+                    f'the pass {cls.name!r} gives no {key} for {", ".join(map(str, operators))}: set `{key} = "..."` in the pass'
+                )
+        on = tuple(targets) if targets is not None else None
+
+        def add(fn: F) -> F:
+            cls.entries += tuple(Entry(str(op), fn, why, source, unless, on, eager, cls.name) for op in operators)
+            return fn
+
+        return add
+
+
+def replaces(*operators: str | OpOverload, **said: Any) -> Callable[[F], F]:
+    """`Pass.replaces` for a function in the body of the pass's class; it takes the operator's arguments and no `self` of the class."""
+
+    def mark(fn: F) -> F:
+        fn._bi_replaces = [*getattr(fn, "_bi_replaces", ()), (operators, said)]  # type: ignore[attr-defined]
+        return fn
+
+    return mark
 
 
 class Table:

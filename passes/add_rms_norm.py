@@ -6,22 +6,18 @@ import torch
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass, replaces
+from bi_compile.table import Pass, refuse
 
-from .rms_norm import RmsNorm
+from .rms_norm import rms_norm_ir
 
-WHY = "the row sum's split follows the number of rows"
-ASCEND = "AclnnAddRmsNorm chooses its tiling, and with it the order of the row sum, from the number of rows"
-ASCEND_SOURCE = "vllm-ascend PR 6910, batch_invariant.py"
-REFUSED = "torch_npu's and vllm-ascend's fusion passes put it back (add_rms_norm_cast, add_rms_norm_quant, add_rms_norm_dynamic_quant)"
+#: where it is known from that a fused operator may stand in a graph
+FUSED = "torch_npu's and vllm-ascend's fusion passes put it back (add_rms_norm_cast, add_rms_norm_quant, add_rms_norm_dynamic_quant)"
 
 
-def _refuse(operator: str, **given: object) -> None:
-    named = [name for name, value in given.items() if value is not None]
-    if named:
-        raise NotImplementedError(
-            f"{operator} with {', '.join(named)} has no invariant form: leave the argument out, or switch the fusion off that makes it"
-        )
+def _int8_alone(operator: str, dtype: dict[str, int | None]) -> None:
+    """Refuses another dtype of the result than int8, which torch_npu numbers 1."""
+    if named := [name for name, value in dtype.items() if value not in (None, 1)]:
+        refuse(operator, named, "leave the argument out, or switch the fusion off that makes it")
 
 
 def _scaled(y: Tensor, scale: Tensor, zero_point: Tensor | None, divide: bool) -> Tensor:
@@ -36,70 +32,77 @@ class AddRmsNorm(Pass):
     """(x + residual) and its RMS normalisation, the row sum in one fixed order."""
 
     name = "add_rms_norm"
+    why = "AclnnAddRmsNorm chooses its tiling, and with it the order of the row sum, from the number of rows"
+    source = "vllm-ascend PR 6910, batch_invariant.py"
 
-    @replaces("npu.npu_add_rms_norm.default", why=ASCEND, source=ASCEND_SOURCE)
-    def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.add_rms_norm(x1, x2, gamma, epsilon)
 
-    @replaces("_C_ascend.npu_add_rms_norm_bias.default", why=ASCEND, source=ASCEND_SOURCE)
-    def npu_add_rms_norm_bias(
-        x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor | None = None, epsilon: float = 1e-6
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, rstd, s = ops.add_rms_norm(x1, x2, gamma, epsilon)
-        return (y if beta is None else y + beta), rstd, s
+@AddRmsNorm.replaces("npu.npu_add_rms_norm.default")
+def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    return ops.add_rms_norm(x1, x2, gamma, epsilon)
 
-    @replaces("npu.npu_add_rms_norm_cast.default", why=ASCEND, source=REFUSED)
-    def npu_add_rms_norm_cast(
-        x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, rstd, s = ops.add_rms_norm(x1, x2, gamma, epsilon)
-        return y.float(), y, rstd, s
 
-    @replaces("npu.npu_add_rms_norm_quant.default", why=ASCEND, source=REFUSED)
-    def npu_add_rms_norm_quant(
-        x1: Tensor, x2: Tensor, gamma: Tensor, scales1: Tensor, zero_points1: Tensor | None, beta: Tensor | None = None,
-        scales2: Tensor | None = None, zero_points2: Tensor | None = None, *, axis: int = -1, epsilon: float = 1e-6,
-        div_mode: bool = True, dst_type: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        # 1: torch.int8 as torch_npu numbers dtypes
-        _refuse("npu_add_rms_norm_quant", dst_type=None if dst_type in (None, 1) else dst_type)
-        y, _, s = ops.add_rms_norm(x1, x2, gamma, epsilon)
-        y = y if beta is None else y + beta
-        first = _scaled(y, scales1, zero_points1, div_mode)
-        return first, first.clone() if scales2 is None else _scaled(y, scales2, zero_points2, div_mode), s
+@AddRmsNorm.replaces("_C_ascend.npu_add_rms_norm_bias.default")
+def npu_add_rms_norm_bias(
+    x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor | None = None, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, rstd, s = ops.add_rms_norm(x1, x2, gamma, epsilon)
+    return (y if beta is None else y + beta), rstd, s
 
-    @replaces("npu.npu_add_rms_norm_dynamic_quant.default", why=ASCEND, source=REFUSED)
-    def npu_add_rms_norm_dynamic_quant(
-        x1: Tensor, x2: Tensor, gamma: Tensor, *, smooth_scale1: Tensor | None = None, smooth_scale2: Tensor | None = None,
-        beta: Tensor | None = None, epsilon: float = 1e-6, output_mask: Sequence[bool] | None = None, y_dtype: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        _refuse("npu_add_rms_norm_dynamic_quant", y_dtype=None if y_dtype in (None, 1) else y_dtype)
-        y, _, s = ops.add_rms_norm(x1, x2, gamma, epsilon)
-        y = (y if beta is None else y + beta).float()
-        both = smooth_scale1 is not None and smooth_scale2 is not None
-        wanted = (True, both) if output_mask is None else tuple(output_mask)
-        quantised, scales = [], []
-        for out, smooth in zip(wanted, (smooth_scale1, smooth_scale2), strict=True):
-            smoothed = y if smooth is None else y * smooth.float()
-            # a maximum comes out the same in every order
-            scale = smoothed.abs().amax(-1) / 127
-            quantised.append(
-                _scaled(smoothed, scale.unsqueeze(-1), None, True) if out else y.new_empty(0, dtype=torch.int8)
-            )
-            scales.append(scale if out else y.new_empty(0))
-        return *quantised, s, *scales
 
-    @replaces(
-        "vllm_ir.fused_add_rms_norm.default",
-        "vllm_ir.fused_add_rms_norm.maybe_inplace",
-        why=WHY,
-        source="vllm/ir/ops/layernorm.py: lowered to a kernel or to a mean that the compiler tiles",
-    )
-    def fused_add_rms_norm(
-        x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        if variance_size is not None:
-            residual = (x.float() + x_residual.float()).to(x.dtype)
-            return RmsNorm.rms_norm_ir(residual, weight, epsilon, variance_size), residual
-        y, _, residual = ops.add_rms_norm(x, x_residual, weight, epsilon)
-        return y, residual
+@AddRmsNorm.replaces("npu.npu_add_rms_norm_cast.default", source=FUSED)
+def npu_add_rms_norm_cast(
+    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, rstd, s = ops.add_rms_norm(x1, x2, gamma, epsilon)
+    return y.float(), y, rstd, s
+
+
+@AddRmsNorm.replaces("npu.npu_add_rms_norm_quant.default", source=FUSED)
+def npu_add_rms_norm_quant(
+    x1: Tensor, x2: Tensor, gamma: Tensor, scales1: Tensor, zero_points1: Tensor | None, beta: Tensor | None = None,
+    scales2: Tensor | None = None, zero_points2: Tensor | None = None, *, axis: int = -1, epsilon: float = 1e-6,
+    div_mode: bool = True, dst_type: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _int8_alone("npu_add_rms_norm_quant", {"dst_type": dst_type})
+    y, _, s = ops.add_rms_norm(x1, x2, gamma, epsilon)
+    y = y if beta is None else y + beta
+    first = _scaled(y, scales1, zero_points1, div_mode)
+    return first, first.clone() if scales2 is None else _scaled(y, scales2, zero_points2, div_mode), s
+
+
+@AddRmsNorm.replaces("npu.npu_add_rms_norm_dynamic_quant.default", source=FUSED)
+def npu_add_rms_norm_dynamic_quant(
+    x1: Tensor, x2: Tensor, gamma: Tensor, *, smooth_scale1: Tensor | None = None, smooth_scale2: Tensor | None = None,
+    beta: Tensor | None = None, epsilon: float = 1e-6, output_mask: Sequence[bool] | None = None, y_dtype: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _int8_alone("npu_add_rms_norm_dynamic_quant", {"y_dtype": y_dtype})
+    y, _, s = ops.add_rms_norm(x1, x2, gamma, epsilon)
+    y = (y if beta is None else y + beta).float()
+    both = smooth_scale1 is not None and smooth_scale2 is not None
+    wanted = (True, both) if output_mask is None else tuple(output_mask)
+    quantised, scales = [], []
+    for out, smooth in zip(wanted, (smooth_scale1, smooth_scale2), strict=True):
+        smoothed = y if smooth is None else y * smooth.float()
+        # a maximum comes out the same in every order
+        scale = smoothed.abs().amax(-1) / 127
+        quantised.append(
+            _scaled(smoothed, scale.unsqueeze(-1), None, True) if out else y.new_empty(0, dtype=torch.int8)
+        )
+        scales.append(scale if out else y.new_empty(0))
+    return *quantised, s, *scales
+
+
+@AddRmsNorm.replaces(
+    "vllm_ir.fused_add_rms_norm.default",
+    "vllm_ir.fused_add_rms_norm.maybe_inplace",
+    why="the row sum's split follows the number of rows",
+    source="vllm/ir/ops/layernorm.py: lowered to a kernel or to a mean that the compiler tiles",
+)
+def fused_add_rms_norm(
+    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    if variance_size is not None:
+        residual = (x.float() + x_residual.float()).to(x.dtype)
+        return rms_norm_ir(residual, weight, epsilon, variance_size), residual
+    y, _, residual = ops.add_rms_norm(x, x_residual, weight, epsilon)
+    return y, residual

@@ -8,15 +8,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bi_compile import ops
-from bi_compile.table import Group, Pass, replaces
+from bi_compile.table import Pass, Pattern
 
 aten = torch.ops.aten
-SOURCE = "aten/src/ATen/native/cuda/layer_norm_kernel.cu; Inductor lowers it to a reduction that it tiles by the number of rows"
 NPU = "a fused kernel that chooses its tiling from the number of rows"
 NPU_SOURCE = "assumed from AclnnAddRmsNorm (vllm-ascend PR 6910); not measured"
 
 
-def _layer_norm(x: Tensor, eps: float) -> Tensor:
+def _plain_layer_norm(x: Tensor, eps: float) -> Tensor:
     variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(variance + eps)
 
@@ -34,67 +33,69 @@ class LayerNorm(Pass):
     """layer_norm and group_norm, mean and variance in one fixed order."""
 
     name = "layer_norm"
-    groups = (
-        Group(
+    why = "mean and variance are summed in an order that follows the number of rows"
+    source = "aten/src/ATen/native/cuda/layer_norm_kernel.cu; Inductor lowers it to a reduction that it tiles by the number of rows"
+    patterns = (
+        Pattern(
             "layer_norm",
-            search=_layer_norm,
+            search=_plain_layer_norm,
             replace=lambda x, eps: ops.layer_norm(x, None, None, eps)[0],
             examples=lambda: [torch.empty(8, 64)],
             scalars={"eps": 1.23e-5},
         ),
     )
 
-    @replaces(
-        aten.native_layer_norm.default,
-        why="mean and variance are summed in an order that follows the number of rows",
-        source=SOURCE,
-    )
-    def native_layer_norm(
-        input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        k = len(normalized_shape)
-        flat = input.reshape(*input.shape[: input.dim() - k], math.prod(normalized_shape))
-        y, mean, rstd = ops.layer_norm(flat, *(p if p is None else p.reshape(-1) for p in (weight, bias)), eps)
-        stat = (*input.shape[: input.dim() - k], *[1] * k)
-        if input.device.type == "cpu":  # elsewhere they stay in float32
-            dtype = _statistic(input, weight, bias)
-            mean, rstd = mean.to(dtype), rstd.to(dtype)
-        return y.view(input.shape), mean.view(stat), rstd.view(stat)
 
-    @replaces(
-        aten.native_group_norm.default,
-        why="a group's statistics are summed in an order that follows the number of rows",
-        source=SOURCE,
-    )
-    def native_group_norm(
-        input: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, group: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd = ops.group_norm(input, weight, bias, group, eps)
+@LayerNorm.replaces(aten.native_layer_norm.default)
+def native_layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    k = len(normalized_shape)
+    flat = input.reshape(*input.shape[: input.dim() - k], math.prod(normalized_shape))
+    y, mean, rstd = ops.layer_norm(flat, *(p if p is None else p.reshape(-1) for p in (weight, bias)), eps)
+    stat = (*input.shape[: input.dim() - k], *[1] * k)
+    if input.device.type == "cpu":  # elsewhere they stay in float32
         dtype = _statistic(input, weight, bias)
-        return y, mean.to(dtype), rstd.to(dtype)
+        mean, rstd = mean.to(dtype), rstd.to(dtype)
+    return y.view(input.shape), mean.view(stat), rstd.view(stat)
 
-    @replaces("npu.npu_layer_norm_eval.default", why=NPU, source=NPU_SOURCE)
-    def npu_layer_norm_eval(
-        input: Tensor,
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        return LayerNorm.native_layer_norm(input, normalized_shape, weight, bias, eps)[0]
 
-    @replaces("npu.npu_add_layer_norm.default", why=NPU, source=NPU_SOURCE)
-    def npu_add_layer_norm(
-        x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor, epsilon: float = 1e-5, additional_output: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        s = x1 + x2
-        y, mean, rstd = ops.layer_norm(s, gamma, beta, epsilon)
-        return y, mean, rstd, s
+@LayerNorm.replaces(
+    aten.native_group_norm.default,
+    why="a group's statistics are summed in an order that follows the number of rows",
+)
+def native_group_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, group: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = ops.group_norm(input, weight, bias, group, eps)
+    dtype = _statistic(input, weight, bias)
+    return y, mean.to(dtype), rstd.to(dtype)
 
-    @replaces("npu.npu_group_norm_silu.default", why=NPU, source=NPU_SOURCE)
-    def npu_group_norm_silu(
-        input: Tensor, weight: Tensor | None, bias: Tensor | None, group: int, eps: float = 1e-5
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd = ops.group_norm(input, weight, bias, group, eps)
-        dtype = input.dtype if weight is None or bias is None else weight.dtype
-        return torch.nn.functional.silu(y), mean.to(dtype), rstd.to(dtype)
+
+@LayerNorm.replaces("npu.npu_layer_norm_eval.default", why=NPU, source=NPU_SOURCE)
+def npu_layer_norm_eval(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return native_layer_norm(input, normalized_shape, weight, bias, eps)[0]
+
+
+@LayerNorm.replaces("npu.npu_add_layer_norm.default", why=NPU, source=NPU_SOURCE)
+def npu_add_layer_norm(
+    x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor, epsilon: float = 1e-5, additional_output: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    s = x1 + x2
+    y, mean, rstd = ops.layer_norm(s, gamma, beta, epsilon)
+    return y, mean, rstd, s
+
+
+@LayerNorm.replaces("npu.npu_group_norm_silu.default", why=NPU, source=NPU_SOURCE)
+def npu_group_norm_silu(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, group: int, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = ops.group_norm(input, weight, bias, group, eps)
+    dtype = input.dtype if weight is None or bias is None else weight.dtype
+    return torch.nn.functional.silu(y), mean.to(dtype), rstd.to(dtype)

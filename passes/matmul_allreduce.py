@@ -7,11 +7,9 @@ import torch.distributed._functional_collectives
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass, given, replaces
+from bi_compile.table import Pass, given, refuse
 
 collectives = torch.ops._c10d_functional
-WHY = "a collective library chooses its algorithm, and with it the order of the sum over ranks, from the message's size"
-SOURCE = "NCCL and HCCL choose ring, tree or one-shot by size; gloo cuts rings into segments of the tensor"
 
 
 def _order_free(input: Tensor, reduce_op: str, *args: Any, **kwargs: Any) -> bool:
@@ -48,63 +46,70 @@ class MatmulAllreduce(Pass):
     """Sums over ranks in rank order; fused products taken apart into a product and such a sum."""
 
     name = "matmul_allreduce"
+    why = "a collective library chooses its algorithm, and with it the order of the sum over ranks, from the message's size"
+    source = "NCCL and HCCL choose ring, tree or one-shot by size; gloo cuts rings into segments of the tensor"
 
-    @replaces(collectives.all_reduce.default, unless=_order_free, why=WHY, source=SOURCE)
-    def all_reduce(input: Tensor, reduce_op: str, group_name: str) -> Tensor:
-        return ops.all_reduce(input, reduce_op, group_name)
 
-    @replaces(collectives.reduce_scatter_tensor.default, unless=_order_free, why=WHY, source=SOURCE)
-    def reduce_scatter(input: Tensor, reduce_op: str, group_size: int, group_name: str) -> Tensor:
-        return ops.reduce_scatter(input, reduce_op, group_size, group_name)
+@MatmulAllreduce.replaces(collectives.all_reduce.default, unless=_order_free)
+def all_reduce(input: Tensor, reduce_op: str, group_name: str) -> Tensor:
+    return ops.all_reduce(input, reduce_op, group_name)
 
-    @replaces("vllm.all_reduce.default", why=WHY, source=SOURCE)
-    def vllm_all_reduce(tensor: Tensor, group_name: str) -> Tensor:
-        return ops.all_reduce(tensor, "sum", _vllm_group(group_name))
 
-    @replaces("vllm.reduce_scatter.default", why=WHY, source=SOURCE)
-    def vllm_reduce_scatter(tensor: Tensor, dim: int, world_size: int, group_name: str) -> Tensor:
-        moved = tensor.movedim(dim, 0).contiguous()
-        return ops.reduce_scatter(moved, "sum", world_size, _vllm_group(group_name)).movedim(0, dim).contiguous()
+@MatmulAllreduce.replaces(collectives.reduce_scatter_tensor.default, unless=_order_free)
+def reduce_scatter(input: Tensor, reduce_op: str, group_size: int, group_name: str) -> Tensor:
+    return ops.reduce_scatter(input, reduce_op, group_size, group_name)
 
-    @replaces(
-        "symm_mem.fused_matmul_reduce_scatter.default",
-        why="a product and a sum over ranks, both cut by the number of rows",
-        source="torch/distributed/_symmetric_memory",
-    )
-    def fused_matmul_reduce_scatter(A: Tensor, B: Tensor, reduce_op: str, scatter_dim: int, group_name: str) -> Tensor:
-        y = ops.mm(A.reshape(-1, A.shape[-1]), B).view(*A.shape[:-1], B.shape[1]).movedim(scatter_dim, 0).contiguous()
-        size = torch.distributed.distributed_c10d._resolve_process_group(group_name).size()
-        return ops.reduce_scatter(y, reduce_op, size, group_name).movedim(0, scatter_dim)
 
-    @replaces(
-        "symm_mem.fused_all_gather_matmul.default",
-        why="products cut by the number of rows",
-        source="torch/distributed/_symmetric_memory",
-    )
-    def fused_all_gather_matmul(
-        A: Tensor, Bs: list[Tensor], gather_dim: int, group_name: str, *, return_A: bool = True
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        size = torch.distributed.distributed_c10d._resolve_process_group(group_name).size()
-        gathered = collectives.all_gather_into_tensor(A.movedim(gather_dim, 0).contiguous(), size, group_name)
-        whole = collectives.wait_tensor(gathered).movedim(0, gather_dim)
-        products = [ops.mm(whole.reshape(-1, whole.shape[-1]), B).view(*whole.shape[:-1], B.shape[1]) for B in Bs]
-        return (whole if return_A else None), products
+@MatmulAllreduce.replaces("vllm.all_reduce.default")
+def vllm_all_reduce(tensor: Tensor, group_name: str) -> Tensor:
+    return ops.all_reduce(tensor, "sum", _vllm_group(group_name))
 
-    @replaces(
-        "npu.npu_mm_all_reduce_base.default",
-        why="product and collective are cut into turns by the number of rows",
-        source="vllm-ascend PR 6910 switches it off",
-    )
-    def npu_mm_all_reduce_base(
-        x1: Tensor, x2: Tensor, hcom: str, *, reduce_op: str = "sum", bias: Tensor | None = None, x3: Tensor | None = None,
-        comm_turn: int = 0, comm_mode: str | None = None, **quantised: Any,
-    ) -> Tensor:  # fmt: skip
-        # comm_turn and comm_mode say how the native kernel cuts its work, nothing about the result
-        if given(quantised):
-            raise NotImplementedError(
-                f"npu_mm_all_reduce_base with {', '.join(given(quantised))}: only products without quantisation have an invariant form"
-            )
-        x = x1.reshape(-1, x1.shape[-1])
-        y = ops.mm(x, x2) if bias is None else ops.addmm(bias, x, x2)
-        y = y.view(*x1.shape[:-1], x2.shape[1])
-        return ops.all_reduce(y if x3 is None else y + x3, reduce_op, _hccl_group(hcom))
+
+@MatmulAllreduce.replaces("vllm.reduce_scatter.default")
+def vllm_reduce_scatter(tensor: Tensor, dim: int, world_size: int, group_name: str) -> Tensor:
+    moved = tensor.movedim(dim, 0).contiguous()
+    return ops.reduce_scatter(moved, "sum", world_size, _vllm_group(group_name)).movedim(0, dim).contiguous()
+
+
+@MatmulAllreduce.replaces(
+    "symm_mem.fused_matmul_reduce_scatter.default",
+    why="a product and a sum over ranks, both cut by the number of rows",
+    source="torch/distributed/_symmetric_memory",
+)
+def fused_matmul_reduce_scatter(A: Tensor, B: Tensor, reduce_op: str, scatter_dim: int, group_name: str) -> Tensor:
+    y = ops.mm(A.reshape(-1, A.shape[-1]), B).view(*A.shape[:-1], B.shape[1]).movedim(scatter_dim, 0).contiguous()
+    size = torch.distributed.distributed_c10d._resolve_process_group(group_name).size()
+    return ops.reduce_scatter(y, reduce_op, size, group_name).movedim(0, scatter_dim)
+
+
+@MatmulAllreduce.replaces(
+    "symm_mem.fused_all_gather_matmul.default",
+    why="products cut by the number of rows",
+    source="torch/distributed/_symmetric_memory",
+)
+def fused_all_gather_matmul(
+    A: Tensor, Bs: list[Tensor], gather_dim: int, group_name: str, *, return_A: bool = True
+) -> tuple[Tensor | None, list[Tensor]]:
+    size = torch.distributed.distributed_c10d._resolve_process_group(group_name).size()
+    gathered = collectives.all_gather_into_tensor(A.movedim(gather_dim, 0).contiguous(), size, group_name)
+    whole = collectives.wait_tensor(gathered).movedim(0, gather_dim)
+    products = [ops.mm(whole.reshape(-1, whole.shape[-1]), B).view(*whole.shape[:-1], B.shape[1]) for B in Bs]
+    return (whole if return_A else None), products
+
+
+@MatmulAllreduce.replaces(
+    "npu.npu_mm_all_reduce_base.default",
+    why="product and collective are cut into turns by the number of rows",
+    source="vllm-ascend PR 6910 switches it off",
+)
+def npu_mm_all_reduce_base(
+    x1: Tensor, x2: Tensor, hcom: str, *, reduce_op: str = "sum", bias: Tensor | None = None, x3: Tensor | None = None,
+    comm_turn: int = 0, comm_mode: str | None = None, **quantised: Any,
+) -> Tensor:  # fmt: skip
+    # comm_turn and comm_mode say how the native kernel cuts its work, nothing about the result
+    if named := given(quantised):
+        refuse("npu_mm_all_reduce_base", named, "it has one for products without quantisation")
+    x = x1.reshape(-1, x1.shape[-1])
+    y = ops.mm(x, x2) if bias is None else ops.addmm(bias, x, x2)
+    y = y.view(*x1.shape[:-1], x2.shape[1])
+    return ops.all_reduce(y if x3 is None else y + x3, reduce_op, _hccl_group(hcom))

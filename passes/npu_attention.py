@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass, given, replaces
+from bi_compile.table import Pass, given, refuse
 from bi_compile.targets.ascend import is_capturing
 
-WHY = "how the keys are split over cores follows the batch, and the parts' sums follow the split"
-SOURCE = "vllm-ascend PR 6910 replaces it; its users found that prefill and decode in one call change each other"
 FUSION = "torch_npu takes scaled_dot_product_attention apart into it; what its kernel splits is not documented"
 #: arguments that the replacement reads; every other one has to be as the operator's default has it
 READ = ("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "block_table", "num_heads", "scale", "input_layout",
@@ -19,29 +17,30 @@ READ = ("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "block_tabl
 DEFAULTS = {"pre_tokens": 2147483647, "next_tokens": 2147483647}
 
 
-def _refuse(what: str) -> None:
-    raise NotImplementedError(
-        f"npu_fused_infer_attention_score with {what} has no invariant form here: it has one for the layout TND without "
-        "quantisation, rotation, shared prefix or padding, and with sparse_mode 0 (no mask) or 3 (causal)"
-    )
-
-
 def _check(arguments: dict[str, Any]) -> None:
+    """Refuses what `_attention` does not compute."""
+    layout, sparse_mode = arguments.get("input_layout", "BSH"), arguments.get("sparse_mode", 0)
     # a causal mask has no keys behind a query, so how many of those may be seen says nothing
-    plain = DEFAULTS | ({"next_tokens": arguments.get("next_tokens")} if arguments.get("sparse_mode") == 3 else {})
+    plain = DEFAULTS | ({"next_tokens": arguments.get("next_tokens")} if sparse_mode == 3 else {})
     named = given({name: value for name, value in arguments.items() if name not in READ}, plain)
+    if layout != "TND":
+        named.append(f"input_layout={layout!r}")
+    if sparse_mode not in (0, 3):
+        named.append(f"sparse_mode={sparse_mode}")
+    if sparse_mode == 0 and arguments.get("atten_mask") is not None:
+        named.append("an atten_mask of its own")
     if named:
-        _refuse(", ".join(named))
-    if arguments.get("input_layout", "BSH") != "TND":
-        _refuse(f"input_layout={arguments.get('input_layout', 'BSH')!r}")
-    if arguments.get("sparse_mode", 0) not in (0, 3):
-        _refuse(f"sparse_mode={arguments['sparse_mode']}")
-    if arguments.get("sparse_mode", 0) == 0 and arguments.get("atten_mask") is not None:
-        _refuse("an atten_mask of its own")
+        refuse(
+            "npu_fused_infer_attention_score",
+            named,
+            "it has one for the layout TND without quantisation, rotation, shared prefix or padding, and with sparse_mode 0 (no "
+            "mask) or 3 (causal)",
+        )
     if is_capturing():
-        raise NotImplementedError(
-            "attention cannot be captured in an ACL graph here, since the lengths of the requests would stay in it: set "
-            'compilation_config={"cudagraph_mode": "PIECEWISE"}'
+        refuse(
+            "npu_fused_infer_attention_score",
+            ["capture in an ACL graph"],
+            'the lengths of the requests would stay in the graph; set compilation_config={"cudagraph_mode": "PIECEWISE"}',
         )
 
 
@@ -119,9 +118,10 @@ def _fusion_attention(
     if sparse_mode not in (0, 1, 2, 3):
         named.append(f"sparse_mode={sparse_mode}")
     if named:
-        raise NotImplementedError(
-            f"npu_fusion_attention with {', '.join(named)} has no invariant form here: it has one for the layouts {', '.join(LAYOUTS)}, "
-            "sparse_mode 0 to 3, and no dropout, window, bias, prefix or lengths"
+        refuse(
+            "npu_fusion_attention",
+            named,
+            f"it has one for the layouts {', '.join(LAYOUTS)}, sparse_mode 0 to 3, and no dropout, window, bias, prefix or lengths",
         )
     there, back = LAYOUTS[input_layout]
     width = query.shape[-1] if query.dim() == 4 else query.shape[2] // head_num
@@ -147,29 +147,33 @@ class NpuAttention(Pass):
     """Ascend's attention: that of a server in one call for each request, that of PyTorch's models as a whole."""
 
     name = "npu_attention"
+    why = "how the keys are split over cores follows the batch, and the parts' sums follow the split"
+    source = "vllm-ascend PR 6910 replaces it; its users found that prefill and decode in one call change each other"
 
-    @replaces("npu.npu_fused_infer_attention_score.default", why=WHY, source=SOURCE)
-    def fused_infer_attention_score(
-        query: Tensor, key: Tensor, value: Tensor, **arguments: Any
-    ) -> tuple[Tensor, Tensor]:
-        return _attention(query, key, value, **arguments)
 
-    @replaces("npu.npu_fused_infer_attention_score.out", why=WHY, source=SOURCE)
-    def fused_infer_attention_score_out(
-        query: Tensor, key: Tensor, value: Tensor, *, out: Sequence[Tensor], **arguments: Any
-    ) -> tuple[Tensor, Tensor]:
-        attention, lse = _attention(query, key, value, **arguments)
-        out[0].copy_(attention.reshape(out[0].shape))
-        if arguments.get("softmax_lse_flag"):
-            out[1].copy_(lse.reshape(out[1].shape))
-        return out[0], out[1]
+@NpuAttention.replaces("npu.npu_fused_infer_attention_score.default")
+def fused_infer_attention_score(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    return _attention(query, key, value, **arguments)
 
-    @replaces("npu.npu_fusion_attention.default", why=WHY, source=FUSION)
-    def fusion_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
-        return *_fusion_attention(*args, **kwargs), 0, 0, 0
 
-    @replaces("npu.npu_fusion_attention_v3.default", why=WHY, source=FUSION)
-    def fusion_attention_v3(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        found = _fusion_attention(*args, **kwargs)
-        seed = torch.zeros(1, dtype=torch.int64, device=found[0].device)
-        return *found, seed, seed.clone()
+@NpuAttention.replaces("npu.npu_fused_infer_attention_score.out")
+def fused_infer_attention_score_out(
+    query: Tensor, key: Tensor, value: Tensor, *, out: Sequence[Tensor], **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    attention, lse = _attention(query, key, value, **arguments)
+    out[0].copy_(attention.reshape(out[0].shape))
+    if arguments.get("softmax_lse_flag"):
+        out[1].copy_(lse.reshape(out[1].shape))
+    return out[0], out[1]
+
+
+@NpuAttention.replaces("npu.npu_fusion_attention.default", source=FUSION)
+def fusion_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
+    return *_fusion_attention(*args, **kwargs), 0, 0, 0
+
+
+@NpuAttention.replaces("npu.npu_fusion_attention_v3.default", source=FUSION)
+def fusion_attention_v3(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = _fusion_attention(*args, **kwargs)
+    seed = torch.zeros(1, dtype=torch.int64, device=found[0].device)
+    return *found, seed, seed.clone()

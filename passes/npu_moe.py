@@ -1,15 +1,15 @@
 """Ascend's operators for mixtures of experts, and its quantised operators."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass, given, replaces
+from bi_compile.table import Pass, given, refuse
 
-MEANING = "the operator's documented meaning (torch_npu 2.13)"
+GATE = "a row sum in a fused kernel"
 
 
 def _int8(x1: Tensor, x2: Tensor, *args: Any, **kwargs: Any) -> bool:
@@ -26,11 +26,8 @@ def _gate(
     x: Tensor, k: int, renorm: int, scale: float, eps: float, others: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax over all experts, the k largest, divided by their sum + eps where `renorm` says so, times `scale`."""
-    named = given(others, {"k_group": 1, "group_count": 1})
-    if named:
-        raise NotImplementedError(
-            f"gating with {', '.join(named)} has no invariant form here: it has one for softmax over all experts, without groups and bias"
-        )
+    if named := given(others, {"k_group": 1, "group_count": 1}):
+        refuse("gating", named, "it has one for softmax over all experts, without groups and bias")
     scores = ops.softmax(x, -1, dtype=torch.float32)
     # a stable sort takes the first of equal experts in every batch
     y, experts = (t[..., :k].contiguous() for t in torch.sort(scores, dim=-1, descending=True, stable=True))
@@ -43,112 +40,121 @@ class NpuMoe(Pass):
     """Products of experts, gating and the sum over a token's experts; quantised operators where they are exact."""
 
     name = "npu_moe"
+    source = "the operator's documented meaning (torch_npu 2.13)"
 
-    @replaces(
-        "npu.npu_grouped_matmul.default",
-        why="the kernel's tiling follows the number of rows of each expert",
-        source=MEANING + "; vllm-ascend's batch-invariant mode leaves it",
-    )
-    def grouped_matmul(
-        x: Sequence[Tensor], weight: Sequence[Tensor], *, bias: Sequence[Tensor] | None = None, group_list: Tensor | None = None,
-        split_item: int | None = 0, group_type: int | None = None, group_list_type: int | None = 0, **others: Any,
-    ) -> list[Tensor]:  # fmt: skip
-        named = given(others)
-        if (
-            named
-            or len(x) != 1
-            or len(weight) != 1
-            or group_type != 0
-            or split_item not in (2, 3)
-            or group_list is None
-            or group_list_type not in (0, 1)
-        ):
-            raise NotImplementedError(
-                f"npu_grouped_matmul with {', '.join(named) or 'these lists, split_item, group_type or group_list_type'} has no invariant form here: it has "
-                "one for one tensor of rows, one of weights, split_item 2 or 3, group_type 0 and no quantisation"
-            )
-        ends = group_list if group_list_type == 0 else group_list.cumsum(0, dtype=torch.int32)
-        added = None if bias is None else bias[0].to(x[0].dtype)
-        return [ops.grouped_mm(x[0], weight[0], ends, added)]
 
-    @replaces("npu.npu_moe_gating_top_k_softmax.default", why="a row sum in a fused kernel", source=MEANING)
-    def gating_top_k_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        if finished is not None:
-            raise NotImplementedError(
-                "npu_moe_gating_top_k_softmax with finished has no invariant form here: leave it out"
-            )
-        y, experts, _ = _gate(x, k, 0, 1.0, 0.0, {})
-        rows = x.numel() // x.shape[-1]
-        at = torch.arange(rows, device=x.device, dtype=torch.int32).reshape(*x.shape[:-1], 1)
-        order = torch.arange(k, device=x.device, dtype=torch.int32) * rows + at
-        return y, experts, order.to(torch.int32)
-
-    @replaces("npu.npu_moe_gating_top_k.default", why="a row sum in a fused kernel", source=MEANING)
-    def gating_top_k(
-        x: Tensor, k: int, *, group_select_mode: int = 0, renorm: int = 0, out_flag: bool = False,
-        routed_scaling_factor: float = 1.0, eps: float = 1e-20, **others: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        if renorm:
-            raise NotImplementedError(
-                "npu_moe_gating_top_k with renorm has no invariant form here: renormalise outside of it"
-            )
-        return _gate(x, k, 0, routed_scaling_factor, eps, others)
-
-    @replaces(
-        "_C_ascend.moe_gating_top_k.default",
-        why="a row sum in a fused kernel",
-        source="vllm_ascend/device/device_op.py; renorm=1 divides by the sum of the k, as its A5 adaptor writes out",
-    )
-    def ascend_gating_top_k(
-        x: Tensor, k: int, k_group: int, group_count: int, group_select_mode: int, renorm: int, norm_type: int, out_flag: bool,
-        routed_scaling_factor: float, eps: float, bias_opt: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        others = {"k_group": k_group, "group_count": group_count, "norm_type": norm_type, "bias_opt": bias_opt}
-        return _gate(x, k, renorm, routed_scaling_factor, eps, others)
-
-    @replaces(
-        "npu.npu_moe_token_unpermute.default",
-        why="the sum over a token's experts, in an order of the kernel's",
-        source=MEANING,
-    )
-    def token_unpermute(
-        permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None = None, padded_mode: bool = False,
-        restore_shape: Sequence[int] | None = None,
-    ) -> Tensor:  # fmt: skip
-        if padded_mode:
-            raise NotImplementedError(
-                "npu_moe_token_unpermute with padded_mode has no invariant form here: leave it out"
-            )
-        moved = permuted_tokens.index_select(0, sorted_indices.abs().long())
-        if probs is None:
-            return moved
-        k = probs.shape[1]
-        parts = moved.reshape(-1, k, moved.shape[-1]).float() * probs.float().unsqueeze(-1)
-        total = parts[:, 0]
-        for i in range(1, k):  # the experts in the order in which the gate gave them
-            total = total + parts[:, i]
-        return total.to(permuted_tokens.dtype)
-
-    @replaces(
-        "npu.npu_quant_matmul.default",
-        unless=_int8,
-        why="float8 and float4 products round each partial sum",
-        source=MEANING,
-    )
-    def quant_matmul(x1: Tensor, x2: Tensor, scale: Tensor, **others: Any) -> Tensor:
-        raise NotImplementedError(
-            "npu_quant_matmul is invariant for int8 operands alone, whose sums are exact: quantise the model to int8 (W8A8), or serve "
-            "it in bfloat16"
+@NpuMoe.replaces(
+    "npu.npu_grouped_matmul.default",
+    why="the kernel's tiling follows the number of rows of each expert",
+    source="the operator's documented meaning (torch_npu 2.13); vllm-ascend's batch-invariant mode leaves it",
+)
+def grouped_matmul(
+    x: Sequence[Tensor], weight: Sequence[Tensor], *, bias: Sequence[Tensor] | None = None, group_list: Tensor | None = None,
+    split_item: int | None = 0, group_type: int | None = None, group_list_type: int | None = 0, **others: Any,
+) -> list[Tensor]:  # fmt: skip
+    lists = {
+        "several tensors in x": len(x) != 1,
+        "several tensors in weight": len(weight) != 1,
+        "no group_list": group_list is None,
+    }
+    modes = [
+        f"{name}={value}"
+        for name, value, known in (
+            ("group_type", group_type, (0,)),
+            ("split_item", split_item, (2, 3)),
+            ("group_list_type", group_list_type, (0, 1)),
         )
-
-    @replaces(
-        "npu.npu_dynamic_quant.default",
-        "npu.npu_dynamic_quant_asymmetric.default",
-        unless=_per_token,
-        why="a scale of the whole tensor is one of every request in the batch",
-        source=MEANING,
-    )
-    def dynamic_quant(input: Tensor, **others: Any) -> Any:
-        raise NotImplementedError(
-            'npu_dynamic_quant is invariant with quant_mode="pertoken" alone: quantise the activations per token'
+        if value not in known
+    ]
+    if named := given(others | lists) + modes:
+        refuse(
+            "npu_grouped_matmul",
+            named,
+            "it has one for one tensor of rows, one of weights, split_item 2 or 3, group_type 0 and no quantisation",
         )
+    assert group_list is not None
+    ends = group_list if group_list_type == 0 else group_list.cumsum(0, dtype=torch.int32)
+    added = None if bias is None else bias[0].to(x[0].dtype)
+    return [ops.grouped_mm(x[0], weight[0], ends, added)]
+
+
+@NpuMoe.replaces("npu.npu_moe_gating_top_k_softmax.default", why=GATE)
+def gating_top_k_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    if finished is not None:
+        refuse("npu_moe_gating_top_k_softmax", ["finished"], "leave it out")
+    y, experts, _ = _gate(x, k, 0, 1.0, 0.0, {})
+    rows = x.numel() // x.shape[-1]
+    at = torch.arange(rows, device=x.device, dtype=torch.int32).reshape(*x.shape[:-1], 1)
+    order = torch.arange(k, device=x.device, dtype=torch.int32) * rows + at
+    return y, experts, order.to(torch.int32)
+
+
+@NpuMoe.replaces("npu.npu_moe_gating_top_k.default", why=GATE)
+def gating_top_k(
+    x: Tensor, k: int, *, group_select_mode: int = 0, renorm: int = 0, out_flag: bool = False,
+    routed_scaling_factor: float = 1.0, eps: float = 1e-20, **others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if renorm:
+        refuse("npu_moe_gating_top_k", ["renorm"], "renormalise outside of it")
+    return _gate(x, k, 0, routed_scaling_factor, eps, others)
+
+
+@NpuMoe.replaces(
+    "_C_ascend.moe_gating_top_k.default",
+    why=GATE,
+    source="vllm_ascend/device/device_op.py; renorm=1 divides by the sum of the k, as its A5 adaptor writes out",
+)
+def ascend_gating_top_k(
+    x: Tensor, k: int, k_group: int, group_count: int, group_select_mode: int, renorm: int, norm_type: int, out_flag: bool,
+    routed_scaling_factor: float, eps: float, bias_opt: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    others = {"k_group": k_group, "group_count": group_count, "norm_type": norm_type, "bias_opt": bias_opt}
+    return _gate(x, k, renorm, routed_scaling_factor, eps, others)
+
+
+@NpuMoe.replaces(
+    "npu.npu_moe_token_unpermute.default",
+    why="the sum over a token's experts, in an order of the kernel's",
+)
+def token_unpermute(
+    permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None = None, padded_mode: bool = False,
+    restore_shape: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    if padded_mode:
+        refuse("npu_moe_token_unpermute", ["padded_mode"], "leave it out")
+    moved = permuted_tokens.index_select(0, sorted_indices.abs().long())
+    if probs is None:
+        return moved
+    k = probs.shape[1]
+    parts = moved.reshape(-1, k, moved.shape[-1]).float() * probs.float().unsqueeze(-1)
+    total = parts[:, 0]
+    for i in range(1, k):  # the experts in the order in which the gate gave them
+        total = total + parts[:, i]
+    return total.to(permuted_tokens.dtype)
+
+
+@NpuMoe.replaces(
+    "npu.npu_quant_matmul.default",
+    unless=_int8,
+    why="float8 and float4 products round each partial sum",
+)
+def quant_matmul(x1: Tensor, x2: Tensor, scale: Tensor, **others: Any) -> NoReturn:
+    refuse(
+        "npu_quant_matmul",
+        [f"operands of {x1.dtype} and {x2.dtype}"],
+        "sums of int8 are exact; quantise the model to int8 (W8A8), or serve it in bfloat16",
+    )
+
+
+@NpuMoe.replaces(
+    "npu.npu_dynamic_quant.default",
+    "npu.npu_dynamic_quant_asymmetric.default",
+    unless=_per_token,
+    why="a scale of the whole tensor is one of every request in the batch",
+)
+def dynamic_quant(input: Tensor, *, quant_mode: str, **others: Any) -> NoReturn:
+    refuse(
+        "npu_dynamic_quant",
+        [f"quant_mode={quant_mode!r}"],
+        'use quant_mode="pertoken": quantise the activations per token',
+    )

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass, find_operator, replaces
+from bi_compile.table import Pass, find_operator
 
 aten = torch.ops.aten
-WHY = "vector and scalar code round differently, and which one computes an element follows the number of elements, strides and threads"
-SOURCE = "measured: rows of 65 functions alone and among others, torch 2.13, AVX-512; aten/src/ATen/native/cpu/Loops.h (vectorized_loop)"
-EAGER = ("cpu_eager",)
+#: eager code on a CPU
+EAGER = ["cpu_eager"]
 SMALL = "a tensor of one or two elements is computed by scalar code, which rounds differently"
 SMALL_SOURCE = "measured under Inductor, torch 2.13: 30 functions of 1, 2, 3, 7 and 15 elements against 600"
 SMALL_FUNCTIONS = (
@@ -48,80 +47,80 @@ def _not_small(*args: Any) -> bool:
     return _not_float(*args) or max(sizes) >= 4
 
 
-def _in_a_vector(name: str) -> Any:
+class Pointwise(Pass):
+    """Functions computed in vector code at every place."""
+
+    name = "pointwise"
+    why = "vector and scalar code round differently, and which one computes an element follows the number of elements, strides and threads"
+    source = "measured: rows of 65 functions alone and among others, torch 2.13, AVX-512; aten/src/ATen/native/cpu/Loops.h (vectorized_loop)"
+
+
+def _in_a_vector(name: str) -> None:
     """The function of eight equal elements, of which one is kept: eight are computed in vector code."""
     op: Any = find_operator(name)
 
-    @replaces(name, unless=_not_small, why=SMALL, source=SMALL_SOURCE, targets=("cpu",))
+    @Pointwise.replaces(name, unless=_not_small, why=SMALL, source=SMALL_SOURCE, targets=["cpu"])
     def function(*args: Any) -> Tensor:
         return ops.first(op(*(ops.spread(a, 8) if isinstance(a, Tensor) else a for a in args)))
 
-    return function
 
-
-def _unary(name: str) -> Any:
-    @replaces(name, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
+def _unary(name: str) -> None:
+    @Pointwise.replaces(name, unless=_not_float, targets=EAGER)
     def function(self: Tensor) -> Tensor:
         return ops.pointwise(name, [self])
 
-    return function
 
-
-def _binary(name: str) -> Any:
-    @replaces(name, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
+def _binary(name: str) -> None:
+    @Pointwise.replaces(name, unless=_not_float, targets=EAGER)
     def function(self: Tensor, other: Tensor) -> Tensor:
         # the dispatcher hands a Python number on as one
         a, b = (x if isinstance(x, Tensor) else y.new_tensor(x) for x, y in ((self, other), (other, self)))
         return ops.pointwise(name, [a, b])
 
-    return function
+
+for _name in SMALL_FUNCTIONS:
+    _in_a_vector(f"aten.{_name}")
+for _name in "atanh cosh exp2 mish rsqrt sigmoid silu sinh".split():
+    _unary(f"aten.{_name}.default")
+for _name in "pow.Tensor_Tensor atan2.default logaddexp.default hypot.default".split():
+    _binary(f"aten.{_name}")
 
 
-class Pointwise(Pass):
-    """Functions computed in vector code at every place."""
+@Pointwise.replaces(aten.gelu.default, unless=_not_float, targets=EAGER)
+def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:
+    return ops.pointwise("aten.gelu.default", [self], [], approximate)
 
-    name = "pointwise"
 
-    small = [_in_a_vector(f"aten.{name}") for name in SMALL_FUNCTIONS]
-    unary = [_unary(f"aten.{name}.default") for name in "atanh cosh exp2 mish rsqrt sigmoid silu sinh".split()]
-    binary = [
-        _binary(f"aten.{name}") for name in "pow.Tensor_Tensor atan2.default logaddexp.default hypot.default".split()
-    ]
+@Pointwise.replaces(aten.logit.default, unless=_not_float, targets=EAGER)
+def logit(self: Tensor, eps: float | None = None) -> Tensor:
+    return ops.pointwise("aten.logit.default", [self], [] if eps is None else [eps])
 
-    @replaces(aten.gelu.default, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
-    def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:
-        return ops.pointwise("aten.gelu.default", [self], [], approximate)
 
-    @replaces(aten.logit.default, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
-    def logit(self: Tensor, eps: float | None = None) -> Tensor:
-        return ops.pointwise("aten.logit.default", [self], [] if eps is None else [eps])
+@Pointwise.replaces(aten.softplus.default, unless=_not_float, targets=EAGER)
+def softplus(self: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    return ops.pointwise("aten.softplus.default", [self], [beta, threshold])
 
-    @replaces(aten.softplus.default, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
-    def softplus(self: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-        return ops.pointwise("aten.softplus.default", [self], [beta, threshold])
 
-    @replaces(aten.elu.default, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
-    def elu(self: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
-        return ops.pointwise("aten.elu.default", [self], [alpha, scale, input_scale])
+@Pointwise.replaces(aten.elu.default, unless=_not_float, targets=EAGER)
+def elu(self: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    return ops.pointwise("aten.elu.default", [self], [alpha, scale, input_scale])
 
-    @replaces(
-        aten.pow.Tensor_Scalar,
-        unless=_square,
-        why=WHY,
-        source=SOURCE,
-        targets=EAGER,
-    )
-    def pow_scalar(self: Tensor, exponent: float) -> Tensor:
-        return ops.pointwise("aten.pow.Tensor_Scalar", [self], [exponent])
 
-    @replaces(aten.pow.Scalar, unless=_not_float, why=WHY, source=SOURCE, targets=EAGER)
-    def scalar_pow(self: float, exponent: Tensor) -> Tensor:
-        return ops.pointwise("aten.pow.Scalar", [exponent], [self])
+@Pointwise.replaces(aten.pow.Tensor_Scalar, unless=_square, targets=EAGER)
+def pow_scalar(self: Tensor, exponent: float) -> Tensor:
+    return ops.pointwise("aten.pow.Tensor_Scalar", [self], [exponent])
 
-    @replaces(aten.add.Tensor, unless=_plain_sum, why=WHY, source=SOURCE, targets=EAGER, eager=False)
-    def add(self: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
-        return ops.pointwise("aten.add.Tensor", [self, other], [alpha])
 
-    @replaces(aten.sub.Tensor, unless=_plain_sum, why=WHY, source=SOURCE, targets=EAGER, eager=False)
-    def sub(self: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
-        return ops.pointwise("aten.sub.Tensor", [self, other], [alpha])
+@Pointwise.replaces(aten.pow.Scalar, unless=_not_float, targets=EAGER)
+def scalar_pow(self: float, exponent: Tensor) -> Tensor:
+    return ops.pointwise("aten.pow.Scalar", [exponent], [self])
+
+
+@Pointwise.replaces(aten.add.Tensor, unless=_plain_sum, targets=EAGER, eager=False)
+def add(self: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
+    return ops.pointwise("aten.add.Tensor", [self, other], [alpha])
+
+
+@Pointwise.replaces(aten.sub.Tensor, unless=_plain_sum, targets=EAGER, eager=False)
+def sub(self: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
+    return ops.pointwise("aten.sub.Tensor", [self, other], [alpha])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ import transformers.integrations.moe  # noqa: F401  defines an operator that the
 from support import close, graph_of, rand, same_bits, table
 from torch import Tensor
 
-from bi_compile import Pass, RewriteError, TableError, invariant, replaces
+from bi_compile import Pass, RewriteError, TableError, invariant, refuse, replaces
 from bi_compile.passes import PASSES
+from bi_compile.pipeline import pass_digest
 from bi_compile.rewrite.splice import rewrite
-from bi_compile.table import Entry, Table, find_operator
+from bi_compile.table import Entry, Table, find_operator, given
 
 aten = torch.ops.aten
 #: libraries that need not be installed
@@ -62,8 +65,8 @@ def test_passes_have_names_of_their_own_and_documentation() -> None:
     assert len(set(names)) == len(names) and all(p.__doc__ for p in PASSES)
 
 
-def test_every_group_has_a_name_of_its_own() -> None:
-    names = [g.name for p in PASSES for g in p.groups]
+def test_every_pattern_has_a_name_of_its_own() -> None:
+    names = [pattern.name for p in PASSES for pattern in p.patterns]
     assert len(set(names)) == len(names) and {"rms_norm", "layer_norm", "softmax", "log_softmax"} <= set(names)
 
 
@@ -137,6 +140,63 @@ def test_a_pass_without_a_name_is_refused() -> None:
 
         class Nameless(Pass):
             pass
+
+
+def test_what_a_pass_says_holds_for_its_entries_and_an_entry_may_say_more() -> None:
+    class Mine(Pass):
+        name = "mine"
+        why = "the pass's reason"
+        source = "the pass's source"
+
+    @Mine.replaces(aten.mm.default)
+    def mm(self: Tensor, mat2: Tensor) -> Tensor:
+        return self
+
+    @Mine.replaces(aten.mv.default, aten.dot.default, why="its own", source="another")
+    def mv(self: Tensor, vec: Tensor) -> Tensor:
+        return self
+
+    assert [(e.operator, e.why, e.source, e.replacement, e.pass_name) for e in Mine.entries] == [
+        ("aten.mm.default", "the pass's reason", "the pass's source", mm, "mine"),
+        ("aten.mv.default", "its own", "another", mv, "mine"),
+        ("aten.dot.default", "its own", "another", mv, "mine"),
+    ]
+    assert Pass.entries == () and a_pass("other", aten.mm.default, mm).entries[0].pass_name == "other"
+
+
+@pytest.mark.parametrize("said", [{}, {"why": "a test"}, {"source": "a test"}, {"why": "", "source": "a test"}])
+def test_a_replacement_without_a_reason_or_a_source_is_refused(said: dict[str, str]) -> None:
+    missing = "source" if said.get("why") else "why"
+    with pytest.raises(TableError, match=rf"the pass 'mine' gives no {missing} for aten.mm.default: set `{missing} = "):
+        type("Mine", (Pass,), {"name": "mine", "fn": replaces(aten.mm.default, **said)(lambda self, mat2: self)})
+
+
+def test_what_groups_are_called_now_is_said() -> None:
+    with pytest.raises(ImportError, match=r"bi_compile.Group is called Pattern now"):
+        from bi_compile import Group  # type: ignore[attr-defined] # noqa: F401
+    with pytest.raises(TableError, match=r"the pass 'mine' lists groups: write `patterns ="):
+        type("Mine", (Pass,), {"name": "mine", "groups": ()})
+
+
+def test_a_refusal_names_the_operator_the_arguments_and_the_remedy() -> None:
+    named = given({"a": 1, "b": None, "c": torch.zeros(1), "d": 5, "e": 0, "f": 6}, {"d": 5, "f": 7})
+    with pytest.raises(NotImplementedError, match=r"^mylib.op with a, c, f has no invariant form: leave them out$"):
+        refuse("mylib.op", named, "leave them out")
+
+
+def test_a_passs_digest_holds_the_modules_of_its_replacements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replacements may stand in other modules than the pass."""
+    (tmp_path / "the_pass.py").write_text(
+        "from bi_compile import Pass\nclass Mine(Pass): name, why, source = 'mine', 'a test', 'a test'\n"
+    )
+    (tmp_path / "the_replacement.py").write_text(
+        "from the_pass import Mine\n@Mine.replaces('aten.floor.default')\ndef floor(self): return self\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("the_pass").Mine
+    before = pass_digest(mine)
+    importlib.import_module("the_replacement")
+    assert pass_digest(mine) != before
 
 
 def test_an_operator_that_is_not_installed_is_passed_over() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.markup import escape
 from rich.table import Table
 
 from ..ops import NAMESPACE, OPERATORS
 from ..passes import PASSES
+from ..passes import __name__ as PACKAGE
 from ..table import Entry, Pass
 
 _HEAD = """\
@@ -21,7 +22,7 @@ What is replaced, by what, and why. Generated from the passes' tables by `bi-com
 writes it anew.
 
 An operator's `.out` and in-place forms are replaced with it and not listed. "Stays where" names the arguments for which
-the operator is exact in every order and is left alone. A *group* is a form that an earlier stage of the compiler has
+the operator is exact in every order and is left alone. A *pattern* is a form that an earlier stage of the compiler has
 taken apart; it is found by its nodes.
 """
 
@@ -37,11 +38,11 @@ def called(fn: Any) -> list[str]:
         seen.add(current)
         source = inspect.getsource(current)
         found += [f"{NAMESPACE}::{name}" for name in re.findall(r"\bops\.(\w+)", source) if name in OPERATORS]
-        # a replacement may lean on that of another pass
-        for owner, name in re.findall(r"\b([A-Z]\w+)\.(\w+)\(", source):
-            cls = getattr(inspect.getmodule(current), owner, None)
-            if isinstance(cls, type) and issubclass(cls, Pass) and inspect.isfunction(vars(cls).get(name)):
-                todo.append(vars(cls)[name])
+        # a replacement may lean on functions beside it, and on those of another pass
+        for name in re.findall(r"(?<![\w.])(\w+)\(", source):
+            called_too = current.__globals__.get(name)
+            if inspect.isfunction(called_too) and called_too.__module__.startswith(PACKAGE):
+                todo.append(called_too)
     return list(dict.fromkeys(found))
 
 
@@ -49,7 +50,7 @@ def by_what(entry: Entry) -> str:
     names = ", ".join(called(entry.replacement))
     if names:
         return names
-    return "refused" if "raise NotImplementedError" in inspect.getsource(entry.replacement) else "row-local operators"
+    return "refused" if entry.replacement.__annotations__.get("return") is NoReturn else "row-local operators"
 
 
 def stays_where(entry: Entry) -> str:
@@ -70,10 +71,10 @@ def rows(p: type[Pass]) -> Iterator[tuple[list[str], str, str, str, str]]:
         yield operators, *said
 
 
-def groups(p: type[Pass]) -> Iterator[tuple[str, str]]:
-    """Group, by what."""
-    for g in p.groups:
-        yield g.name, ", ".join(called(g.replace)) or f"{NAMESPACE}::{g.name}"
+def patterns(p: type[Pass]) -> Iterator[tuple[str, str]]:
+    """Pattern, by what."""
+    for pattern in p.patterns:
+        yield pattern.name, ", ".join(called(pattern.replace)) or f"{NAMESPACE}::{pattern.name}"
 
 
 def tables() -> Iterator[Table]:
@@ -85,8 +86,8 @@ def tables() -> Iterator[Table]:
         )
         for operators, *said in rows(p):
             table.add_row(*map(escape, ("\n".join(operators), *said)))
-        for name, by in groups(p):
-            table.add_row(f"group {escape(name)}", escape(by), "as above, taken apart", "", "")
+        for name, by in patterns(p):
+            table.add_row(f"pattern {escape(name)}", escape(by), "as above, taken apart", "", "")
         yield table
 
 
@@ -108,7 +109,7 @@ def markdown() -> str:
             _row(", ".join(f"`{op}`" for op in ops), _code(by), why, stays, source)
             for ops, by, why, stays, source in rows(p)
         ]
-        lines += [_row(f"group *{name}*", _code(by), "as above, taken apart", "", "") for name, by in groups(p)]
+        lines += [_row(f"pattern *{name}*", _code(by), "as above, taken apart", "", "") for name, by in patterns(p)]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 

@@ -1,1 +1,1 @@
-"""The rewriter: single nodes (`splice`) and groups of nodes (`patterns`) are replaced as a pass says, and dumped (`dump`)."""
+"""The rewriter: single nodes (`splice`) and patterns of nodes (`patterns`) are replaced as a pass says; `dump` writes what was done."""

@@ -1,4 +1,4 @@
-"""Find groups of nodes that an earlier stage took apart, with Inductor's pattern matcher, and put operators in their place."""
+"""Find operators that an earlier stage took apart, with Inductor's pattern matcher, and put a replacement in their place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..table import Entry, Group, Pass
+from ..table import Entry, Pass, Pattern
 from .fx_utils import fake_mode_of
 from .splice import Change, Tracer, splice
 
@@ -52,17 +52,17 @@ def _says_all(match: Match) -> bool:
     return True
 
 
-def _searched(group: Group, stage: str) -> PatternExpr:
+def _searched(pattern: Pattern, stage: str) -> PatternExpr:
     """The form that is looked for, traced from the plain definition; its constants count."""
-    traced = _TRACE[stage](group.search, [*group.examples(), *group.scalars.values()])
-    names = list(inspect.signature(group.search).parameters)
-    return fx_to_pattern(traced, ignore_types=(), argnames=names, scalar_workaround=group.scalars)
+    traced = _TRACE[stage](pattern.search, [*pattern.examples(), *pattern.scalars.values()])
+    names = list(inspect.signature(pattern.search).parameters)
+    return fx_to_pattern(traced, ignore_types=(), argnames=names, scalar_workaround=pattern.scalars)
 
 
 @functools.cache
-def _forms(p: type[Pass], stage: str) -> list[tuple[Group, PatternExpr]]:
+def _forms(p: type[Pass], stage: str) -> list[tuple[Pattern, PatternExpr]]:
     with FakeTensorMode(), torch.no_grad():
-        return [(group, _searched(group, stage)) for group in p.groups]
+        return [(pattern, _searched(pattern, stage)) for pattern in p.patterns]
 
 
 _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.var_mean.correction)
@@ -80,16 +80,16 @@ def _spell_alike(graph: fx.Graph) -> None:
 
 
 def replace(graph: fx.Graph, p: type[Pass], stage: str) -> list[Change]:
-    """Replace the pass's groups in `graph`; returns what was done."""
-    if not p.groups:
+    """Replace the pass's patterns in `graph`; returns what was done."""
+    if not p.patterns:
         return []
     _spell_alike(graph)
     changes: list[Change] = []
     matcher = PatternMatcherPass(pass_name=f"bi_compile_{p.name}_{stage}")
     tracer = Tracer(fake_mode_of(graph), {})
-    for group, form in _forms(p, stage):  # type: ignore[arg-type]  # a class is hashable
+    for pattern, form in _forms(p, stage):  # type: ignore[arg-type]  # a class is hashable
         register_graph_pattern(form, extra_check=_says_all, pass_dict=matcher)(  # type: ignore[arg-type]
-            functools.partial(_put_in_place, group, p, tracer, changes)
+            functools.partial(_put_in_place, pattern, p, tracer, changes)
         )
     if matcher.apply(graph):
         graph.eliminate_dead_code()
@@ -97,12 +97,14 @@ def replace(graph: fx.Graph, p: type[Pass], stage: str) -> list[Change]:
 
 
 def _put_in_place(
-    group: Group, p: type[Pass], tracer: Tracer, changes: list[Change], match: Match, **arguments: Any
+    pattern: Pattern, p: type[Pass], tracer: Tracer, changes: list[Change], match: Match, **arguments: Any
 ) -> None:
     # torch.compile(dynamic=True) may make a graph input of a Python number, which no operator takes
-    if any(isinstance(arguments[name], fx.Node) for name in group.scalars):
+    if any(isinstance(arguments[name], fx.Node) for name in pattern.scalars):
         return
     last = match.output_node()
-    last.args, last.kwargs = tuple(arguments[name] for name in inspect.signature(group.replace).parameters), {}
-    entry = Entry(group.name, group.replace, why="", source="", unless=None, targets=None, pass_name=p.name)
-    changes.append(dataclasses.replace(splice(match.graph, last, entry, group.replace, tracer), operator=group.name))
+    last.args, last.kwargs = tuple(arguments[name] for name in inspect.signature(pattern.replace).parameters), {}
+    entry = Entry(pattern.name, pattern.replace, why="", source="", unless=None, targets=None, pass_name=p.name)
+    changes.append(
+        dataclasses.replace(splice(match.graph, last, entry, pattern.replace, tracer), operator=pattern.name)
+    )

@@ -30,7 +30,7 @@ def graph(f: Function, *inputs: Tensor, stage: str, dynamic: bool = False) -> fx
 
 
 def matched(gm: fx.GraphModule, stage: str) -> list[str]:
-    """Replace groups alone; the names of those found, in the order of the passes."""
+    """Replace patterns alone; the names of those found, in the order of the passes."""
     changes: list[Change] = [c for p in PASSES for c in patterns.replace(gm.graph, p, stage)]
     gm.graph.lint()
     gm.recompile()
@@ -137,10 +137,10 @@ WHOLE: dict[str, tuple[Function, list[str]]] = {
 @each_dtype
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_the_compiler_took_apart_is_found(name: str, dtype: torch.dtype) -> None:
-    f, groups_of_it = WHOLE[name]
+    f, patterns_of_it = WHOLE[name]
     x = rand(6, 64, dtype=dtype)
     gm = graph(f, x, stage="final")
-    assert matched(gm, "final") == groups_of_it
+    assert matched(gm, "final") == patterns_of_it
     close(gm(x), f(x))
 
 
@@ -169,7 +169,7 @@ def test_the_change_names_pass_operator_and_line() -> None:
 
 
 @each_stage
-def test_a_row_of_a_found_group_is_its_own(stage: str) -> None:
+def test_a_row_of_a_found_pattern_is_its_own(stage: str) -> None:
     """Row 0 alone and among others, bit for bit."""
     for f in WRITTEN:
         x, w = rand(33, 192), rand(192, seed=1)
@@ -228,7 +228,7 @@ def _layer_norm(x: Tensor, dim: int, correction: int, keepdim: bool) -> Tensor:
 @each_stage
 @pytest.mark.parametrize("name", NEAR)
 def test_a_near_miss_is_left_to_the_other_passes(name: str, stage: str) -> None:
-    """It is no group; what it sums up is then replaced operator by operator, and its values stay."""
+    """It is no pattern; what it sums up is then replaced operator by operator, and its values stay."""
     f, x, y = NEAR[name], rand(8, 8), rand(8, 8, seed=1)
     gm = graph(f, x, y, stage=stage)
     assert matched(gm, stage) == []

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from bi_compile import HostError
-from bi_compile.passes.add_rms_norm import AddRmsNorm
-from bi_compile.passes.npu_attention import NpuAttention
-from bi_compile.passes.npu_moe import NpuMoe
+from bi_compile.passes import add_rms_norm, npu_attention, npu_moe
 from bi_compile.targets import ascend
 
 
@@ -85,7 +83,7 @@ def test_attention_of_prefill_chunk_and_decode_in_one_batch() -> None:
     """Right, and for each request the bits that it has alone."""
     requests = [(1, 40), (7, 7), (1, 3), (5, 33)]
     given = paged(requests)
-    out, _ = NpuAttention.fused_infer_attention_score(**given)
+    out, _ = npu_attention.fused_infer_attention_score(**given)
     start = 0
     for i, (length, count) in enumerate(requests):
         blocks = given["block_table"][i, : -(-count // 16)].long()
@@ -96,10 +94,10 @@ def test_attention_of_prefill_chunk_and_decode_in_one_batch() -> None:
             "query": given["query"][mine], "block_table": given["block_table"][i : i + 1],
             "actual_seq_lengths": [length], "actual_seq_lengths_kv": [count],
         }  # fmt: skip
-        assert torch.equal(NpuAttention.fused_infer_attention_score(**alone)[0], out[mine])
+        assert torch.equal(npu_attention.fused_infer_attention_score(**alone)[0], out[mine])
         start += length
     into = [torch.empty_like(out), torch.empty(1)]
-    NpuAttention.fused_infer_attention_score_out(**given, out=into, workspace=None)
+    npu_attention.fused_infer_attention_score_out(**given, out=into, workspace=None)
     assert torch.equal(into[0], out)
 
 
@@ -115,22 +113,22 @@ def test_attention_of_prefill_chunk_and_decode_in_one_batch() -> None:
 )
 def test_attention_refuses_by_name_what_it_has_no_form_for(argument: dict[str, object]) -> None:
     with pytest.raises(NotImplementedError, match=next(iter(argument))):
-        NpuAttention.fused_infer_attention_score(**(paged([(1, 3)]) | argument))
+        npu_attention.fused_infer_attention_score(**(paged([(1, 3)]) | argument))
 
 
 def test_experts_products_are_those_of_each_row_alone() -> None:
     x, w = torch.randn(9, 32), torch.randn(3, 32, 16)
     arguments = {"split_item": 2, "group_type": 0, "group_list_type": 1}
-    [out] = NpuMoe.grouped_matmul([x], [w], group_list=torch.tensor([4, 0, 5]), **arguments)
+    [out] = npu_moe.grouped_matmul([x], [w], group_list=torch.tensor([4, 0, 5]), **arguments)
     assert torch.allclose(out, torch.cat([x[:4] @ w[0], x[4:] @ w[2]]), atol=1e-5)
-    [cumulative] = NpuMoe.grouped_matmul(
+    [cumulative] = npu_moe.grouped_matmul(
         [x], [w], group_list=torch.tensor([4, 4, 9]), **arguments | {"group_list_type": 0}
     )
     assert torch.equal(out, cumulative)
-    [alone] = NpuMoe.grouped_matmul([x[6:7]], [w], group_list=torch.tensor([0, 0, 1]), **arguments)
+    [alone] = npu_moe.grouped_matmul([x[6:7]], [w], group_list=torch.tensor([0, 0, 1]), **arguments)
     assert torch.equal(alone, out[6:7])
     with pytest.raises(NotImplementedError, match="antiquant_scale"):
-        NpuMoe.grouped_matmul([x], [w], group_list=torch.tensor([4, 0, 5]), antiquant_scale=[w], **arguments)
+        npu_moe.grouped_matmul([x], [w], group_list=torch.tensor([4, 0, 5]), antiquant_scale=[w], **arguments)
 
 
 @pytest.mark.parametrize("layout", ["BNSD", "BSND", "BSH", "SBH"])
@@ -152,14 +150,14 @@ def test_attention_of_pytorchs_models_means_what_it_says(layout: str, mode: int 
     }
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[mode], scale=0.3, enable_gqa=True)
     mask = {None: None, 0: hidden}.get(mode, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
-    out, largest, total, *_ = NpuAttention.fusion_attention_v3(
+    out, largest, total, *_ = npu_attention.fusion_attention_v3(
         there(q), there(k), there(v), 4, layout, None, None, mask, 0.3, sparse_mode=mode or 0
     )
     assert torch.allclose(out, there(want), atol=1e-5) and out.is_contiguous()
     scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~seen[mode], float("-inf"))
     weights = (scores - largest[..., :1]).exp() / total[..., :1]
     assert largest.shape == (2, 4, 5, 8) and torch.allclose(weights, scores.softmax(-1), atol=1e-5)
-    assert len(NpuAttention.fusion_attention(there(q), there(k), there(v), 4, layout)) == 7
+    assert len(npu_attention.fusion_attention(there(q), there(k), there(v), 4, layout)) == 7
 
 
 @pytest.mark.parametrize(
@@ -176,51 +174,49 @@ def test_attention_of_pytorchs_models_means_what_it_says(layout: str, mode: int 
 def test_attention_of_pytorchs_models_refuses_by_name(argument: dict[str, Any]) -> None:
     x = torch.randn(2, 4, 5, 16)
     with pytest.raises(NotImplementedError, match=next(iter(argument))):
-        NpuAttention.fusion_attention(x, x, x, 4, **({"input_layout": "BNSD"} | argument))
+        npu_attention.fusion_attention(x, x, x, 4, **({"input_layout": "BNSD"} | argument))
 
 
 def test_gate_and_sum_over_experts() -> None:
     x = torch.randn(6, 8)
-    y, experts, rows = NpuMoe.gating_top_k_softmax(x, None, 2)
+    y, experts, rows = npu_moe.gating_top_k_softmax(x, None, 2)
     want, which = x.softmax(-1).topk(2)
     assert torch.allclose(y, want) and torch.equal(experts.long(), which)
     assert rows.tolist() == [[m, m + 6] for m in range(6)]
     # k_group, group_count, group_select_mode, renorm, norm_type, out_flag, routed_scaling_factor, eps
-    renormalised, *_ = NpuMoe.ascend_gating_top_k(x, 2, 1, 1, 1, 1, 0, False, 1.0, 1e-20)
+    renormalised, *_ = npu_moe.ascend_gating_top_k(x, 2, 1, 1, 1, 1, 0, False, 1.0, 1e-20)
     assert torch.allclose(renormalised.sum(-1), torch.ones(6))
     tokens, at = torch.randn(12, 16), torch.randperm(12)
-    total = NpuMoe.token_unpermute(tokens, at, y)
+    total = npu_moe.token_unpermute(tokens, at, y)
     assert torch.allclose(total, (tokens[at].view(6, 2, 16) * y[..., None]).sum(1), atol=1e-6)
     with pytest.raises(NotImplementedError, match="norm_type"):
-        NpuMoe.ascend_gating_top_k(x, 2, 1, 1, 1, 1, 1, False, 1.0, 1e-20)
+        npu_moe.ascend_gating_top_k(x, 2, 1, 1, 1, 1, 1, False, 1.0, 1e-20)
 
 
 def test_fused_norms_keep_every_output() -> None:
     x, residual, gamma = torch.randn(5, 64), torch.randn(5, 64), torch.rand(64)
     s = x + residual
     y = torch.nn.functional.rms_norm(s, (64,), gamma, 1e-6)
-    wide, same, rstd, new = AddRmsNorm.npu_add_rms_norm_cast(x, residual, gamma)
+    wide, same, rstd, new = add_rms_norm.npu_add_rms_norm_cast(x, residual, gamma)
     assert (
         torch.allclose(wide, y, atol=1e-5) and torch.equal(wide, same) and rstd.shape == (5, 1) and torch.equal(new, s)
     )
     scale, zero = torch.full((64,), 0.05), torch.full((64,), 3.0)
-    first, second, _ = AddRmsNorm.npu_add_rms_norm_quant(x, residual, gamma, scale, zero)
+    first, second, _ = add_rms_norm.npu_add_rms_norm_quant(x, residual, gamma, scale, zero)
     assert first.dtype == torch.int8 and torch.equal(first, second)
     assert (first.float() - (y / 0.05 + 3).clamp(-128, 127)).abs().max() <= 0.51
-    y1, y2, _, scale1, scale2 = AddRmsNorm.npu_add_rms_norm_dynamic_quant(x, residual, gamma)
+    y1, y2, _, scale1, scale2 = add_rms_norm.npu_add_rms_norm_dynamic_quant(x, residual, gamma)
     assert (y1.float() * scale1[:, None] - y).abs().max() <= scale1.max() * 0.51 and y2.numel() == scale2.numel() == 0
     with pytest.raises(NotImplementedError, match="y_dtype"):
-        AddRmsNorm.npu_add_rms_norm_dynamic_quant(x, residual, gamma, y_dtype=290)
+        add_rms_norm.npu_add_rms_norm_dynamic_quant(x, residual, gamma, y_dtype=290)
 
 
 def test_product_and_all_reduce_refuses_quantisation_by_name() -> None:
-    from bi_compile.passes.matmul_allreduce import MatmulAllreduce
+    from bi_compile.passes.matmul_allreduce import npu_mm_all_reduce_base
 
     x = torch.randn(4, 4)
     with pytest.raises(NotImplementedError, match="dequant_scale, comm_quant_mode"):
-        MatmulAllreduce.npu_mm_all_reduce_base(
-            x, x, "hcom", dequant_scale=torch.ones(4), comm_quant_mode=1, antiquant_group_size=0
-        )
+        npu_mm_all_reduce_base(x, x, "hcom", dequant_scale=torch.ones(4), comm_quant_mode=1, antiquant_group_size=0)
 
 
 def test_an_hccl_communicator_is_no_group_name() -> None:
