@@ -22,7 +22,8 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from ..errors import OptionError
 from ..rewrite.fx_utils import as_list, subgraphs
-from .batch_rules import Factor, Layout, Node, as_one, carries, plain, rule_of, size_of
+from .batch_rules import Node, rule_of
+from .layout import Factor, Layout, as_one, carries, plain, size_of
 from .moe_sort import COUNTED, PUT_BACK, Sorts
 
 #: node -> dimensions of its value (for several outputs: of the first) that the batch runs along

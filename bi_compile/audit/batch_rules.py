@@ -1,96 +1,27 @@
 """What each operator does with the rows: where they are in its result, and which dimensions it combines.
 
-The abstract value of a tensor is its *layout*: for each dimension the factors that it is made of, from the slowest to the
-fastest, each with its size and whether it counts rows. A view that merges the batch with other dimensions makes one
-dimension of several factors; a view that splits it again finds them. Factors are told apart by the sizes that the compiler
-saw. `RULES` is the table; `batch_dims` follows a graph with it.
+`RULES` is the table for other people's operators; ours say it where they are declared (`DECLARED` gives that its meaning).
+`batch_dims` follows a graph with them. Where the rows are is a `layout`.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor, fx
+from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from ..ops import NAMESPACE
+from ..ops import BATCH, NAMESPACE, batch
 from ..rewrite.fx_utils import packet_of
+from .layout import Dim, Factor, Layout, as_one, carries, size_of, split, union
 from .pointwise import is_pointwise
 
-
-@dataclasses.dataclass(frozen=True)
-class Factor:
-    """A part of a dimension."""
-
-    size: int
-    rows: bool
-
-
-Dim = tuple[Factor, ...]
-Layout = tuple[Dim, ...]
 #: a node that is combined, the dimension along which
 Combined = tuple[fx.Node, int]
-
-
-def carries(dim: Dim) -> bool:
-    return any(f.rows for f in dim)
-
-
-# -- layouts --------------------------------------------------------------------------------------------------------
-
-
-def size_of(n: Any) -> int:
-    """A size as the compiler saw it; 0 where it follows the data and nobody has seen it."""
-    if isinstance(n, int):
-        return n
-    return int(n.node.hint) if isinstance(n, SymInt) and n.node.has_hint() else 0
-
-
-def plain(value: Tensor, dims: Iterable[int] = ()) -> Layout:
-    """One factor for each dimension; those in `dims` carry rows."""
-    return tuple((Factor(size_of(n), i in dims),) for i, n in enumerate(value.shape))
-
-
-def as_one(dim: Dim, size: int) -> Dim:
-    """The dimension as one factor of another size."""
-    return (Factor(size, carries(dim)),)
-
-
-def _union(a: Dim, b: Dim) -> Dim:
-    """A dimension in which the two meet element by element."""
-    if carries(a) and carries(b) and a != b and len(a) == len(b):
-        return tuple(Factor(x.size, x.rows or y.rows) for x, y in zip(a, b, strict=True))
-    return a if carries(a) else b
-
-
-def _split(layout: Layout, shape: Sequence[int]) -> Layout:
-    """The layout after a reshape to `shape`: the factors in order, dealt out to the new dimensions, cut where one ends."""
-    factors = [f for dim in layout for f in dim if f.size != 1]
-    found: list[Dim] = []
-    for n in shape:
-        dim: list[Factor] = []
-        need = n
-        while need != 1 and factors:
-            f = factors.pop(0)
-            if f.size and need % f.size == 0:
-                dim.append(f)
-                need //= f.size
-            elif need and f.size % need == 0:
-                dim.append(Factor(need, f.rows))
-                factors.insert(0, Factor(f.size // need, f.rows))
-                need = 1
-            else:  # sizes without a common factor, or a size that nobody has seen: rows may be in all that is left
-                rows = f.rows or any(g.rows for g in (*dim, *factors))
-                return (*found, *((Factor(m, rows),) for m in shape[len(found) :]))
-        found.append(tuple(dim) or (Factor(n, False),))
-    return tuple(found)
-
-
-# -- the rules: what an operator combines, and where the rows are afterwards ----------------------------------------
 
 
 class Node:
@@ -139,7 +70,7 @@ def _aligned(n: Node, tensors: Sequence[fx.Node], shape: Sequence[int]) -> Layou
         layout = n.layout(x)
         for i in range(1, min(len(layout), len(out)) + 1):
             if carries(layout[-i]):
-                out[-i] = _union(out[-i], layout[-i])
+                out[-i] = union(out[-i], layout[-i])
     return tuple(out)
 
 
@@ -153,12 +84,12 @@ def _by_size(n: Node) -> Result:
     for x in n.tensors:
         for i, dim in enumerate(n.layout(x)[: len(out)]):
             if carries(dim) and n.shape[i] == size_of(x.meta["val"].shape[i]):
-                out[i] = _union(out[i], dim)
+                out[i] = union(out[i], dim)
     return tuple(out), ()
 
 
 def _reshaped(n: Node) -> Result:
-    return _split(n.layout(n.first), n.shape), ()
+    return split(n.layout(n.first), n.shape), ()
 
 
 def _permuted(n: Node) -> Result:
@@ -189,18 +120,18 @@ def _kept(layout: Layout, gone: Sequence[int], rank: int) -> Layout:
     return tuple(dim for i, dim in enumerate(layout) if i not in gone)
 
 
-def _reduced(n: Node) -> Result:
+def _reduced(n: Node, name: str = "dim") -> Result:
     if n.packet in ("max", "min") and len(n.tensors) > 1:
         return _elementwise(n)
     layout = n.layout(n.first)
-    dims = _dims(n, len(layout))
+    dims = _dims(n, len(layout), name)
     return _kept(layout, dims, len(n.shape)), [(n.first, d) for d in dims]
 
 
-def _along(n: Node) -> Result:
+def _along(n: Node, name: str = "dim") -> Result:
     """Combines a dimension and keeps it: softmax, cumsum, sort."""
     layout = n.layout(n.first)
-    dims = [n.arg("dim", -1) % len(layout)] if layout else []
+    dims = [n.arg(name, -1) % len(layout)] if layout else []
     out = tuple(
         as_one(dim, size) if i in dims else dim for i, (dim, size) in enumerate(zip(layout, n.shape, strict=True))
     )
@@ -346,23 +277,29 @@ def _product(a: str, b: str) -> Rule:
         combined = [(x, len(left) - 1), (y, max(len(right) - 2, 0))]
         ends = (*left[-2:-1], *(right[-1:] if len(right) > 1 else ()))
         lead = n.shape[: len(n.shape) - len(ends)]
-        batch: list[Dim] = [(Factor(m, False),) for m in lead]
+        outer: list[Dim] = [(Factor(m, False),) for m in lead]
         for layout in (left, right):
-            for i in range(1, min(len(layout) - 2, len(batch)) + 1):
+            for i in range(1, min(len(layout) - 2, len(outer)) + 1):
                 if carries(layout[-2 - i]):
-                    batch[-i] = _union(batch[-i], layout[-2 - i])
-        out = [*batch, *ends]
+                    outer[-i] = union(outer[-i], layout[-2 - i])
+        out = [*outer, *ends]
         for t in n.tensors:
             if t not in (x, y):  # the bias
-                out = [_union(o, p) for o, p in zip(out, _aligned(n, [t], n.shape), strict=True)]
+                out = [union(o, p) for o, p in zip(out, _aligned(n, [t], n.shape), strict=True)]
         return tuple(out), combined
 
     return rule
 
 
-def _grouped(n: Node) -> Result:
+def _summed_product(n: Node) -> Result:
+    """addbmm: the products of all batches are added up."""
+    out, combined = _product("batch1", "batch2")(n)
+    return out, [*combined, (n.arg("batch1"), 0), (n.arg("batch2"), 0)]
+
+
+def _grouped(n: Node, a: str, b: str) -> Result:
     """[M, K] by [G, K, N]: each row meets its group's matrix."""
-    x, w = n.arg("a"), n.arg("b")
+    x, w = n.arg(a), n.arg(b)
     return (*n.layout(x)[:1], *n.layout(w)[2:]), [(x, 1), (w, 1)]
 
 
@@ -372,16 +309,20 @@ def _linear(n: Node) -> Result:
     return (*layout[:-1], *weight[:-1]), [(x, len(layout) - 1), (w, len(weight) - 1)]
 
 
-def _attention(n: Node) -> Result:
+def _attention(n: Node, query: str = "query", key: str = "key", value: str = "value") -> Result:
     """Every query meets every key of its batch: the keys, and the features of the queries, are combined."""
-    q, k, v = n.arg("query"), n.arg("key"), n.arg("value")
+    q, k, v = n.arg(query), n.arg(key), n.arg(value)
     layout = n.layout(q)
     rank = len(layout)
     combined = [(q, rank - 1), (k, rank - 1), (k, rank - 2), (v, rank - 2)]
     out = [*layout[:-1], (Factor(n.shape[-1], False),)]
     for x in (k, v):
         for i, dim in enumerate(n.layout(x)[:-2]):
-            out[i] = _union(out[i], dim) if carries(dim) else out[i]
+            out[i] = union(out[i], dim) if carries(dim) else out[i]
+    for mask in (t for t in n.tensors if t not in (q, k, v) and n.layout(t)):  # broadcast to [..., L, S]
+        combined.append((mask, len(n.layout(mask)) - 1))
+        for i in range(2, len(n.layout(mask)) + 1):
+            out[-i] = union(out[-i], n.layout(mask)[-i])
     if isinstance(n.value, Tensor):
         return tuple(out), combined
     return tuple(tuple(out[: v.dim()]) if isinstance(v, Tensor) else () for v in n.value), combined
@@ -391,7 +332,8 @@ def _normalised(start: Callable[[Node, int], int]) -> Rule:
     """Statistics over the dimensions from `start` on: the result, then the statistics."""
 
     def rule(n: Node) -> Result:
-        layout = n.layout(n.first)
+        added = [x for x in n.tensors if x.meta["val"].shape == n.first.meta["val"].shape]  # x, and its residual
+        layout = _aligned(n, added, [size_of(m) for m in n.first.meta["val"].shape])
         at = start(n, len(layout)) % max(len(layout), 1)
         outs = []
         for value in n.value if isinstance(n.value, (tuple, list)) else [n.value]:
@@ -403,7 +345,7 @@ def _normalised(start: Callable[[Node, int], int]) -> Rule:
                 )
             )
         out = tuple(outs) if isinstance(n.value, (tuple, list)) else outs[0]
-        return out, [(n.first, d) for d in range(at, len(layout))]
+        return out, [(x, d) for x in added for d in range(at, len(layout))]
 
     return rule
 
@@ -421,11 +363,11 @@ def _convolved(n: Node) -> Result:
     return (layout[0], *((Factor(m, False),) for m in n.shape[1:])), [(n.first, d) for d in range(1, len(layout))]
 
 
-def _spread(n: Node) -> Result:
+def _appended(n: Node) -> Result:
     return (*n.layout(n.first), (Factor(n.shape[-1], False),)), ()
 
 
-def _first(n: Node) -> Result:
+def _one_of_last(n: Node) -> Result:
     return n.layout(n.first)[:-1], ()
 
 
@@ -466,38 +408,54 @@ RULES: dict[str, Rule] = _table(
     ("linalg_vector_norm logsumexp median mode kthvalue count_nonzero xor_sum", _reduced),
     ("softmax _softmax log_softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin logcumsumexp", _along),
     ("sort topk argsort unique_dim unique_consecutive", _along),
-    ("mm bmm matmul dot", lambda n: _product("self" if n.arg("self") is not None else "a", _second(n))(n)),
+    ("mm bmm matmul dot", lambda n: _product("self", _second(n))(n)),
     ("mv", _product("self", "vec")),
     ("addmv", _product("mat", "vec")),
-    ("addmm addbmm", lambda n: _product(*(("mat1", "mat2") if n.arg("mat1") is not None else ("a", "b")))(n)),
-    ("baddbmm", lambda n: _product(*(("batch1", "batch2") if n.arg("batch1") is not None else ("a", "b")))(n)),
+    ("addmm", _product("mat1", "mat2")),
+    ("addbmm", _summed_product),
+    ("baddbmm", _product("batch1", "batch2")),
     ("linear", _linear),
-    ("grouped_mm", _grouped),
     ("scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu", _attention),
     ("_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention", _attention),
     ("_scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math", _attention),
-    ("rms_norm add_rms_norm layer_norm npu_rms_norm npu_add_rms_norm", _normalised(lambda n, rank: -1)),
+    ("rms_norm layer_norm npu_rms_norm npu_add_rms_norm", _normalised(lambda n, rank: -1)),
     ("native_layer_norm _fused_rms_norm", _normalised(lambda n, rank: rank - len(n.arg("normalized_shape")))),
     ("group_norm native_group_norm", _normalised(lambda n, rank: 1)),
     ("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training", _batch_norm),
     ("_native_batch_norm_legit_functional cudnn_batch_norm _batch_norm_with_update", _batch_norm),
     ("convolution _convolution", _convolved),
     ("_embedding_bag _embedding_bag_forward_only", _bag),
-    ("spread", _spread),
-    ("first", _first),
 )  # fmt: skip
 
 
 def _second(n: Node) -> str:
-    return next(name for name in ("mat2", "other", "tensor", "b") if n.arg(name) is not None)
+    return next(name for name in ("mat2", "other", "tensor") if n.arg(name) is not None)
 
 
 #: namespaces whose operators the names in RULES mean
-_NAMESPACES = ("aten", "prims", NAMESPACE, "npu", "vllm_ir")
+_NAMESPACES = ("aten", "prims", "npu", "vllm_ir")
+
+#: what an operator of ours declares -> its rule
+DECLARED: dict[type, Callable[[Any], Rule]] = {
+    batch.Pointwise: lambda said: _elementwise,
+    batch.Reduces: lambda said: functools.partial(_reduced, name=said.dim),
+    batch.Along: lambda said: functools.partial(_along, name=said.dim),
+    batch.Product: lambda said: _product(said.a, said.b),
+    batch.GroupedProduct: lambda said: functools.partial(_grouped, a=said.a, b=said.b),
+    batch.Attention: lambda said: functools.partial(_attention, query=said.query, key=said.key, value=said.value),
+    batch.Normalises: lambda said: _normalised(lambda n, rank: said.start),
+    batch.Resizes: lambda said: _resized,
+    batch.AppendsDimension: lambda said: _appended,
+    batch.TakesOneOfLast: lambda said: _one_of_last,
+}
 
 
 def rule_of(target: OpOverload) -> Rule:
+    """What `target` does with the rows: an operator of ours says it itself, another's stands in `RULES`."""
     name = target._overloadpacket.__name__
+    if target.namespace == NAMESPACE:
+        said = BATCH[name]
+        return DECLARED[type(said)](said)
     if target.namespace in _NAMESPACES:
         found = RULES.get(name) or RULES.get(name.removesuffix("_"))
         if found is not None:

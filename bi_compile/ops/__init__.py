@@ -6,13 +6,14 @@ inside a CUDA graph. The order of each sum is a function of the reduced length, 
 
 from .attention import scaled_dot_product_attention
 from .collective import REDUCE_OPS, all_reduce, reduce_scatter
-from .declare import KERNELS, NAMESPACE, OPERATORS, load_kernels
+from .declare import BATCH, KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .matmul import addmm, baddbmm, bmm, grouped_mm, mm
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
 from .pointwise import first, pointwise, spread
 from .reduce import cumsum, log_softmax, logsumexp, mean, softmax, sum, var_mean
 
 __all__ = [
+    "BATCH",
     "KERNELS",
     "NAMESPACE",
     "OPERATORS",

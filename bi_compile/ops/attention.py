@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .batch import Attention
 from .declare import check, operator
 from .reduce import _float
 
 
 @operator(
     "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, bool is_causal=False, "
-    "*, float? scale=None) -> (Tensor, Tensor)"
+    "*, float? scale=None) -> (Tensor, Tensor)",
+    batch=Attention("query", "key", "value"),
 )
 def scaled_dot_product_attention(
     query: Tensor,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers _c10d_functional
 from torch import Tensor
 
+from .batch import Pointwise, Resizes
 from .declare import check, composite, operator
 
 REDUCE_OPS = ("sum", "avg")
@@ -25,14 +26,14 @@ def _check(name: str, reduce_op: str) -> None:
     )
 
 
-@operator("all_reduce(Tensor x, str reduce_op, str group_name) -> Tensor")
+@operator("all_reduce(Tensor x, str reduce_op, str group_name) -> Tensor", batch=Pointwise())
 def all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     """Sum (or average, "avg") of x over the ranks of the group, the same on every rank. Moves world_size * x per rank."""
     _check("all_reduce", reduce_op)
     return x.new_empty(x.shape)
 
 
-@operator("reduce_scatter(Tensor x, str reduce_op, int group_size, str group_name) -> Tensor")
+@operator("reduce_scatter(Tensor x, str reduce_op, int group_size, str group_name) -> Tensor", batch=Resizes())
 def reduce_scatter(x: Tensor, reduce_op: str, group_size: int, group_name: str) -> Tensor:
     """Rank r's share of the sum: the r-th of group_size equal slices of dimension 0. Moves x once per rank (all-to-all)."""
     _check("reduce_scatter", reduce_op)

@@ -1,8 +1,8 @@
-"""How an operator is declared: one function gives schema, documentation and fake implementation.
+"""How an operator is declared: one function gives schema, flow of the batch, documentation and fake implementation.
 
-The function under `@operator(schema)` is the operator's fake implementation: it gets fake tensors, checks them and
-returns empty tensors of the right size, dtype and strides. Its docstring is the operator's documentation. What the
-decorator returns calls the operator through the dispatcher.
+The function under `@operator(schema, batch=…)` is the operator's fake implementation: it gets fake tensors, checks them and
+returns empty tensors of the right size, dtype and strides. Its docstring is the operator's documentation. `batch` says how
+the batch flows through it (see `batch`). What the decorator returns calls the operator through the dispatcher.
 
 The implementations live in `bi_compile.kernels`, one for each device, and are loaded at the first call on that device:
 importing this package compiles nothing.
@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .batch import Batch
+
 NAMESPACE = "bi_compile"
 #: device -> (dispatch key, module whose `register(library)` gives every operator its implementation under that key)
 KERNELS = {
@@ -29,6 +31,8 @@ KERNELS = {
 COMPOSITE: dict[str, Callable[..., Any]] = {}
 #: every operator of this package by name
 OPERATORS: dict[str, torch._ops.OpOverload] = {}
+#: how the batch flows through each
+BATCH: dict[str, Batch] = {}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 #: device -> the registrations that load the kernels at the first call and are gone afterwards
@@ -99,8 +103,11 @@ class Operator(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Declare `bi_compile::<schema>`; the decorated function is its fake implementation and its documentation."""
+def operator(schema: str, *, batch: Batch) -> Callable[[Callable[..., Any]], Operator]:
+    """Declare `bi_compile::<schema>`; the decorated function is its fake implementation and its documentation.
+
+    batch: how the batch flows through it, which the audit follows.
+    """
     name = schema.split("(")[0]
 
     def declare(fake: Callable[..., Any]) -> Operator:
@@ -109,7 +116,7 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Operator]:
         for device in KERNELS:
             _register_first_call(device, name)
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
-        OPERATORS[name] = op
+        OPERATORS[name], BATCH[name] = op, batch
 
         @functools.wraps(fake)
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .batch import GroupedProduct, Product
 from .declare import check, operator
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,7 +32,7 @@ def _check(name: str, dims: int, *operands: Tensor) -> None:
     )
 
 
-@operator("mm(Tensor a, Tensor b) -> Tensor")
+@operator("mm(Tensor a, Tensor b) -> Tensor", batch=Product("a", "b"))
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b`: [M, K] by [K, N] gives [M, N], contiguous, in the operands' dtype.
 
@@ -42,7 +43,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-@operator("addmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1) -> Tensor")
+@operator("addmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1) -> Tensor", batch=Product("a", "b"))
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """`beta * bias + alpha * (a @ b)`: the sums of `mm`; scaled and the bias added in the accumulator, rounded once.
 
@@ -52,21 +53,23 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-@operator("bmm(Tensor a, Tensor b) -> Tensor")
+@operator("bmm(Tensor a, Tensor b) -> Tensor", batch=Product("a", "b"))
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` for each batch: [B, M, K] by [B, K, N] gives [B, M, N], contiguous. Each is the `mm` of its pair, bit for bit."""
     _check("bmm", 3, a, b)
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
-@operator("baddbmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1) -> Tensor")
+@operator(
+    "baddbmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1) -> Tensor", batch=Product("a", "b")
+)
 def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """`beta * bias + alpha * (a @ b)` for each batch: `addmm` of each triple, bit for bit. `bias` broadcasts to [B, M, N]."""
     _check("baddbmm", 3, a, b, bias)
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
-@operator("grouped_mm(Tensor a, Tensor b, Tensor offs, Tensor? bias=None) -> Tensor")
+@operator("grouped_mm(Tensor a, Tensor b, Tensor offs, Tensor? bias=None) -> Tensor", batch=GroupedProduct("a", "b"))
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
     """The products of a mixture of experts: [M, K], its rows sorted by group, and [G, K, N] give [M, N], contiguous.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .batch import Normalises
 from .declare import check, operator
 from .reduce import _float
 
@@ -24,7 +25,7 @@ def _affine(name: str, x: Tensor, *params: Tensor | None) -> None:
         )
 
 
-@operator("rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)")
+@operator("rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)", batch=Normalises(-1))
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """y = x * rstd * weight with rstd = 1 / sqrt(mean(x * x) + eps), computed in float32 or wider, y rounded once.
 
@@ -35,7 +36,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tens
     return x.new_empty(x.shape), x.new_empty([*x.shape[:-1], 1], dtype=_statistic(x))
 
 
-@operator("add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)")
+@operator(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)",
+    batch=Normalises(-1),
+)
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """s = x + residual, rounded to x's dtype; then `rms_norm(s, weight, eps)`, bit for bit.
 
@@ -51,7 +55,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
     return x.new_empty(x.shape), x.new_empty([*x.shape[:-1], 1], dtype=_statistic(x)), x.new_empty(x.shape)
 
 
-@operator("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)")
+@operator(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)", batch=Normalises(-1)
+)
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(var + eps), var biased and in two passes, y rounded once.
 
@@ -62,7 +68,10 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return x.new_empty(x.shape), x.new_empty(stat, dtype=_statistic(x)), x.new_empty(stat, dtype=_statistic(x))
 
 
-@operator("group_norm(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps) -> (Tensor, Tensor, Tensor)")
+@operator(
+    "group_norm(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps) -> (Tensor, Tensor, Tensor)",
+    batch=Normalises(1),
+)
 def group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

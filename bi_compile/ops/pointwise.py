@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import AppendsDimension, Pointwise, TakesOneOfLast
 from .declare import check, composite, operator
 
 #: operator -> how it is called with (tensors, numbers, word)
@@ -42,7 +43,7 @@ def _call(name: str, tensors: Sequence[Tensor], numbers: Sequence[float], word: 
     return CALLS[name](getattr(getattr(torch.ops.aten, packet), overload), tensors, numbers, word)
 
 
-@operator("pointwise(str name, Tensor[] tensors, float[] numbers=[], str? word=None) -> Tensor")
+@operator("pointwise(str name, Tensor[] tensors, float[] numbers=[], str? word=None) -> Tensor", batch=Pointwise())
 def pointwise(name: str, tensors: Sequence[Tensor], numbers: Sequence[float] = (), word: str | None = None) -> Tensor:
     """The aten operator `name` of `CALLS` on tensors that are broadcast together; result contiguous.
 
@@ -64,7 +65,7 @@ def _in_whole_vectors(
     return whole[:n].reshape(shape).contiguous()
 
 
-@operator("spread(Tensor x, int n) -> Tensor")
+@operator("spread(Tensor x, int n) -> Tensor", batch=AppendsDimension())
 def spread(x: Tensor, n: int) -> Tensor:
     """n copies of every element: [..., n], contiguous. Opaque, so that a compiler sees n elements and not one."""
     return x.new_empty([*x.shape, n])
@@ -75,7 +76,7 @@ def _spread(x: Tensor, n: int) -> Tensor:
     return x.unsqueeze(-1).expand(*x.shape, n).clone(memory_format=torch.contiguous_format)
 
 
-@operator("first(Tensor x) -> Tensor")
+@operator("first(Tensor x) -> Tensor", batch=TakesOneOfLast())
 def first(x: Tensor) -> Tensor:
     """x[..., 0], contiguous. Opaque, so that a compiler computes all of x and not the one element that is kept."""
     return x.new_empty(x.shape[:-1])

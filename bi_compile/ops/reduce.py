@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .batch import Along, Reduces
 from .declare import check, operator
 from .matmul import FLOATS
 
@@ -31,19 +32,21 @@ def reduced_shape(x: Tensor, dim: Sequence[int], keepdim: bool) -> list[int]:
     return [1 if i in dims else n for i, n in enumerate(x.shape) if keepdim or i not in dims]
 
 
-@operator("sum(Tensor x, int[] dim, bool keepdim=False, *, ScalarType? dtype=None) -> Tensor")
+@operator("sum(Tensor x, int[] dim, bool keepdim=False, *, ScalarType? dtype=None) -> Tensor", batch=Reduces("dim"))
 def sum(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """Sum over `dim` (empty: all). `dtype`: x is read, cast to it, summed, and returned in it. C == 0 gives 0."""
     return x.new_empty(reduced_shape(x, dim, keepdim), dtype=_float("sum", x, dtype))
 
 
-@operator("mean(Tensor x, int[] dim, bool keepdim=False, *, ScalarType? dtype=None) -> Tensor")
+@operator("mean(Tensor x, int[] dim, bool keepdim=False, *, ScalarType? dtype=None) -> Tensor", batch=Reduces("dim"))
 def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """`sum` divided by C in the accumulator, rounded once. C == 0 gives NaN."""
     return x.new_empty(reduced_shape(x, dim, keepdim), dtype=_float("mean", x, dtype))
 
 
-@operator("var_mean(Tensor x, int[] dim, Scalar correction=1, bool keepdim=False) -> (Tensor, Tensor)")
+@operator(
+    "var_mean(Tensor x, int[] dim, Scalar correction=1, bool keepdim=False) -> (Tensor, Tensor)", batch=Reduces("dim")
+)
 def var_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """Variance and mean over `dim` (empty: all), in two passes: the mean, then the mean of squared distances to it.
 
@@ -54,26 +57,26 @@ def var_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool
     return x.new_empty(shape), x.new_empty(shape)
 
 
-@operator("logsumexp(Tensor x, int[] dim, bool keepdim=False) -> Tensor")
+@operator("logsumexp(Tensor x, int[] dim, bool keepdim=False) -> Tensor", batch=Reduces("dim"))
 def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
     """log(sum(exp(x))) over `dim`, the maximum taken out first (an infinite one left in). C == 0 gives -inf."""
     _float("logsumexp", x)
     return x.new_empty(reduced_shape(x, dim, keepdim))
 
 
-@operator("softmax(Tensor x, int dim, *, ScalarType? dtype=None) -> Tensor")
+@operator("softmax(Tensor x, int dim, *, ScalarType? dtype=None) -> Tensor", batch=Along("dim"))
 def softmax(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """exp(x - max) / sum(exp(x - max)) along `dim`, computed in float32 or wider; result contiguous in `dtype` or x's."""
     return x.new_empty(x.shape, dtype=_float("softmax", x, dtype))
 
 
-@operator("log_softmax(Tensor x, int dim, *, ScalarType? dtype=None) -> Tensor")
+@operator("log_softmax(Tensor x, int dim, *, ScalarType? dtype=None) -> Tensor", batch=Along("dim"))
 def log_softmax(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """(x - max) - log(sum(exp(x - max))) along `dim`, computed in float32 or wider; result contiguous in `dtype` or x's."""
     return x.new_empty(x.shape, dtype=_float("log_softmax", x, dtype))
 
 
-@operator("cumsum(Tensor x, int dim, *, ScalarType? dtype=None) -> Tensor")
+@operator("cumsum(Tensor x, int dim, *, ScalarType? dtype=None) -> Tensor", batch=Along("dim"))
 def cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """Running sum along `dim`, element after element in ascending order, accumulated in float32 or wider, each result rounded once."""
     return x.new_empty(x.shape, dtype=_float("cumsum", x, dtype))

@@ -1,0 +1,89 @@
+"""How the batch flows through an operator, said where its schema stands: `@operator("mm(…) -> Tensor", batch=Product("a", "b"))`.
+
+Each is a plain value; the audit (`bi_compile.audit.batch_rules`) gives it its meaning. An argument is called by its name in
+the schema. "Combined" is a dimension whose elements make one value: where it holds rows, the operator mixes rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointwise:
+    """The tensors are broadcast together and meet element by element; nothing is combined."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduces:
+    """The dimensions that the argument `dim` names (empty: all) are combined, and gone or of size 1."""
+
+    dim: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Along:
+    """The dimension that the argument `dim` names is combined, and stays: softmax, cumsum."""
+
+    dim: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """`a` [..., M, K] by `b` [..., K, N]: K is combined; what else there is, is broadcast to the result [..., M, N]."""
+
+    a: str
+    b: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedProduct:
+    """`a` [M, K], each row by its group's matrix of `b` [G, K, N]: K is combined; the result is [M, N]."""
+
+    a: str
+    b: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """`query` [..., L, D], `key` [..., S, D], `value` [..., S, Dv]: D and S are combined; the results begin with [..., L]."""
+
+    query: str
+    key: str
+    value: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalises:
+    """Statistics over the first tensor's dimensions from `start` (negative: from the end) on, which are combined."""
+
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Resizes:
+    """The first tensor's dimensions in their order, some of another size; nothing is combined."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AppendsDimension:
+    """The first tensor's dimensions, and one more behind them; nothing is combined."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TakesOneOfLast:
+    """The first tensor's dimensions without the last, of which one element is taken; nothing is combined."""
+
+
+Batch = (
+    Pointwise
+    | Reduces
+    | Along
+    | Product
+    | GroupedProduct
+    | Attention
+    | Normalises
+    | Resizes
+    | AppendsDimension
+    | TakesOneOfLast
+)

@@ -1,0 +1,79 @@
+"""What each operator of ours declares about the batch (`@operator(…, batch=…)`), against its results' sizes.
+
+Every dimension of a call has a size of its own, so that the size says what became of it.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from support import graph_of
+
+from bi_compile import ops
+from bi_compile.audit.batch_dims import follow
+from bi_compile.audit.batch_rules import DECLARED
+
+X = torch.zeros
+B, M, K, N, G = 2, 7, 5, 11, 3
+#: operator -> its arguments, the sizes that are combined, and those of which one element is taken
+CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
+    "mm": ((X(M, K), X(K, N)), {K}, set()),
+    "addmm": ((X(M, N), X(M, K), X(K, N)), {K}, set()),
+    "bmm": ((X(B, M, K), X(B, K, N)), {K}, set()),
+    "baddbmm": ((X(N), X(B, M, K), X(B, K, N)), {K}, set()),
+    "grouped_mm": ((X(M, K), X(G, K, N), torch.zeros(G, dtype=torch.int32)), {K}, {G}),
+    "scaled_dot_product_attention": (
+        (X(B, G, M, K), X(B, G, N, K), X(B, G, N, 13), X(B, 1, M, N)),
+        {K, N},
+        {13},  # of the values' features the logsumexp has none
+    ),
+    "rms_norm": ((X(M, G, K), None, 1e-6), {K}, set()),
+    "add_rms_norm": ((X(M, K), X(M, K), None, 1e-6), {K}, set()),
+    "layer_norm": ((X(M, K), None, None, 1e-6), {K}, set()),
+    "group_norm": ((X(M, 15, N), None, None, 5, 1e-6), {15, N}, set()),
+    "pointwise": (("aten.hypot.default", [X(M, K), X(K)]), set(), set()),
+    "spread": ((X(M, K), 2), set(), set()),
+    "first": ((X(M, K),), set(), {K}),
+    "sum": ((X(M, K, N), [1]), {K}, set()),
+    "mean": ((X(M, K), []), {M, K}, set()),
+    "var_mean": ((X(M, K, N), [0, 2]), {M, N}, set()),
+    "logsumexp": ((X(M, K), [-1], True), {K}, set()),
+    "softmax": ((X(M, K), -1), {K}, set()),
+    "log_softmax": ((X(M, K), 0), {M}, set()),
+    "cumsum": ((X(M, K), 1), {K}, set()),
+    "all_reduce": ((X(M, K), "sum", "group"), set(), set()),
+    "reduce_scatter": ((X(M, K), "sum", 1, "group"), set(), set()),
+}
+
+
+def test_every_operator_declares_how_the_batch_flows() -> None:
+    assert CALLS.keys() == ops.OPERATORS.keys() == ops.BATCH.keys()
+    assert {type(said) for said in ops.BATCH.values()} == DECLARED.keys()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_rows_go_where_it_says(name: str) -> None:
+    args, combined, taken = CALLS[name]
+    gm, inputs, (node,) = graph_of((ops.OPERATORS[name], args, {}))
+    values = node.meta["val"]
+    result = values if isinstance(values, torch.Tensor) else values[0]
+    for i, x in enumerate(inputs):
+        for dim, size in enumerate(x.shape):
+            found = follow(gm.graph, {f"x{i}": dim})
+            assert (node in found.mixed) == (size in combined), (i, dim, found.mixed)
+            if size not in combined and size not in taken and size != 1:
+                want = tuple(d for d, n in enumerate(result.shape) if n == size)
+                assert want and found.dims(node) == want, (i, dim)
+            elif size in taken and size not in result.shape:
+                assert found.dims(node) == (), (i, dim)
+
+
+def test_a_ranks_share_of_the_rows_is_rows() -> None:
+    """Of 8 rows 2 ranks have 4 each: in a graph of static shapes the size does not say it."""
+    gm, _, (node,) = graph_of((ops.OPERATORS["reduce_scatter"], (X(8, K), "sum", 2, "group"), {}))
+    assert follow(gm.graph, {"x0": 0}).dims(node) == (0,)
+
+
+def test_addbmm_adds_up_the_batches() -> None:
+    gm, _, (node,) = graph_of((torch.ops.aten.addbmm.default, (X(M, N), X(B, M, K), X(B, K, N)), {}))
+    assert all(node in follow(gm.graph, {f"x{i}": 0}).mixed for i in (1, 2))
