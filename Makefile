@@ -2,7 +2,7 @@
 # make test    the tests, then those for Ascend in an environment of their own (no NPU needed)
 # make bench   what invariance costs on this CPU: products, vLLM end to end, compilation
 # make lint    ruff and mypy
-# make docs    docs/operators.md from the passes' tables; make npu-operators: docs/npu-operators.md from torch_npu's registry
+# make docs    docs/reference/operators.md from the passes' tables; make npu-operators: docs/reference/npu-operators.md from torch_npu's registry
 #
 # Each of them first makes .venv, once. vLLM for the CPU needs Python 3.11 to 3.14: name one with PYTHON=python3.12. The tests for
 # Ascend make .venv-ascend: torch_npu, triton-ascend and vllm-ascend, on stand-ins for CANN. Those need Python 3.10 to 3.12: name
@@ -47,10 +47,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
-	$(BIN)/bi-compile passes --markdown > docs/operators.md
+	$(BIN)/bi-compile passes --markdown > docs/reference/operators.md
 
 npu-operators: $(READY_ASCEND)
-	$(RUN_ASCEND) -m bi_compile.cli.npu_reference docs/npu-operators.md
+	$(RUN_ASCEND) -m bi_compile.cli.npu_reference docs/reference/npu-operators.md
 
 clean:
 	rm -rf $(VENV) $(VENV_ASCEND)

@@ -1,6 +1,6 @@
-"""docs/npu-operators.md: the verdict on every operator of torch_npu's registry, from the targets' lists and the tables.
+"""docs/reference/npu-operators.md: the verdict on every operator of torch_npu's registry, from the targets' lists and the tables.
 
-python -m bi_compile.cli.npu_reference docs/npu-operators.md
+python -m bi_compile.cli.npu_reference docs/reference/npu-operators.md
 """
 
 from __future__ import annotations

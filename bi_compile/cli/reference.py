@@ -1,4 +1,4 @@
-"""What `bi-compile passes` prints: the tables in `passes/` as a reference, and as docs/operators.md."""
+"""What `bi-compile passes` prints: the tables in `passes/` as a reference, and as docs/reference/operators.md."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _doc(p: type[Pass]) -> str:
 
 
 def markdown() -> str:
-    """docs/operators.md."""
+    """docs/reference/operators.md."""
     parts = [_HEAD]
     for p in PASSES:
         lines = [

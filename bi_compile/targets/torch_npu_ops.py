@@ -1,6 +1,6 @@
 """What is known of torch_npu's operators on Ascend, apart from those that the tables in `passes/` replace.
 
-Each operator (`npu::packet`, `npu::packet.overload`) stands once, under the reason for its verdict; docs/npu-operators.md is
+Each operator (`npu::packet`, `npu::packet.overload`) stands once, under the reason for its verdict; docs/reference/npu-operators.md is
 made from these lists and the registry. Where "by meaning" is said, the operator's documented meaning is the source: what
 torch_npu 2.13 documents for it lets no row see another, and no sum is taken. How an Ascend kernel ends a loop cannot make
 a difference as on a CPU: its vector unit computes the tail with the same instruction under a mask (Ascend C

@@ -1,6 +1,6 @@
-"""Every kernel configuration that an operator can choose on Ascend, and the table of docs/ascend-kernels.md.
+"""Every kernel configuration that an operator can choose on Ascend, and the table of docs/reference/ascend-kernels.md.
 
-    python tests/ascend/configurations.py > docs/ascend-kernels.md     # lowers each for each chip, some minutes
+    python tests/ascend/configurations.py > docs/reference/ascend-kernels.md     # lowers each for each chip, some minutes
 
 A configuration is made by calling the operator's own host function, with the tiles of an NPU.
 """
@@ -166,7 +166,7 @@ HEADER = """# Kernels on Ascend
 What Huawei's kernel compiler (triton-ascend 3.2.0, bishengir-compile of ascendnpu-ir 1.2.0) makes of every kernel
 configuration that an operator can choose, for {chips}. The numbers are the parts of
 the unified buffer (UB), of L1 and of the accumulators (L0C) that the compiler's memory plan uses, the largest over the
-variants of a line. Generated: `python tests/ascend/configurations.py > docs/ascend-kernels.md`. None of them has run on
+variants of a line. Generated: `python tests/ascend/configurations.py > docs/reference/ascend-kernels.md`. None of them has run on
 a chip; what a closed assembler makes of the HIVM modules is not seen here.
 
 A product's tile is rows x columns x K of one step. Its rows and columns follow the number of rows, K does not, and a

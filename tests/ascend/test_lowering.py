@@ -1,6 +1,6 @@
 """Ascend's own kernel compiler takes every kernel that an operator can choose; the number of rows reaches none of them.
 
-docs/ascend-kernels.md has every configuration on every chip. Lowering them all takes many minutes, so the tests compare the
+docs/reference/ascend-kernels.md has every configuration on every chip. Lowering them all takes many minutes, so the tests compare the
 list and lower a sample: the last variant of each line on A2, and every fourth of these on the others.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from bi_compile.kernels.triton import IMPLEMENTATIONS, tiles
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "ascend-kernels.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "ascend-kernels.md"
 LAUNCHES = configurations.launches()
 #: the last variant, for row kernels the widest, of each operator, dtype and tile
 LAST = list({key[:3]: key for key in LAUNCHES}.values())

@@ -23,4 +23,6 @@ def test_every_operator_has_exactly_one_verdict() -> None:
 
 
 def test_the_page_is_current() -> None:
-    assert (ROOT / "docs" / "npu-operators.md").read_text() == npu_reference.markdown(), "run `make npu-operators`"
+    assert (ROOT / "docs" / "reference" / "npu-operators.md").read_text() == npu_reference.markdown(), (
+        "run `make npu-operators`"
+    )

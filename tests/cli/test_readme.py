@@ -56,10 +56,39 @@ def test_there_is_a_one_liner_for_each_face() -> None:
 def test_operators_page_is_up_to_date() -> None:
     from bi_compile.cli.reference import markdown
 
-    assert (ROOT / "docs" / "operators.md").read_text() == markdown(), "run `make docs`"
+    assert (ROOT / "docs" / "reference" / "operators.md").read_text() == markdown(), "run `make docs`"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that a renderer makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            name, _, heading = target.partition("#")
+            linked = page.parent / name if name else page
+            assert linked.exists(), target
+            assert not heading or heading in headings(linked), target
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)", index.read_text())}
+    assert {page for page in (ROOT / "docs").rglob("*.md") if page != index} <= linked
+
+
+def test_pages_and_files_that_are_named_exist() -> None:
+    """Pages that code names, and files of the repository that pages name."""
+    files = [*(ROOT / "bi_compile").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "Makefile", *PAGES]
+    for file in files:
+        for name in re.findall(
+            r"(?<![\w/])(?:docs|bi_compile|passes|tests)/[\w/.-]*\w\.(?:md|py|cpp|h)\b", file.read_text()
+        ):
+            assert (ROOT / name).exists(), f"{file.relative_to(ROOT)} names {name}"
