@@ -134,7 +134,9 @@ def doctor(
 
 @app.command()
 @_sentences
-def passes(markdown: Annotated[bool, typer.Option("--markdown", help="as docs/reference/operators.md")] = False) -> None:
+def passes(
+    markdown: Annotated[bool, typer.Option("--markdown", help="as docs/reference/operators.md")] = False,
+) -> None:
     """Print the reference table: each operator, by what it is replaced, why, and where that is known from."""
     from . import reference
 
