@@ -10,9 +10,9 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
-from collections.abc import Callable
 
 from ..errors import HostError
+from ..kernels.ascend.ascendc import ascendc_operators
 from . import Target
 from .torch_npu_ops import ROW_LOCAL, TRUSTED, UNPROVEN
 
@@ -135,35 +135,6 @@ def check_versions(torch: str, torch_npu: str) -> None:
         raise HostError(
             f"torch {torch} and torch_npu {torch_npu} are of different releases: pip install torch-npu=={ours}, or torch=={theirs}"
         )
-
-
-#: AscendC operators of the package `batch_invariant_ops`, by the operator of ours that each serves
-ASCENDC = {
-    "mm": "npu_mm_batch_invariant",
-    "sum": "npu_reduce_sum_batch_invariant",
-    "mean": "npu_reduce_mean_batch_invariant",
-    "log_softmax": "npu_log_softmax_batch_invariant",
-}
-
-
-def ascendc_operators() -> dict[str, Callable[..., object]]:
-    """`ASCENDC`, looked up; empty where the package is not installed.
-
-    Raises:
-        HostError: the package is there and lacks one of them.
-    """
-    if importlib.util.find_spec("batch_invariant_ops") is None:
-        return {}
-    import batch_invariant_ops  # noqa: F401
-    import torch
-
-    missing = [name for name in ASCENDC.values() if not hasattr(torch.ops.batch_invariant_ops, name)]
-    if missing:
-        raise HostError(
-            f"the package batch_invariant_ops lacks {', '.join(missing)}: install its current release (for Ascend 950: 2.0.0 or "
-            "newer), or uninstall it to use the Triton kernels"
-        )
-    return {ours: getattr(torch.ops.batch_invariant_ops, theirs) for ours, theirs in ASCENDC.items()}
 
 
 def check_kernels() -> None:

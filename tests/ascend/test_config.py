@@ -95,7 +95,7 @@ def test_vllm_ascends_own_mode_patches_nothing_while_ours_is_active() -> None:
 
 def test_a_package_without_the_operator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package is nobody's here: an empty one stands in for an old release."""
-    from bi_compile.targets.ascend import ascendc_operators
+    from bi_compile.kernels.ascend.ascendc import ascendc_operators
 
     (tmp_path / "batch_invariant_ops.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
