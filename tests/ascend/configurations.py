@@ -19,7 +19,7 @@ import lowering
 import torch
 from torch import Tensor
 
-from bi_compile.kernels.triton import IMPLEMENTATIONS, tiles
+from bi_compile.kernels.triton import IMPLEMENTATIONS, launch, tiles
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 #: the columns that a program of a row kernel can hold, each a kernel of its own
@@ -49,11 +49,11 @@ def strided(*shape: int, dtype: str) -> Tensor:
 
 def with_wide_offsets(a: Tensor, b: Tensor) -> Tensor:
     """The product as it is launched for tensors too large for 32-bit offsets."""
-    limit, tiles.INT32_MAX = tiles.INT32_MAX, 0
+    limit, launch.INT32_MAX = launch.INT32_MAX, 0
     try:
         return IMPLEMENTATIONS["mm"](a, b)
     finally:
-        tiles.INT32_MAX = limit
+        launch.INT32_MAX = limit
 
 
 def products() -> Iterator[Configuration]:
@@ -139,14 +139,14 @@ def attention() -> Iterator[Configuration]:
 def launches() -> dict[tuple[str, str, str, str], lowering.Launch]:
     """(operator, dtype, tile, variant) -> the one kernel that it launches."""
     found = {}
-    before, tiles.HOST = tiles.HOST, "npu"
+    before, launch.HOST = launch.HOST, "npu"
     try:
         for c in itertools.chain(products(), row_kernels(), attention()):
             with lowering.captured() as captured:
                 c.run()
             (found[c[:4]],) = captured
     finally:
-        tiles.HOST = before
+        launch.HOST = before
     return found
 
 

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import interpreter
 import triton_suite as suite
 
-from bi_compile.kernels.triton import tiles
+from bi_compile.kernels.triton import launch
 
-tiles.HOST = "npu"
+launch.HOST = "npu"
 interpreter.install()
 
 torch.set_num_threads(1)  # the processes of `main` share the cores

@@ -14,7 +14,7 @@ import lowering
 import pytest
 import torch
 
-from bi_compile.kernels.triton import IMPLEMENTATIONS, tiles
+from bi_compile.kernels.triton import IMPLEMENTATIONS, launch, tiles
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "ascend-kernels.md"
 LAUNCHES = configurations.launches()
@@ -58,7 +58,7 @@ def test_a_tile_that_does_not_fit_is_refused() -> None:
 
     a, b = torch.empty(1, 256, 512), torch.empty(1, 512, 256)
     with pytest.MonkeyPatch.context() as patch, lowering.captured() as found:
-        patch.setattr(tiles, "HOST", "npu")
+        patch.setattr(launch, "HOST", "npu")
         product(a.new_empty(1, 256, 256), a, b, tile=tiles.Tile(256, 256, 1, 1))
     assert "cc overflow" in lowering.lower(found[0], lowering.CHIPS["A2"]).said
 
@@ -80,14 +80,14 @@ def kernels_over_rows(name: str, rows: int, dtype: torch.dtype) -> list[str]:
     }  # fmt: skip
     with lowering.captured() as found:
         calls[name](IMPLEMENTATIONS[name])
-    return [f"{launch.name} {launch.key}" for launch in found]
+    return [f"{kernel.name} {kernel.key}" for kernel in found]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS.keys() - {"bmm", "baddbmm"}))
 def test_the_number_of_rows_reaches_no_constant(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One module for all numbers of rows; of a product, one for each tile in the table."""
-    monkeypatch.setattr(tiles, "HOST", "npu")
+    monkeypatch.setattr(launch, "HOST", "npu")
     table = tiles.PRODUCT["npu"][dtype.itemsize] if name in ("mm", "addmm", "grouped_mm") else [(1, None)]
     found = {key for rows in (*range(1, 258), 512, 1024, 4095) for key in kernels_over_rows(name, rows, dtype)}
     assert len(found) == len(table), found
@@ -98,11 +98,11 @@ def test_every_tile_of_a_product_takes_k_in_the_same_steps(dtype: str) -> None:
     """In the code handed to bishengir-compile: one matrix product in one ascending loop, its K that of the table. A block
     fits whole, and twice, into L0A and L0B, so that nothing there cuts it by the tile's height."""
     block = tiles.PRODUCT_K["npu"][configurations.DTYPES[dtype].itemsize]
-    for (operator, d, name, variant), launch in LAUNCHES.items():
+    for (operator, d, name, variant), kernel in LAUNCHES.items():
         if operator not in ("mm", "addmm", "grouped_mm") or d != dtype:
             continue
         height, width = map(int, name.split(" x ")[:2])
-        linalg = launch.linalg(lowering.CHIPS["A2"])
+        linalg = kernel.linalg(lowering.CHIPS["A2"])
         dots = re.findall(r"linalg.matmul.*ins\(.*: tensor<(\d+)x(\d+)x\w+>, tensor<(\d+)x(\d+)x\w+>\)", linalg)
         assert dots == [(str(height), str(block), str(block), str(width))], (operator, name, variant)
         assert 2 * block * max(height, width) * configurations.DTYPES[dtype].itemsize <= 2**16

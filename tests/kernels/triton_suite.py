@@ -404,22 +404,22 @@ def test_every_tile_of_a_product_gives_the_same_bits(length: int, dtype: torch.d
 @pytest.mark.parametrize("length", [8, 1000, 4096])
 def test_every_step_by_descriptor_gives_the_same_bits(length: int, dtype: torch.dtype) -> None:
     """Those of the kernel without descriptors too; weights as [N, K] and as [K, N], rows that lie apart."""
-    from bi_compile.kernels.triton import matmul_tma as hopper
+    from bi_compile.kernels.triton import matmul_tma
     from bi_compile.kernels.triton.matmul import product
-    from bi_compile.kernels.triton.tiles import Tile
+    from bi_compile.kernels.triton.tiles import TMA_FEW_ROWS, TMA_MANY_ROWS, Tile
 
-    steps = [step for _, step in hopper.FEW] + hopper.MANY
+    steps = [step for _, step in TMA_FEW_ROWS] + TMA_MANY_ROWS
     apart = draw(300, length + 8, dtype=dtype)[:, :length]
     bias = draw(72, dtype=dtype)
     for rows in (1, 37, 300):
         a = apart[:rows]
         for b in (draw(72, length, dtype=dtype, seed=1).t(), draw(length, 72, dtype=dtype, seed=1)):
-            at = hopper.where(a, b)
-            assert at is not None and hopper.where(draw(length + 1, dtype=dtype)[None, 1:], b) is None
+            layout = matmul_tma.tma_layout(a, b)
+            assert layout is not None and matmul_tma.tma_layout(draw(length + 1, dtype=dtype)[None, 1:], b) is None
             want = product(a.new_empty(1, rows, 72), a[None], b[None], bias, 0.3, 1.7, Tile(16, 32, 4, 6))[0]
             for step in steps:
                 got = a.new_empty(rows, 72)
-                hopper.product(got, a, b, bias.expand(rows, 72), 0.3, 1.7, at, step)
+                matmul_tma.product(got, a, b, bias.expand(rows, 72), 0.3, 1.7, layout, step)
                 assert same(got, want), (rows, step)
 
 

@@ -1,7 +1,6 @@
 """The kernels in Triton, for CUDA. They run on a CPU's tensors in Triton's interpreter (`TRITON_INTERPRET=1`).
 
-The order of each sum stands in the docstring of the kernel that takes it; what may follow the number of rows, in
-`tiles`. Each function here has its operator's arguments, checks them as the operator's fake implementation does, and
+The order of each sum stands in the docstring of the kernel that takes it; what may follow the number of rows, in `tiles`. Each function here has its operator's arguments, checks them as the operator's fake implementation does, and
 fills the empty outputs that it returns.
 """
 

@@ -1,4 +1,4 @@
-"""Attention: one program for each tile of queries, which walks the keys in ascending order."""
+"""Attention: one program for each tile of queries, which takes the keys in ascending order."""
 
 from __future__ import annotations
 
@@ -13,20 +13,9 @@ from torch import Tensor
 
 from bi_compile import ops
 
+from .launch import accumulator, cdiv, choose, launch, target
 from .reduce import divide, exp, fold
-from .tiles import (
-    ATTENTION,
-    ATTENTION_HEAD,
-    LONGEST_HEAD,
-    Tile,
-    accumulator,
-    cdiv,
-    choose,
-    fitting,
-    folds,
-    launch,
-    target,
-)
+from .tiles import ATTENTION, ATTENTION_HEAD, LONGEST_HEAD, Tile
 
 
 @triton.jit
@@ -40,8 +29,8 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def _weight(x, HALF: tl.constexpr):
-    """e**x; by the hardware's exponential where the result is rounded to 16 bits anyway."""
+def _exp(x, HALF: tl.constexpr):
+    """e**x; the hardware's exponential where the result is rounded to 16 bits anyway."""
     if HALF:
         result = tl.exp(x)
     else:
@@ -49,98 +38,113 @@ def _weight(x, HALF: tl.constexpr):
     return result
 
 
-@triton.jit(do_not_specialize=["L", "S", "tiles"])
+@triton.jit(do_not_specialize=["L", "S", "num_pid_m"])
 def _attention(
-    q, k, v, mask, out, lse, tiles, heads, group, L, S, D, DV,
-    q_batch, q_head, q_row, q_col, k_batch, k_head, k_row, k_col, v_batch, v_head, v_row, v_col,
-    mask_batch, mask_head, mask_row, mask_col,
+    q, k, v, mask, out, lse, num_pid_m, heads, group, L, S, D, DV,
+    stride_qz, stride_qh, stride_qm, stride_qd, stride_kz, stride_kh, stride_kn, stride_kd,
+    stride_vz, stride_vh, stride_vn, stride_vd, stride_maskz, stride_maskh, stride_maskm, stride_maskn,
     SCALE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
     FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over the keys in blocks of BLOCK_N, ascending, with a running maximum, sum and output in float32.
+    """Softmax over the keys in blocks of BLOCK_N, ascending, with running maximum m_i, sum l_i and output acc in float32.
 
-    The sum of the weights: lane j of BLOCK_N adds up the keys j, j + BLOCK_N, ... ascending, then `fold`, or `tl.sum`
+    The sum of exp(qk - m_i): lane j of BLOCK_N adds up the keys j, j + BLOCK_N, ... ascending, then `fold`, or `tl.sum`
     if not FOLD. The output: one dot after the other. In float64 a dot is a `fold` of the products.
 
     Row r of a key head's queries is query r // group of its head r % group. A block none of whose keys a row sees
     leaves the row's numbers as they are, so it does not matter whether it is skipped, as causal blocks behind the
     tile's last query are. MASK: 0 none, 1 bool, 2 float.
     """
-    place = (tl.program_id(0) // tiles).to(tl.int64)
-    batch = place // heads
-    head = place % heads
-    first = tl.program_id(0) % tiles * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M)
-    query = (rows // group).to(tl.int64)
-    q_heads = head * group + rows % group
+    off_zh = (tl.program_id(0) // num_pid_m).to(tl.int64)
+    off_z = off_zh // heads
+    off_h = off_zh % heads
+    m0 = tl.program_id(0) % num_pid_m * BLOCK_M
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    query = (offs_m // group).to(tl.int64)
+    q_head = off_h * group + offs_m % group
     valid = query < L
-    ds = tl.arange(0, BLOCK_D)
-    dvs = tl.arange(0, BLOCK_DV)
-    keys = tl.arange(0, BLOCK_N).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
 
-    q_tile = q + batch * q_batch + q_heads[:, None] * q_head + query[:, None] * q_row + ds[None, :] * q_col
-    q_block = tl.load(q_tile, mask=valid[:, None] & (ds < D)[None, :], other=0.0)
-    k_tile = k + batch * k_batch + head * k_head + keys[None, :] * k_row + ds[:, None] * k_col
-    v_tile = v + batch * v_batch + head * v_head + keys[:, None] * v_row + dvs[None, :] * v_col
+    q_ptrs = (
+        q + off_z * stride_qz + q_head[:, None] * stride_qh + query[:, None] * stride_qm + offs_d[None, :] * stride_qd
+    )
+    q_block = tl.load(q_ptrs, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
+    k_ptrs = k + off_z * stride_kz + off_h * stride_kh + offs_n[None, :] * stride_kn + offs_d[:, None] * stride_kd
+    v_ptrs = v + off_z * stride_vz + off_h * stride_vh + offs_n[:, None] * stride_vn + offs_dv[None, :] * stride_vd
     if MASK:
-        mask_tile = mask + batch * mask_batch + q_heads[:, None] * mask_head + query[:, None] * mask_row
-        mask_tile += keys[None, :] * mask_col
+        mask_ptrs = mask + off_z * stride_maskz + q_head[:, None] * stride_maskh + query[:, None] * stride_maskm
+        mask_ptrs += offs_n[None, :] * stride_maskn
 
-    peak = tl.full((BLOCK_M,), float("-inf"), ACC)
-    lanes = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    m_i = tl.full((BLOCK_M,), float("-inf"), ACC)
+    l_i = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
     end = S
     if CAUSAL:
-        end = tl.minimum(S, (first + BLOCK_M - 1) // group + 1)
-    for start in range(0, end, BLOCK_N):
-        k_block = tl.load(k_tile, mask=(keys < S - start)[None, :] & (ds < D)[:, None], other=0.0)
-        scores = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
+        end = tl.minimum(S, (m0 + BLOCK_M - 1) // group + 1)
+    for start_n in range(0, end, BLOCK_N):
+        k_block = tl.load(k_ptrs, mask=(offs_n < S - start_n)[None, :] & (offs_d < D)[:, None], other=0.0)
+        qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
         scale = tl.full((BLOCK_M, BLOCK_N), SCALE, ACC)
-        seen = valid[:, None] & (keys < S - start)[None, :]
+        seen = valid[:, None] & (offs_n < S - start_n)[None, :]
         if CAUSAL:
-            seen = seen & (start + keys[None, :] <= query[:, None])
+            seen = seen & (start_n + offs_n[None, :] <= query[:, None])
         if MASK == 1:
-            seen = seen & (tl.load(mask_tile, mask=seen, other=0) != 0)
+            seen = seen & (tl.load(mask_ptrs, mask=seen, other=0) != 0)
         if MASK == 2:
-            addend = tl.load(mask_tile, mask=seen, other=float("-inf")).to(ACC)
+            addend = tl.load(mask_ptrs, mask=seen, other=float("-inf")).to(ACC)
             seen = seen & (addend != float("-inf"))
-            scores = tl.fma(scores, scale, addend)
+            qk = tl.fma(qk, scale, addend)
         else:
-            scores = scores * scale
-        scores = tl.where(seen, scores, float("-inf"))
+            qk = qk * scale
+        qk = tl.where(seen, qk, float("-inf"))
 
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = _weight(scores - base[:, None], HALF)
-        shrink = _weight(peak - base, HALF)
-        v_block = tl.load(v_tile, mask=(keys < S - start)[:, None] & (dvs < DV)[None, :], other=0.0)
-        new_lanes = tl.fma(lanes, tl.broadcast_to(shrink[:, None], BLOCK_M, BLOCK_N), weights)
-        new_acc = _dot(weights.to(v.dtype.element_ty), v_block, acc * shrink[:, None])
+        m_ij = tl.maximum(m_i, tl.max(qk, 1))
+        shift = tl.where(m_ij == float("-inf"), 0.0, m_ij)
+        p = _exp(qk - shift[:, None], HALF)
+        alpha = _exp(m_i - shift, HALF)
+        v_block = tl.load(v_ptrs, mask=(offs_n < S - start_n)[:, None] & (offs_dv < DV)[None, :], other=0.0)
+        new_l_i = tl.fma(l_i, tl.broadcast_to(alpha[:, None], BLOCK_M, BLOCK_N), p)
+        new_acc = _dot(p.to(v.dtype.element_ty), v_block, acc * alpha[:, None])
         if CAUSAL or MASK:
-            # 0 * NaN is NaN: a block of which a row sees nothing must not bring it a NaN of v
+            # 0 * NaN is NaN: a NaN in v must not reach a row that sees no key of the block
             any_seen = tl.max(seen.to(tl.int32), 1) > 0
-            lanes = tl.where(any_seen[:, None], new_lanes, lanes)
+            l_i = tl.where(any_seen[:, None], new_l_i, l_i)
             acc = tl.where(any_seen[:, None], new_acc, acc)
         else:
-            lanes = new_lanes
+            l_i = new_l_i
             acc = new_acc
-        peak = new_peak
-        k_tile += BLOCK_N * k_row
-        v_tile += BLOCK_N * v_row
+        m_i = m_ij
+        k_ptrs += BLOCK_N * stride_kn
+        v_ptrs += BLOCK_N * stride_vn
         if MASK:
-            mask_tile += BLOCK_N * mask_col
+            mask_ptrs += BLOCK_N * stride_maskn
 
     if FOLD:
-        total = tl.reshape(fold(lanes[:, :, None]), (BLOCK_M,))
+        total = tl.reshape(fold(l_i[:, :, None]), (BLOCK_M,))
     else:
-        total = tl.sum(lanes, 1)
-    nothing = total == 0.0
-    total = tl.where(nothing, 1.0, total)
+        total = tl.sum(l_i, 1)
+    no_key = total == 0.0
+    total = tl.where(no_key, 1.0, total)
     acc = divide(acc, tl.broadcast_to(total[:, None], BLOCK_M, BLOCK_DV))
-    row = (batch * heads * group + q_heads) * L + query
-    tl.store(lse + row, tl.where(nothing, float("-inf"), peak + tl.log(total)), mask=valid)
-    sink = out + row[:, None] * DV + dvs[None, :]
-    tl.store(sink, acc.to(out.dtype.element_ty), mask=valid[:, None] & (dvs < DV)[None, :])
+    row = (off_z * heads * group + q_head) * L + query
+    tl.store(lse + row, tl.where(no_key, float("-inf"), m_i + tl.log(total)), mask=valid)
+    out_ptrs = out + row[:, None] * DV + offs_dv[None, :]
+    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=valid[:, None] & (offs_dv < DV)[None, :])
+
+
+def _uses_fold(x: Tensor) -> bool:
+    """Whether the lanes' sum is `reduce.fold`. Not on Ascend, where one tile, so one compiled order, serves all rows and
+    the many small dimensions of `fold` overflow the unified buffer."""
+    return target(x) != "npu"
+
+
+def _fit_to_head(tile: Tile, head: int, longest: int) -> Tile:
+    """`tile`, with fewer rows and stages where heads of `head` elements, more than `longest`, would overflow memory."""
+    height = tile.height if head <= longest else min(tile.height, 16)
+    warps = max(1, tile.warps * height // tile.height)
+    return Tile(height, tile.width, warps, max(1, min(tile.stages, 512 // head)))
 
 
 def _mask(mask: Tensor | None, shape: list[int]) -> tuple[int, Tensor | None, tuple[int, ...]]:
@@ -156,7 +160,7 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None,
     outs: tuple[Tensor, Tensor], tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fill `outs` (output, logsumexp), both contiguous; any strides of the others; `tile`: not the table's."""
+    """Fill `outs` (output, logsumexp), both contiguous; the others may have any strides. `tile`: in place of the table's."""
     batches, q_heads, length, dim = query.shape
     heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
     if outs[1].numel() == 0:
@@ -172,14 +176,14 @@ def attention(
             f"bi_compile::scaled_dot_product_attention: heads of {max(dim, value_dim)} in {query.dtype} do not fit into an "
             f"Ascend NPU's on-chip memory, which holds {limit}: use a shorter head or a narrower dtype"
         )
-    tile = fitting(tile or choose(ATTENTION[device][size], length * group), max(blocks), longest)
-    tiles = cdiv(length * group, tile.height)
+    tile = _fit_to_head(tile or choose(ATTENTION[device][size], length * group), max(blocks), longest)
+    num_pid_m = cdiv(length * group, tile.height)
     launch(
-        _attention, batches * heads * tiles, query, query, key, value, mask, *outs,
-        tiles, heads, group, length, keys, dim, value_dim,
+        _attention, batches * heads * num_pid_m, query, query, key, value, mask, *outs,
+        num_pid_m, heads, group, length, keys, dim, value_dim,
         *query.stride(), *key.stride(), *value.stride(), *mask_strides,
         SCALE=1 / math.sqrt(dim) if scale is None and dim else float(scale or 0), MASK=kind, CAUSAL=causal,
-        HALF=size == 2, ACC=accumulator(query.dtype), FOLD=folds(query), BLOCK_M=tile.height, BLOCK_N=tile.width,
+        HALF=size == 2, ACC=accumulator(query.dtype), FOLD=_uses_fold(query), BLOCK_M=tile.height, BLOCK_N=tile.width,
         BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -196,7 +200,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `bi_compile.ops.scaled_dot_product_attention`; the order of the sums: `_attention`."""
-    outs = ops.scaled_dot_product_attention.__wrapped__(query, key, value, attn_mask, is_causal, scale=scale)
+    outs = ops.scaled_dot_product_attention.meta(query, key, value, attn_mask, is_causal, scale=scale)
     return attention(query, key, value, attn_mask, is_causal, scale, outs)
 
 

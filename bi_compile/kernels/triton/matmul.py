@@ -1,4 +1,4 @@
-"""Products: one program for each tile of the output, which walks K in ascending order."""
+"""Products: one program for each tile of the output, which takes K in ascending order."""
 
 from __future__ import annotations
 
@@ -12,175 +12,152 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .tiles import PRODUCT, PRODUCT_K, Tile, cdiv, choose, index_type, launch, target, turned
-
-#: tiles of one column of tiles that run side by side, so that they share their columns of b in the cache
-GROUP = 8
-
-
-@triton.jit
-def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Batch, first row and first column of this program's tile. Programs go down GROUP_M tiles, then to the right."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    batch = tl.program_id(0) // (tiles_m * tiles_n)
-    place = tl.program_id(0) % (tiles_m * tiles_n)
-    first = place // (GROUP_M * tiles_n) * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    inside = place % (GROUP_M * tiles_n)
-    return batch.to(tl.int64), (first + inside % height) * BLOCK_M, inside // height * BLOCK_N
+from . import matmul_tma
+from .launch import cdiv, choose, index_type, launch, loads_transposed, target
+from .output_tile import GROUP_SIZE_M, program_tile, store_output
+from .tiles import PRODUCT, PRODUCT_K, Tile
 
 
 @triton.jit
-def _finish(
-    acc, bias, out, batch, rows, cols, M, N, bias_batch, bias_row, bias_col, alpha, beta,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Store fma(beta, bias, alpha * acc), rounded once to out's dtype."""
-    inside = (rows < M)[:, None] & (cols < N)[None, :]
-    if SCALED:
-        acc = acc * alpha
-    if BIASED:
-        bias_tile = bias + batch * bias_batch + rows[:, None] * bias_row + cols[None, :] * bias_col
-        addend = tl.load(bias_tile, mask=inside, other=0.0).to(tl.float32)
-        # written out: a compiler that fuses the sum by itself may do so in one tile's kernel and not in another's
-        acc = tl.fma(addend, tl.full((BLOCK_M, BLOCK_N), beta, tl.float32), acc)
-    out_tile = out + batch * M * N + rows[:, None] * N + cols[None, :]
-    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _tile(x, rows, row, cols, col, TURNED: tl.constexpr):
-    """Pointers to x's elements [rows, cols], or [cols, rows] if TURNED."""
-    if TURNED:
-        result = x + cols[:, None] * col + rows[None, :] * row
+def _operand_ptrs(x, offs_r, stride_r, offs_c, stride_c, TRANSPOSED: tl.constexpr):
+    """Pointers to x's elements [offs_r, offs_c], or [offs_c, offs_r] if TRANSPOSED."""
+    if TRANSPOSED:
+        result = x + offs_c[:, None] * stride_c + offs_r[None, :] * stride_r
     else:
-        result = x + rows[:, None] * row + cols[None, :] * col
+        result = x + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c
     return result
 
 
 @triton.jit
-def _load(tile, rows, row_end, cols, col_end, TURNED: tl.constexpr):
-    """The elements [rows, cols] that `_tile` points to, zeros behind the ends."""
-    if TURNED:
-        result = tl.trans(tl.load(tile, mask=(cols < col_end)[:, None] & (rows < row_end)[None, :], other=0.0))
+def _load_operand(ptrs, offs_r, end_r, offs_c, end_c, TRANSPOSED: tl.constexpr):
+    """The elements [offs_r, offs_c] that `_operand_ptrs` points to, zeros from end_r and end_c on."""
+    if TRANSPOSED:
+        result = tl.trans(tl.load(ptrs, mask=(offs_c < end_c)[:, None] & (offs_r < end_r)[None, :], other=0.0))
     else:
-        result = tl.load(tile, mask=(rows < row_end)[:, None] & (cols < col_end)[None, :], other=0.0)
+        result = tl.load(ptrs, mask=(offs_r < end_r)[:, None] & (offs_c < end_c)[None, :], other=0.0)
     return result
 
 
 @triton.jit
-def _sum(
-    a, b, rows, row_end, cols, col_end, K, a_row, a_col, b_row, b_col,
-    CHAINED: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, INDEX: tl.constexpr,
+def _sum_over_k(
+    a, b, offs_m, M, offs_n, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+    CHAINED: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """a[rows] @ b[:, cols], K in blocks of BLOCK_K, ascending, in one float32 accumulator per element.
+    """a[offs_m] @ b[:, offs_n], K in blocks of BLOCK_K, ascending, in one float32 accumulator per element.
 
     If CHAINED, a block's products are added to the accumulator one after the other (or as the matrix unit does it); if
     not, to a sum of their own, which is then added to the accumulator: less error, as float32 needs it. Ragged blocks
-    are filled with zeros. A_TURNED, B_TURNED: the operand's tile is read transposed, as it lies, and turned on the chip.
+    are filled with zeros. A_TRANSPOSED, B_TRANSPOSED: the operand's tile is loaded with its dimensions swapped, in the order
+    in which memory has it, and transposed on the chip.
     """
-    ks = tl.arange(0, BLOCK_K).to(INDEX)
-    a_tile = _tile(a, rows, a_row, ks, a_col, A_TURNED)
-    b_tile = _tile(b, ks, b_row, cols, b_col, B_TURNED)
+    offs_k = tl.arange(0, BLOCK_K).to(INDEX)
+    a_ptrs = _operand_ptrs(a, offs_m, stride_am, offs_k, stride_ak, A_TRANSPOSED)
+    b_ptrs = _operand_ptrs(b, offs_k, stride_bk, offs_n, stride_bn, B_TRANSPOSED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        left = _load(a_tile, rows, row_end, ks, K - k, A_TURNED)
-        right = _load(b_tile, ks, K - k, cols, col_end, B_TURNED)
+    for k0 in range(0, K, BLOCK_K):
+        a_block = _load_operand(a_ptrs, offs_m, M, offs_k, K - k0, A_TRANSPOSED)
+        b_block = _load_operand(b_ptrs, offs_k, K - k0, offs_n, N, B_TRANSPOSED)
         if CHAINED:
-            acc = tl.dot(left, right, acc, input_precision="ieee")
+            acc = tl.dot(a_block, b_block, acc, input_precision="ieee")
         else:
-            part = tl.dot(left, right, input_precision="ieee")
-            # not acc + part: the compiler turns that into the chain
+            part = tl.dot(a_block, b_block, input_precision="ieee")
+            # not acc + part, which the compiler turns into tl.dot(a_block, b_block, acc)
             acc = tl.fma(part, tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32), acc)
-        a_tile += BLOCK_K * a_col
-        b_tile += BLOCK_K * b_row
+        a_ptrs += BLOCK_K * stride_ak
+        b_ptrs += BLOCK_K * stride_bk
     return acc
 
 
 @triton.jit(do_not_specialize=["M"])
 def _product(
     a, b, bias, out, M, N, K,
-    a_batch, a_row, a_col, b_batch, b_row, b_col, bias_batch, bias_row, bias_col, alpha, beta,
+    stride_az, stride_am, stride_ak, stride_bz, stride_bk, stride_bn, stride_biasz, stride_biasm, stride_biasn, alpha, beta,
     SCALED: tl.constexpr, BIASED: tl.constexpr, CHAINED: tl.constexpr,
-    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE_M: tl.constexpr,
 ):  # fmt: skip
-    """out = alpha * (a @ b) + beta * bias: `_sum`, `_finish`."""
-    batch, row, col = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
-    cols = (col + tl.arange(0, BLOCK_N)).to(INDEX)
-    acc = _sum(
-        a + batch * a_batch, b + batch * b_batch, rows, M, cols, N, K, a_row, a_col, b_row, b_col,
-        CHAINED, A_TURNED, B_TURNED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+    """out = alpha * (a @ b) + beta * bias: `_sum_over_k`, then `store_output`."""
+    batch, m0, n0 = program_tile(M, N, BLOCK_M, BLOCK_N, GROUP_SIZE_M)
+    offs_m = (m0 + tl.arange(0, BLOCK_M)).to(INDEX)
+    offs_n = (n0 + tl.arange(0, BLOCK_N)).to(INDEX)
+    acc = _sum_over_k(
+        a + batch * stride_az, b + batch * stride_bz, offs_m, M, offs_n, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+        CHAINED, A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    _finish(
-        acc, bias, out, batch, rows, cols, M, N, bias_batch, bias_row, bias_col, alpha, beta, SCALED, BIASED, BLOCK_M, BLOCK_N
+    store_output(
+        acc, bias, out, batch, offs_m, offs_n, M, N, stride_biasz, stride_biasm, stride_biasn, alpha, beta,
+        SCALED, BIASED, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit
-def _place_in_group(ends, groups, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Group, first row, end of the group's rows and first column of this program's tile; no rows if there is no such tile."""
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    place = tl.program_id(0) // tiles_n
-    group = place * 0
-    row, end, start, seen = group, group, group, group
+def _group_tile(ends, groups, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Group, first row m0, end of the group's rows and first column n0 of this program's tile.
+
+    Programs beyond the last tile get m0 = end = 0, a tile without rows.
+    """
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    pid_m = tl.program_id(0) // num_pid_n
+    group = pid_m * 0
+    m0, end, start, tiles_before = group, group, group, group
     for g in range(0, groups):
         stop = tl.load(ends + g)
         tiles = tl.cdiv(stop - start, BLOCK_M)
-        here = (place >= seen) & (place < seen + tiles)
+        here = (pid_m >= tiles_before) & (pid_m < tiles_before + tiles)
         group = tl.where(here, g, group)
-        row = tl.where(here, start + (place - seen) * BLOCK_M, row)
+        m0 = tl.where(here, start + (pid_m - tiles_before) * BLOCK_M, m0)
         end = tl.where(here, stop, end)
-        seen += tiles
+        tiles_before += tiles
         start = stop
-    return group.to(tl.int64), row, end, tl.program_id(0) % tiles_n * BLOCK_N
+    return group.to(tl.int64), m0, end, tl.program_id(0) % num_pid_n * BLOCK_N
 
 
 @triton.jit(do_not_specialize=["groups"])
 def _grouped(
-    a, b, bias, ends, out, groups, N, K, a_row, a_col, b_group, b_row, b_col, bias_group, bias_row, bias_col,
-    BIASED: tl.constexpr, CHAINED: tl.constexpr, B_TURNED: tl.constexpr, INDEX: tl.constexpr,
+    a, b, bias, ends, out, groups, N, K,
+    stride_am, stride_ak, stride_bz, stride_bk, stride_bn, stride_biasz, stride_biasm, stride_biasn,
+    BIASED: tl.constexpr, CHAINED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = a @ b[g] + bias[g] for the rows of each group g: `_sum`, `_finish`. Nothing is read where a group has no rows."""
-    group, row, end, col = _place_in_group(ends, groups, N, BLOCK_M, BLOCK_N)
-    rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
-    cols = (col + tl.arange(0, BLOCK_N)).to(INDEX)
-    acc = _sum(
-        a, b + group * b_group, rows, end, cols, N, tl.where(row < end, K, 0), a_row, a_col, b_row, b_col,
-        CHAINED, False, B_TURNED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+    """out = a @ b[g] + bias[g] for the rows of each group g: `_sum_over_k`, then `store_output`. A tile without rows reads nothing."""
+    group, m0, end, n0 = _group_tile(ends, groups, N, BLOCK_M, BLOCK_N)
+    offs_m = (m0 + tl.arange(0, BLOCK_M)).to(INDEX)
+    offs_n = (n0 + tl.arange(0, BLOCK_N)).to(INDEX)
+    acc = _sum_over_k(
+        a, b + group * stride_bz, offs_m, end, offs_n, N, tl.where(m0 < end, K, 0), stride_am, stride_ak, stride_bk, stride_bn,
+        CHAINED, False, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if BIASED:
-        bias += group * bias_group
-    _finish(acc, bias, out, 0, rows, cols, end, N, 0, bias_row, bias_col, 1.0, 1.0, False, BIASED, BLOCK_M, BLOCK_N)
+        bias += group * stride_biasz
+    store_output(
+        acc, bias, out, 0, offs_m, offs_n, end, N, 0, stride_biasm, stride_biasn, 1.0, 1.0, False, BIASED, BLOCK_M, BLOCK_N
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
-def _product64(
-    a, b, out, M, N, K, a_batch, a_row, a_col, b_batch, b_row, b_col,
-    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+def _product_float64(
+    a, b, out, M, N, K, stride_az, stride_am, stride_ak, stride_bz, stride_bk, stride_bn,
+    INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE_M: tl.constexpr,
 ):  # fmt: skip
     """out = a @ b in float64: K in blocks of BLOCK_K, ascending, each block's products added up one after the other."""
-    batch, row, col = _place(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = (row + tl.arange(0, BLOCK_M)).to(INDEX)
-    cols = (col + tl.arange(0, BLOCK_N)).to(INDEX)
-    left = a + batch * a_batch + rows[:, None] * a_row
-    right = b + batch * b_batch + cols[None, :] * b_col
+    batch, m0, n0 = program_tile(M, N, BLOCK_M, BLOCK_N, GROUP_SIZE_M)
+    offs_m = (m0 + tl.arange(0, BLOCK_M)).to(INDEX)
+    offs_n = (n0 + tl.arange(0, BLOCK_N)).to(INDEX)
+    a_ptrs = a + batch * stride_az + offs_m[:, None] * stride_am
+    b_ptrs = b + batch * stride_bz + offs_n[None, :] * stride_bn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
-    for start in range(0, K, BLOCK_K):
+    for k0 in range(0, K, BLOCK_K):
         part = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
-        for _ in range(start, tl.minimum(start + BLOCK_K, K)):
-            x = tl.load(left, mask=(rows < M)[:, None], other=0.0)
-            y = tl.load(right, mask=(cols < N)[None, :], other=0.0)
+        for _ in range(k0, tl.minimum(k0 + BLOCK_K, K)):
+            x = tl.load(a_ptrs, mask=(offs_m < M)[:, None], other=0.0)
+            y = tl.load(b_ptrs, mask=(offs_n < N)[None, :], other=0.0)
             part = tl.fma(tl.broadcast_to(x, BLOCK_M, BLOCK_N), tl.broadcast_to(y, BLOCK_M, BLOCK_N), part)
-            left += a_col
-            right += b_row
+            a_ptrs += stride_ak
+            b_ptrs += stride_bk
         acc += part
-    out_tile = out + batch * M * N + rows[:, None] * N + cols[None, :]
-    tl.store(out_tile, acc, mask=(rows < M)[:, None] & (cols < N)[None, :])
+    out_ptrs = out + batch * M * N + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(out_ptrs, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 def _float64(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, beta: float, alpha: float, tile: Tile) -> None:
@@ -188,8 +165,8 @@ def _float64(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, beta: float
     count, m, n = out.shape
     programs = count * cdiv(m, tile.height) * cdiv(n, tile.width)
     launch(
-        _product64, programs, a, a, b, out, m, n, a.shape[2], *a.stride(), *b.stride(), INDEX=index_type(a, b, out),
-        BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][8], GROUP_M=GROUP, num_warps=tile.warps,
+        _product_float64, programs, a, a, b, out, m, n, a.shape[2], *a.stride(), *b.stride(), INDEX=index_type(a, b, out),
+        BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][8], GROUP_SIZE_M=GROUP_SIZE_M, num_warps=tile.warps,
     )  # fmt: skip
     if alpha != 1:
         out.mul_(alpha)
@@ -209,7 +186,7 @@ def product(
     """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; `tile` in place of the chosen one.
 
     a, b and bias may have any strides; nothing is copied.
-    K in blocks of `PRODUCT_K`, ascending: `_sum`, for float64 `_product64`.
+    K in blocks of `PRODUCT_K`, ascending: `_sum_over_k`, for float64 `_product_float64`.
     """
     count, m, n = out.shape
     size = out.element_size()
@@ -226,23 +203,21 @@ def product(
         _product, programs, a, a, b, bias, out, m, n, a.shape[2],
         *a.stride(), *b.stride(), *((0, 0, 0) if bias is None else bias.stride()), float(alpha), float(beta),
         SCALED=alpha != 1, BIASED=bias is not None, CHAINED=size == 2 or target(a) == "npu",
-        A_TURNED=turned(a), B_TURNED=turned(b), INDEX=index_type(a, b, bias, out),
-        BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size], GROUP_M=GROUP,
+        A_TRANSPOSED=loads_transposed(a), B_TRANSPOSED=loads_transposed(b), INDEX=index_type(a, b, bias, out),
+        BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size], GROUP_SIZE_M=GROUP_SIZE_M,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
 
 def _matrix(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, beta: float = 1, alpha: float = 1) -> Tensor:
-    """`product` of single matrices, through descriptors where they can read them: the same bits."""
-    from . import matmul_tma as hopper  # it shares the epilogue
-
-    at = hopper.where(a, b)
-    if at is None:
+    """`product` of single matrices, through tensor memory descriptors where these can read the operands: the same bits."""
+    layout = matmul_tma.tma_layout(a, b)
+    if layout is None:
         product(out[None], a[None], b[None], bias, beta, alpha)
     else:
         addend = None if bias is None or beta == 0 else bias.expand(out.shape)
-        hopper.product(out, a, b, addend, beta, alpha, at)
+        matmul_tma.product(out, a, b, addend, beta, alpha, layout)
     return out
 
 
@@ -256,27 +231,27 @@ def _batch(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, beta: 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """See `bi_compile.ops.mm`; the order of the sum: `product`."""
-    return _matrix(ops.mm.__wrapped__(a, b), a, b)
+    return _matrix(ops.mm.meta(a, b), a, b)
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """See `bi_compile.ops.addmm`; the order of the sum: `product`."""
-    return _matrix(ops.addmm.__wrapped__(bias, a, b), a, b, bias, beta, alpha)
+    return _matrix(ops.addmm.meta(bias, a, b), a, b, bias, beta, alpha)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """See `bi_compile.ops.bmm`; the order of the sum: `product`."""
-    return _batch(ops.bmm.__wrapped__(a, b), a, b)
+    return _batch(ops.bmm.meta(a, b), a, b)
 
 
 def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """See `bi_compile.ops.baddbmm`; the order of the sum: `product`."""
-    return _batch(ops.baddbmm.__wrapped__(bias, a, b), a, b, bias, beta, alpha)
+    return _batch(ops.baddbmm.meta(bias, a, b), a, b, bias, beta, alpha)
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `bi_compile.ops.grouped_mm`; the order of the sum: `product`. The host does not read `offs`."""
-    out = ops.grouped_mm.__wrapped__(a, b, offs, bias).zero_()
+    out = ops.grouped_mm.meta(a, b, offs, bias).zero_()
     m, n = out.shape
     if out.numel() == 0 or b.shape[0] == 0:
         return out
@@ -288,7 +263,7 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -
     launch(
         _grouped, programs, a, a, b, bias, offs.to(torch.int32), out, b.shape[0], n, a.shape[1],
         *a.stride(), *b.stride(), *((0, 0, 0) if bias is None else bias.stride()),
-        BIASED=bias is not None, CHAINED=size == 2 or target(a) == "npu", B_TURNED=turned(b),
+        BIASED=bias is not None, CHAINED=size == 2 or target(a) == "npu", B_TRANSPOSED=loads_transposed(b),
         INDEX=index_type(a, b, bias, out), BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size],
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

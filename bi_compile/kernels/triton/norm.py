@@ -11,46 +11,50 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .reduce import divide, load_rows, row_mean, row_var, store_each, store_rows, this_rows
-from .tiles import aligned, as_head_rows, as_rows, cdiv, keeps, launch, row_stride, rows_meta
+from .launch import aligned, as_head_rows, as_rows, cdiv, keeps_row, launch, row_stride, rows_meta
+from .reduce import divide, load_rows, program_rows, row_mean, row_var, store_each, store_rows
 
 
 @triton.jit
 def _summand(
-    x, x_group, x_stride, residual, residual_stride, rows, start, R, C,
+    x, stride_xg, stride_xr, residual, stride_residual, rows, start, R, C,
     GROUP: tl.constexpr, ADD: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The columns from `start` of x, or of x + residual rounded to x's dtype, in ACC. GROUP rows of x lie x_stride apart, such
-    groups x_group."""
+    """The columns from `start` of x, or of x + residual rounded to x's dtype, in ACC.
+
+    Row r of x is row r % GROUP of group r // GROUP: stride_xr between rows of a group, stride_xg between groups.
+    """
     if GROUP == 1:
-        value = load_rows(x, x_group, rows, start, R, C, 0.0, BLOCK_C, ACC)
+        value = load_rows(x, stride_xg, rows, start, R, C, 0.0, BLOCK_C, ACC)
     else:
         cols = start + tl.arange(0, BLOCK_C)
-        first = (rows // GROUP) * x_group + (rows % GROUP) * x_stride
+        first = (rows // GROUP) * stride_xg + (rows % GROUP) * stride_xr
         inside = (rows < R)[:, None] & (cols < C)[None, :]
         value = tl.load(x + first[:, None] + cols[None, :], mask=inside, other=0.0).to(ACC)
     if ADD:
-        value += load_rows(residual, residual_stride, rows, start, R, C, 0.0, BLOCK_C, ACC)
+        value += load_rows(residual, stride_residual, rows, start, R, C, 0.0, BLOCK_C, ACC)
         value = value.to(x.dtype.element_ty).to(ACC)
     return value
 
 
 @triton.jit(do_not_specialize=["R"])
 def _rms_norm(
-    x, residual, weight, y, rstd, s, x_group, x_stride, residual_stride, R, C,
+    x, residual, weight, y, rstd, s, stride_xg, stride_xr, stride_residual, R, C,
     GROUP: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """s = x + residual if ADD (else x); y = s / sqrt(sum(s * s) / C + EPS) * weight. The sum has the order of `_sum`.
 
     s is computed again for y instead of being read back: another thread may have written it. WHOLE: a row fits into BLOCK_C
-    and is kept.
+    and is read once.
     """
-    rows = this_rows(BLOCK_R)
+    rows = program_rows(BLOCK_R)
     lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
     value = lanes
     for start in range(0, C, BLOCK_C):
-        value = _summand(x, x_group, x_stride, residual, residual_stride, rows, start, R, C, GROUP, ADD, BLOCK_C, ACC)
+        value = _summand(
+            x, stride_xg, stride_xr, residual, stride_residual, rows, start, R, C, GROUP, ADD, BLOCK_C, ACC
+        )
         lanes = tl.fma(value, value, lanes)
         if ADD:
             store_rows(s, value, rows, start, R, C, BLOCK_C)
@@ -60,7 +64,7 @@ def _rms_norm(
     for start in range(0, C, BLOCK_C):
         if not WHOLE:
             value = _summand(
-                x, x_group, x_stride, residual, residual_stride, rows, start, R, C, GROUP, ADD, BLOCK_C, ACC
+                x, stride_xg, stride_xr, residual, stride_residual, rows, start, R, C, GROUP, ADD, BLOCK_C, ACC
             )
         scaled = value * scale[:, None]
         if WEIGHT:
@@ -73,7 +77,7 @@ def _rms_norm(
 def _param(param, rows, start, C, groups, rest, GROUPED: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
     """The weight or bias for the columns from `start`: one for each column, or if GROUPED one for each channel.
 
-    A row of group_norm holds C // rest channels of `rest` elements; `groups` rows follow each other with theirs.
+    A row of group_norm is one group: C // rest channels of `rest` elements each; `groups` consecutive rows are one sample.
     """
     cols = start + tl.arange(0, BLOCK_C)
     if GROUPED:
@@ -91,7 +95,7 @@ def _layer_norm(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = (x - mean) * rstd * weight + bias: the mean, then the squared distances to it, two sums in `_sum`'s order."""
-    rows = this_rows(BLOCK_R)
+    rows = program_rows(BLOCK_R)
     center = row_mean(x, stride, rows, R, C, C, BLOCK_R, BLOCK_C, ACC)
     count = tl.full((BLOCK_R,), C, ACC)
     var = row_var(x, stride, rows, center, R, C, count, BLOCK_R, BLOCK_C, ACC)
@@ -123,27 +127,27 @@ def _run_rms_norm(
         rstd.fill_(float("nan"))
         return
     length = x.shape[-1]
-    rows, group, *distances = as_head_rows(x, length)
+    rows, group, *strides = as_head_rows(x, length)
     others = None if residual is None else as_rows(residual, length)
     meta = rows_meta(rows, length)
     count = rstd.numel()
     launch(
         _rms_norm, cdiv(count, meta["BLOCK_R"]), x, rows, others, _param_or_none(weight), y, rstd, s,
-        *distances, 0 if others is None else row_stride(others), count, length,
-        GROUP=group, EPS=eps, ADD=others is not None, WEIGHT=weight is not None, WHOLE=keeps(rows, length), **meta,
+        *strides, 0 if others is None else row_stride(others), count, length,
+        GROUP=group, EPS=eps, ADD=others is not None, WEIGHT=weight is not None, WHOLE=keeps_row(rows, length), **meta,
     )  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """See `bi_compile.ops.rms_norm`; the order of the sum: `_rms_norm`."""
-    y, rstd = ops.rms_norm.__wrapped__(x, weight, eps)
+    y, rstd = ops.rms_norm.meta(x, weight, eps)
     _run_rms_norm(x, None, weight, eps, y, rstd, None)
     return y, rstd
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `bi_compile.ops.add_rms_norm`; one kernel; the order of the sum: `_rms_norm`."""
-    y, rstd, s = ops.add_rms_norm.__wrapped__(x, residual, weight, eps)
+    y, rstd, s = ops.add_rms_norm.meta(x, residual, weight, eps)
     _run_rms_norm(x, residual, weight, eps, y, rstd, s)
     return y, rstd, s
 
@@ -169,7 +173,7 @@ def _run_layer_norm(
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `bi_compile.ops.layer_norm`; the order of the sums: `_layer_norm`."""
-    outs = ops.layer_norm.__wrapped__(x, weight, bias, eps)
+    outs = ops.layer_norm.meta(x, weight, bias, eps)
     return _run_layer_norm(x, x.shape[-1], weight, bias, eps, outs)
 
 
@@ -177,7 +181,7 @@ def group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `bi_compile.ops.group_norm`; the order of the sums: `_layer_norm`."""
-    outs = ops.group_norm.__wrapped__(x, weight, bias, groups, eps)
+    outs = ops.group_norm.meta(x, weight, bias, groups, eps)
     rest = x[0, 0].numel() if x.numel() else 1
     return _run_layer_norm(x, x.shape[1] // groups * rest, weight, bias, eps, outs, groups, rest)
 

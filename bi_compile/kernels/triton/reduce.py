@@ -1,7 +1,7 @@
 """Reductions over rows of C contiguous elements.
 
 Every row sum has one order, a function of C and the dtype: lane j of BLOCK_C adds up the columns j, j + BLOCK_C, ...
-in ascending order in its accumulator, then one `tl.sum` adds up the lanes. The rows that a program holds do not meet.
+in ascending order in its accumulator, then one `tl.sum` adds up the lanes. A program holds whole rows; no sum runs across them.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .tiles import SCAN_ROWS, accumulator, as_rows, cdiv, keeps, launch, row_stride, rows_meta, target
+from .launch import accumulator, as_rows, cdiv, keeps_row, launch, row_stride, rows_meta, target
+from .tiles import SCAN_ROWS
 
 
 @triton.jit
 def exp(x):
     """e**x for x <= 0, infinite or NaN. In float32 correct to about one unit in the last place at any x.
 
-    The hardware's exponential is 2**(x * log2(e)), and the product's rounding error grows with x: so the whole powers
-    of two are taken out first, exactly.
+    The hardware's exponential is 2**(x * log2(e)), and the rounding error of that product grows with x. So the integer part
+    of the exponent is split off first, exactly.
     """
     if x.dtype == tl.float64:
         result = tl.exp(x)
     else:
-        bounded = tl.where(x < -150.0, -150.0, x)  # where, not maximum, which may drop a NaN
+        bounded = tl.where(x < -150.0, -150.0, x)  # not tl.maximum, which may drop a NaN
         bounded = tl.where(bounded > 150.0, 150.0, bounded)
-        powers = tl.floor(tl.fma(bounded, 1.4426950408889634, 0.5))
-        rest = tl.fma(powers, -0.693359375, bounded)  # the two constants add up to -log(2); the first has few digits
-        rest = tl.fma(powers, 2.12194440e-4, rest)
-        result = tl.exp(rest) * tl.exp2(powers)
+        exponent = tl.floor(tl.fma(bounded, 1.4426950408889634, 0.5))
+        rest = tl.fma(exponent, -0.693359375, bounded)  # the two constants add up to -log(2); the first has few digits
+        rest = tl.fma(exponent, 2.12194440e-4, rest)
+        result = tl.exp(rest) * tl.exp2(exponent)
     return result
 
 
@@ -53,7 +54,7 @@ def divide(x, y):
 def fold(x):
     """Sum of x [A, B, C] over B, a power of two: its halves added, then the halves of that sum, and so on.
 
-    The order is the same in any layout of the elements over threads, which that of a `tl.sum` is not.
+    The order is the same however the elements are spread over threads; that of `tl.sum` is not.
     """
     for _ in tl.static_range(16):
         if x.shape[1] > 1:
@@ -62,8 +63,8 @@ def fold(x):
 
 
 @triton.jit
-def this_rows(BLOCK_R: tl.constexpr):
-    """The rows of this program."""
+def program_rows(BLOCK_R: tl.constexpr):
+    """The rows that this program computes."""
     return tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
 
 
@@ -110,8 +111,8 @@ def row_var(x, stride, rows, mean, R, C, divisor, BLOCK_R: tl.constexpr, BLOCK_C
 
 
 @triton.jit
-def _peak(x, stride, rows, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
-    """Maximum of each row. Of a row with NaN it is any of the others: the sum of the exponentials gets the NaN."""
+def _row_max(x, stride, rows, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """Maximum of each row. NaN is ignored here; it reaches the result through the sum of the exponentials."""
     lanes = tl.full((BLOCK_R, BLOCK_C), float("-inf"), ACC)
     for start in range(0, C, BLOCK_C):
         lanes = tl.maximum(lanes, load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC))
@@ -119,11 +120,11 @@ def _peak(x, stride, rows, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, A
 
 
 @triton.jit
-def _exponentials(x, stride, rows, peak, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
-    """Sum of exp(x - peak) of each row."""
+def _row_sum_exp(x, stride, rows, row_max, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """Sum of exp(x - row_max) of each row."""
     lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
     for start in range(0, C, BLOCK_C):
-        lanes += exp(load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC) - peak[:, None])
+        lanes += exp(load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC) - row_max[:, None])
     return tl.sum(lanes, 1)
 
 
@@ -133,7 +134,7 @@ def _sum(
     MEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sum of each row, over C if MEAN. Lanes ascending, then one `tl.sum`."""
-    rows = this_rows(BLOCK_R)
+    rows = program_rows(BLOCK_R)
     store_each(out, row_mean(x, stride, rows, R, C, C if MEAN else 1, BLOCK_R, BLOCK_C, ACC), rows, R)
 
 
@@ -143,7 +144,7 @@ def _var_mean(
     CORRECTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Mean of each row, then the squared distances to it over max(C - CORRECTION, 0): two sums in `_sum`'s order."""
-    rows = this_rows(BLOCK_R)
+    rows = program_rows(BLOCK_R)
     center = row_mean(x, stride, rows, R, C, C, BLOCK_R, BLOCK_C, ACC)
     divisor = tl.full((BLOCK_R,), C, ACC) - tl.full((BLOCK_R,), CORRECTION, ACC)
     divisor = tl.where(divisor > 0, divisor, 0.0)
@@ -156,12 +157,12 @@ def _logsumexp(
     x, out, stride, R, C,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """peak + log(sum(exp(x - peak))) of each row, the sum in `_sum`'s order; an infinite peak counts as 0."""
-    rows = this_rows(BLOCK_R)
-    peak = _peak(x, stride, rows, R, C, BLOCK_R, BLOCK_C, ACC)
-    peak = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
-    total = _exponentials(x, stride, rows, peak, R, C, BLOCK_R, BLOCK_C, ACC)
-    store_each(out, tl.log(total) + peak, rows, R)
+    """row_max + log(sum(exp(x - row_max))) of each row, the sum in `_sum`'s order; an infinite row_max counts as 0."""
+    rows = program_rows(BLOCK_R)
+    row_max = _row_max(x, stride, rows, R, C, BLOCK_R, BLOCK_C, ACC)
+    row_max = tl.where(tl.abs(row_max) == float("inf"), 0.0, row_max)
+    total = _row_sum_exp(x, stride, rows, row_max, R, C, BLOCK_R, BLOCK_C, ACC)
+    store_each(out, tl.log(total) + row_max, rows, R)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -170,51 +171,51 @@ def _softmax(
     LOG: tl.constexpr, NARROW: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """exp(x - peak) / sum, or (x - peak) - log(sum), of each row; the sum of exp(x - peak) in `_sum`'s order.
+    """exp(x - row_max) / sum, or (x - row_max) - log(sum), of each row; the sum of exp(x - row_max) in `_sum`'s order.
 
-    WHOLE: a row fits into BLOCK_C and is kept. NARROW: `out` has 16 bits.
+    WHOLE: a row fits into BLOCK_C and is read once. NARROW: `out` has 16 bits.
     """
-    rows = this_rows(BLOCK_R)
+    rows = program_rows(BLOCK_R)
     if WHOLE:
         value = load_rows(x, stride, rows, 0, R, C, float("-inf"), BLOCK_C, ACC)
         value = value - tl.max(value, 1)[:, None]
-        power = exp(value)
-        _store_softmax(out, value, power, tl.sum(power, 1), rows, 0, R, C, LOG, NARROW, BLOCK_R, BLOCK_C)
+        numerator = exp(value)
+        _store_softmax(out, value, numerator, tl.sum(numerator, 1), rows, 0, R, C, LOG, NARROW, BLOCK_R, BLOCK_C)
     else:
-        peak = _peak(x, stride, rows, R, C, BLOCK_R, BLOCK_C, ACC)
-        total = _exponentials(x, stride, rows, peak, R, C, BLOCK_R, BLOCK_C, ACC)
+        row_max = _row_max(x, stride, rows, R, C, BLOCK_R, BLOCK_C, ACC)
+        total = _row_sum_exp(x, stride, rows, row_max, R, C, BLOCK_R, BLOCK_C, ACC)
         for start in range(0, C, BLOCK_C):
-            value = load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC) - peak[:, None]
+            value = load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC) - row_max[:, None]
             _store_softmax(out, value, exp(value), total, rows, start, R, C, LOG, NARROW, BLOCK_R, BLOCK_C)
 
 
 @triton.jit
 def _store_softmax(
-    out, value, power, total, rows, start, R, C,
+    out, value, numerator, total, rows, start, R, C,
     LOG: tl.constexpr, NARROW: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     if LOG:
         value = value - tl.log(total)[:, None]
     elif NARROW:
-        # rounded to 16 bits in the end, which hides the last digit of a reciprocal
-        value = power * divide(tl.full((BLOCK_R,), 1.0, tl.float32), total)[:, None]
+        # the result is rounded to 16 bits, so the reciprocal's error in the last digit of float32 does not show
+        value = numerator * divide(tl.full((BLOCK_R,), 1.0, tl.float32), total)[:, None]
     else:
-        value = divide(power, tl.broadcast_to(total[:, None], BLOCK_R, BLOCK_C))
+        value = divide(numerator, tl.broadcast_to(total[:, None], BLOCK_R, BLOCK_C))
     store_rows(out, value, rows, start, R, C, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["R"])
-def _cumsum(x, out, row, col, R, C, BLOCK_R: tl.constexpr, ACC: tl.constexpr):
-    """Running sum of each row, one element after the other in ascending order; one lane for each row."""
-    rows = this_rows(BLOCK_R)
-    source = x + rows * row
-    sink = out + rows * C
+def _cumsum(x, out, stride_r, stride_c, R, C, BLOCK_R: tl.constexpr, ACC: tl.constexpr):
+    """Running sum of each row, one element after the other in ascending order; one thread for each row."""
+    rows = program_rows(BLOCK_R)
+    x_ptrs = x + rows * stride_r
+    out_ptrs = out + rows * C
     total = tl.zeros((BLOCK_R,), ACC)
     for _ in range(C):
-        total += tl.load(source, mask=rows < R, other=0.0).to(ACC)
-        tl.store(sink, total.to(out.dtype.element_ty), mask=rows < R)
-        source += col
-        sink += 1
+        total += tl.load(x_ptrs, mask=rows < R, other=0.0).to(ACC)
+        tl.store(out_ptrs, total.to(out.dtype.element_ty), mask=rows < R)
+        x_ptrs += stride_c
+        out_ptrs += 1
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -232,7 +233,7 @@ def _rows(x: Tensor, dim: Sequence[int]) -> Tensor:
     return as_rows(x.permute(*kept, *reduced), math.prod(x.shape[d] for d in reduced))
 
 
-def _run(kernel: Any, rows: Tensor, outs: Sequence[Tensor], acc: torch.dtype, **meta: Any) -> None:
+def _launch_rows(kernel: Any, rows: Tensor, outs: Sequence[Tensor], acc: torch.dtype, **meta: Any) -> None:
     count, length = rows.shape
     meta |= rows_meta(rows, length) | {"ACC": accumulator(acc)}
     launch(kernel, cdiv(count, meta["BLOCK_R"]), rows, rows, *outs, row_stride(rows), count, length, **meta)
@@ -244,33 +245,33 @@ def _reduce(kernel: Any, x: Tensor, dim: Sequence[int], outs: Sequence[Tensor], 
         for out in outs:
             out.fill_(empty)
         return
-    _run(kernel, _rows(_cast(x, outs[0].dtype), dim), outs, outs[0].dtype, **meta)
+    _launch_rows(kernel, _rows(_cast(x, outs[0].dtype), dim), outs, outs[0].dtype, **meta)
 
 
 def sum(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """See `bi_compile.ops.sum`; the order of the sum: `_sum`."""
-    out = ops.sum.__wrapped__(x, dim, keepdim, dtype=dtype)
+    out = ops.sum.meta(x, dim, keepdim, dtype=dtype)
     _reduce(_sum, x, dim, [out], 0.0, MEAN=False)
     return out
 
 
 def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """See `bi_compile.ops.mean`; the order of the sum: `_sum`."""
-    out = ops.mean.__wrapped__(x, dim, keepdim, dtype=dtype)
+    out = ops.mean.meta(x, dim, keepdim, dtype=dtype)
     _reduce(_sum, x, dim, [out], float("nan"), MEAN=True)
     return out
 
 
 def var_mean(x: Tensor, dim: Sequence[int], correction: float = 1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """See `bi_compile.ops.var_mean`; the order of the sums: `_var_mean`."""
-    var, mean = ops.var_mean.__wrapped__(x, dim, correction, keepdim)
+    var, mean = ops.var_mean.meta(x, dim, correction, keepdim)
     _reduce(_var_mean, x, dim, [var, mean], float("nan"), CORRECTION=float(correction))
     return var, mean
 
 
 def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
     """See `bi_compile.ops.logsumexp`; the order of the sum: `_logsumexp`."""
-    out = ops.logsumexp.__wrapped__(x, dim, keepdim)
+    out = ops.logsumexp.meta(x, dim, keepdim)
     _reduce(_logsumexp, x, dim, [out], float("-inf"))
     return out
 
@@ -292,7 +293,7 @@ def _fill_softmax(log: bool) -> Callable[[Tensor, Tensor], None]:
     def fill(x: Tensor, out: Tensor) -> None:
         length = x.shape[1]
         x = as_rows(_cast(x, out.dtype), length)
-        _run(_softmax, x, [out], out.dtype, LOG=log, NARROW=out.element_size() == 2, WHOLE=keeps(x, length))
+        _launch_rows(_softmax, x, [out], out.dtype, LOG=log, NARROW=out.element_size() == 2, WHOLE=keeps_row(x, length))
 
     return fill
 
@@ -308,17 +309,17 @@ def _fill_cumsum(x: Tensor, out: Tensor) -> None:
 
 def softmax(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """See `bi_compile.ops.softmax`; the order of the sum: `_softmax`."""
-    return _along(x, dim, ops.softmax.__wrapped__(x, dim, dtype=dtype), _fill_softmax(log=False))
+    return _along(x, dim, ops.softmax.meta(x, dim, dtype=dtype), _fill_softmax(log=False))
 
 
 def log_softmax(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """See `bi_compile.ops.log_softmax`; the order of the sum: `_softmax`."""
-    return _along(x, dim, ops.log_softmax.__wrapped__(x, dim, dtype=dtype), _fill_softmax(log=True))
+    return _along(x, dim, ops.log_softmax.meta(x, dim, dtype=dtype), _fill_softmax(log=True))
 
 
 def cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """See `bi_compile.ops.cumsum`; the order of the sum: `_cumsum`."""
-    return _along(x, dim, ops.cumsum.__wrapped__(x, dim, dtype=dtype), _fill_cumsum)
+    return _along(x, dim, ops.cumsum.meta(x, dim, dtype=dtype), _fill_cumsum)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
