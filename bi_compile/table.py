@@ -66,6 +66,7 @@ class Entry:
         return find_operator(self.operator)
 
     def stays(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the operator is exact for these arguments, and is left as it is."""
         return self.unless is not None and self.unless(*args, **kwargs)
 
     def overloads(self) -> Iterator[tuple[OpOverload, Replacement]]:
@@ -138,12 +139,12 @@ def given(arguments: Mapping[str, Any], plain: Mapping[str, Any] | None = None) 
     plain: the defaults; that of an argument which is not among them is 0, False or empty.
     """
 
-    def says_nothing(name: str, value: Any) -> bool:
+    def is_default(name: str, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
             return False
         return value is None or (value == plain[name] if plain and name in plain else not value)
 
-    return [name for name, value in arguments.items() if not says_nothing(name, value)]
+    return [name for name, value in arguments.items() if not is_default(name, value)]
 
 
 def refuse(operator: str, arguments: Iterable[str], remedy: str) -> NoReturn:

@@ -10,7 +10,7 @@ from bi_compile.table import Pass, refuse
 
 from .rms_norm import rms_norm_ir
 
-#: where it is known from that a fused operator may stand in a graph
+#: the source of the entries for fused operators, which no model calls
 FUSED = "torch_npu's and vllm-ascend's fusion passes put it back (add_rms_norm_cast, add_rms_norm_quant, add_rms_norm_dynamic_quant)"
 
 

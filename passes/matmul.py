@@ -1,4 +1,4 @@
-"""Products."""
+"""Matrix products."""
 
 import math
 from typing import Any, NoReturn

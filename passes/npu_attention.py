@@ -1,4 +1,4 @@
-"""Ascend's attention operator."""
+"""Ascend's attention operators."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from bi_compile.table import Pass, given, refuse
 from bi_compile.targets.ascend import is_capturing
 
 FUSION = "torch_npu takes scaled_dot_product_attention apart into it; what its kernel splits is not documented"
-#: arguments that the replacement reads; every other one has to be as the operator's default has it
+#: arguments that the replacement reads; every other one has to have its default
 READ = ("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "block_table", "num_heads", "scale", "input_layout",
         "num_key_value_heads", "sparse_mode", "block_size", "softmax_lse_flag", "inner_precise", "workspace")  # fmt: skip
 DEFAULTS = {"pre_tokens": 2147483647, "next_tokens": 2147483647}
@@ -20,7 +20,7 @@ DEFAULTS = {"pre_tokens": 2147483647, "next_tokens": 2147483647}
 def _check(arguments: dict[str, Any]) -> None:
     """Refuses what `_attention` does not compute."""
     layout, sparse_mode = arguments.get("input_layout", "BSH"), arguments.get("sparse_mode", 0)
-    # a causal mask has no keys behind a query, so how many of those may be seen says nothing
+    # under a causal mask no query sees later keys, so next_tokens has no effect
     plain = DEFAULTS | ({"next_tokens": arguments.get("next_tokens")} if sparse_mode == 3 else {})
     named = given({name: value for name, value in arguments.items() if name not in READ}, plain)
     if layout != "TND":
@@ -45,7 +45,7 @@ def _check(arguments: dict[str, Any]) -> None:
 
 
 def _requests(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and end of each request from the ends."""
+    """(start, end) of each request, from their ends in the concatenated tokens."""
     return list(zip([0, *lengths[:-1]], lengths, strict=True))
 
 
@@ -55,10 +55,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> t
     heads = arguments.get("num_heads", 1)
     kv_heads = arguments.get("num_key_value_heads", 0) or heads
     table, ends_kv = arguments.get("block_table"), list(arguments["actual_seq_lengths_kv"])
-    # with a block table the lengths of the keys are counted for each request, without one they add up
+    # with a block table actual_seq_lengths_kv holds the length of each request, without one the ends
     keys = [(0, n) for n in ends_kv] if table is not None else _requests(ends_kv)
     head = query.shape[-1]
-    # pages are [blocks, block_size, kv_heads * head], or have a dimension for each
+    # key and value are then [blocks, block_size, kv_heads * head] or [blocks, block_size, kv_heads, head]
     width = value.shape[-1] if table is None else value.numel() // (value.shape[0] * arguments["block_size"] * kv_heads)
     out = query.new_zeros(query.shape[0], heads, width)
     lse = query.new_full((query.shape[0], heads, 1), float("inf"), dtype=torch.float32)
@@ -89,7 +89,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> t
     return out, lse if arguments.get("softmax_lse_flag") else lse.new_zeros(1)
 
 
-#: layout -> [B, N, S, D] from it and back; a dimension H holds the heads behind each other
+#: layout -> (from it to [B, N, S, D], and back); H is N * D
 LAYOUTS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor], Tensor]]] = {
     "BNSD": (lambda x, width: x, lambda y: y),
     "BSND": (lambda x, width: x.transpose(1, 2), lambda y: y.transpose(1, 2)),
@@ -106,7 +106,10 @@ def _fusion_attention(
     sync: bool = False, softmax_layout: str = "", sink: Tensor | None = None, dropout_mask: Tensor | None = None,
     seed: int = 0, offset: int = 0,  # of the dropout
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Attention, and the softmax as its largest score and its sum: log of the sum of exp, and one, which mean the same."""
+    """Attention, and the statistics of its softmax: the largest score, and the sum of exp(score - largest).
+
+    In their place stand log(sum(exp(score))) and 1, which give the same softmax.
+    """
     others = {
         "pse": pse, "padding_mask": padding_mask, "keep_prob": keep_prob, "pre_tockens": pre_tockens, "next_tockens": next_tockens,
         "prefix": prefix, "actual_seq_qlen": actual_seq_qlen, "actual_seq_kvlen": actual_seq_kvlen, "softmax_layout": softmax_layout,
@@ -131,7 +134,7 @@ def _fusion_attention(
     if sparse_mode == 3:  # the last query sees every key
         seen = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=query.device)
         mask = torch.arange(k.shape[2], device=query.device)[None, :] <= seen[:, None]
-    elif sparse_mode < 2 and atten_mask is not None:  # it names what is not seen
+    elif sparse_mode < 2 and atten_mask is not None:  # True hides a key
         mask = atten_mask.logical_not()
     y, lse = ops.scaled_dot_product_attention(q, k, v, mask, sparse_mode == 2, scale=scale)
     largest = lse.float().unsqueeze(-1).expand(-1, -1, -1, 8)
@@ -144,7 +147,7 @@ def _fusion_attention(
 
 
 class NpuAttention(Pass):
-    """Ascend's attention: that of a server in one call for each request, that of PyTorch's models as a whole."""
+    """Ascend's attention: a server's is computed request by request, that of PyTorch's models in one call."""
 
     name = "npu_attention"
     why = "how the keys are split over cores follows the batch, and the parts' sums follow the split"

@@ -15,7 +15,7 @@ def _plain_rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class RmsNorm(Pass):
-    """RMS normalisation, the row sum in one fixed order. Taken apart, the weight stays with the compiler."""
+    """RMS normalisation, the row sum in one fixed order. Where it arrives taken apart, the compiler multiplies by the weight."""
 
     name = "rms_norm"
     why = "the row sum's split follows the number of rows"
@@ -39,7 +39,7 @@ def fused_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     k = len(normalized_shape)
     flat = input.reshape(*input.shape[: input.dim() - k], math.prod(normalized_shape))
-    # PyTorch's default is that of the dtype in which it computes
+    # PyTorch's default: the eps of the dtype in which it computes
     eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps if eps is None else eps
     y, rstd = ops.rms_norm(flat, weight if weight is None else weight.reshape(-1), eps)
     return y.view(input.shape), rstd.view(*input.shape[: input.dim() - k], *[1] * k)

@@ -1,4 +1,4 @@
-"""Find operators that an earlier stage took apart, with Inductor's pattern matcher, and put a replacement in their place."""
+"""Find operators that an earlier stage took apart, with Inductor's pattern matcher, and replace them."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def _trace_captured(fn: Callable[..., Any], args: Any, **_: Any) -> fx.GraphModu
     return gm
 
 
-#: stage -> how the searched-for form is traced
+#: stage -> how a pattern is traced to the form that it has there
 _TRACE: dict[str, Callable[..., Any]] = {"captured": _trace_captured, "post_grad": fwd_only, "final": fwd_only}
 
 
-def _says_all(match: Match) -> bool:
-    """Whether the searched-for form holds every keyword of the nodes: the matcher passes over those that only a node has."""
+def _keywords_match(match: Match) -> bool:
+    """Whether the nodes have no other keywords than the pattern, but for defaults: Inductor's matcher ignores them."""
     for expression, node in match.ctx.pattern_to_node.items():
         if isinstance(expression, CallFunction) and isinstance(node, fx.Node) and isinstance(node.target, OpOverload):
             default = {a.name: a.default_value for a in node.target._schema.arguments}
@@ -52,24 +52,24 @@ def _says_all(match: Match) -> bool:
     return True
 
 
-def _searched(pattern: Pattern, stage: str) -> PatternExpr:
-    """The form that is looked for, traced from the plain definition; its constants count."""
-    traced = _TRACE[stage](pattern.search, [*pattern.examples(), *pattern.scalars.values()])
+def _traced(pattern: Pattern, stage: str) -> PatternExpr:
+    """What Inductor's matcher looks for; the constants in it have to match too."""
+    gm = _TRACE[stage](pattern.search, [*pattern.examples(), *pattern.scalars.values()])
     names = list(inspect.signature(pattern.search).parameters)
-    return fx_to_pattern(traced, ignore_types=(), argnames=names, scalar_workaround=pattern.scalars)
+    return fx_to_pattern(gm, ignore_types=(), argnames=names, scalar_workaround=pattern.scalars)
 
 
 @functools.cache
 def _forms(p: type[Pass], stage: str) -> list[tuple[Pattern, PatternExpr]]:
     with FakeTensorMode(), torch.no_grad():
-        return [(pattern, _searched(pattern, stage)) for pattern in p.patterns]
+        return [(pattern, _traced(pattern, stage)) for pattern in p.patterns]
 
 
 _REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.var_mean.correction)
 
 
-def _spell_alike(graph: fx.Graph) -> None:
-    """Write the last dimension as -1, and an eps added as `add.Scalar` as `add.Tensor`, as the searched-for forms do."""
+def _normalize(graph: fx.Graph) -> None:
+    """Write what programs write in two ways as the patterns do: the last dimension as -1, `x + eps` as `add.Tensor`."""
     for node in graph.nodes:
         if node.target in _REDUCTIONS and len(node.args) > 1 and isinstance(node.args[0], fx.Node):
             value = node.args[0].meta.get("val")
@@ -83,23 +83,23 @@ def replace(graph: fx.Graph, p: type[Pass], stage: str) -> list[Change]:
     """Replace the pass's patterns in `graph`; returns what was done."""
     if not p.patterns:
         return []
-    _spell_alike(graph)
+    _normalize(graph)
     changes: list[Change] = []
     matcher = PatternMatcherPass(pass_name=f"bi_compile_{p.name}_{stage}")
     tracer = Tracer(fake_mode_of(graph), {})
     for pattern, form in _forms(p, stage):  # type: ignore[arg-type]  # a class is hashable
-        register_graph_pattern(form, extra_check=_says_all, pass_dict=matcher)(  # type: ignore[arg-type]
-            functools.partial(_put_in_place, pattern, p, tracer, changes)
+        register_graph_pattern(form, extra_check=_keywords_match, pass_dict=matcher)(  # type: ignore[arg-type]
+            functools.partial(_replace_match, pattern, p, tracer, changes)
         )
     if matcher.apply(graph):
         graph.eliminate_dead_code()
     return changes
 
 
-def _put_in_place(
+def _replace_match(
     pattern: Pattern, p: type[Pass], tracer: Tracer, changes: list[Change], match: Match, **arguments: Any
 ) -> None:
-    # torch.compile(dynamic=True) may make a graph input of a Python number, which no operator takes
+    # torch.compile(dynamic=True) may turn a Python number into an input of the graph; the replacement needs the number
     if any(isinstance(arguments[name], fx.Node) for name in pattern.scalars):
         return
     last = match.output_node()
