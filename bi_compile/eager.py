@@ -1,21 +1,28 @@
 """The eager fallback: the same table at the dispatcher, for code that is not compiled (lm_head, the sampler, a graph break).
 
-Every operator of the table gets its replacement as the kernel of the target's dispatch key, below autograd: gradients are
+Every operator of the table gets its replacement as the kernel of the device's dispatch key, below autograd: gradients are
 PyTorch's own. `torch.sum`, `Tensor.sum`, `out=` and in-place forms all arrive at the dispatcher, so each keeps every
-meaning of its arguments.
+meaning of its arguments. Operators that are known to vary and have no replacement (`REFUSED`) are refused by name.
+
+It holds for every thread of the process. Our kernels are put in at the first use and stay, because the dispatcher must not
+lose a kernel that another thread is in; each looks up what is installed at the moment, and calls PyTorch's own where nothing
+is. So a fallback may be installed and removed at any time, in any order, from any thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch._ops import OpOverload
 
+from .errors import AuditError
 from .ops import KERNELS, load_kernels
 from .options import Options, resolve_passes
 from .table import Entry, Replacement, Table
@@ -24,93 +31,182 @@ from .targets import for_device
 if TYPE_CHECKING:
     from .eager_audit import Observed
 
+log = logging.getLogger("bi_compile")
+
+
+def _all(names: str, why: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), why)
+
+
+#: operators (`ns::packet`) that vary and that no pass replaces -> why; integers come out the same in every order
+REFUSED: dict[str, str] = {
+    f"{'' if '::' in name else 'aten::'}{name}": why
+    for name, why in {
+        **_all(
+            "convolution conv_tbc _slow_conv2d_forward slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d "
+            "slow_conv_transpose2d slow_conv_transpose3d _nnpack_spatial_convolution",
+            "the library chooses its algorithm by the size of the batch: write it as unfold and a product, or compile it where a pass of "
+            "yours replaces it",
+        ),
+        **_all(
+            "mkldnn_rnn_layer _thnn_fused_lstm_cell _thnn_fused_gru_cell _cudnn_rnn miopen_rnn quantized_lstm quantized_gru",
+            "its products follow the number of rows: call the cell step by step, as linear, sigmoid and tanh",
+        ),
+        **_all(
+            "_linalg_det _linalg_slogdet _linalg_solve_ex _linalg_eigh _linalg_eigvals linalg_eigvals _linalg_svd linalg_cholesky_ex "
+            "linalg_eig linalg_householder_product linalg_inv_ex linalg_ldl_factor_ex linalg_ldl_solve linalg_lstsq linalg_lu "
+            "linalg_lu_factor_ex linalg_lu_solve linalg_matrix_exp linalg_pinv linalg_qr linalg_solve_triangular cholesky "
+            "cholesky_inverse cholesky_solve _cholesky_solve_helper geqrf ormqr triangular_solve",
+            "LAPACK divides its sums among the threads at hand",
+        ),
+        **_all("_fft_c2c _fft_c2r _fft_r2c", "the library chooses its plan by the number of transforms and of threads"),
+        **_all(
+            "addbmm vdot trace prod cumprod logcumsumexp renorm dist _cdist_forward _pdist_forward _euclidean_dist _trilinear "
+            "_embedding_bag _embedding_bag_forward_only segment_reduce mkldnn_linear _weight_int8pack_mm _weight_int4pack_mm_for_cpu",
+            "the order of its sum follows the number of elements and of threads",
+        ),
+        **_all(
+            "index_add scatter_add scatter_reduce index_reduce put _index_put_impl_",
+            "it adds up where indices meet, in an order that nothing fixes",
+        ),
+        **_all(
+            "c10d::allreduce_ c10d::allreduce_coalesced_ c10d::reduce_ c10d::reduce_scatter_ c10d::_reduce_scatter_base_ "
+            "c10d::reduce_scatter_tensor_coalesced_",
+            "which rank adds up what, and in which order, follows the size: call torch.distributed._functional_collectives, whose "
+            "operators are replaced",
+        ),
+    }.items()
+}
+
 _lock = threading.RLock()
-_active = threading.local()
-_installed: list[EagerFallback] = []
+#: what is installed, the oldest first; exchanged as a whole, so that a thread sees one state or the other
+_installed: tuple[EagerFallback, ...] = ()
+#: the operators that have a kernel of ours, for good, with the libraries that hold them
+_kernels: set[tuple[OpOverload, str]] = set()
+_libraries: dict[str, torch.library.Library] = {}
+
+
+class _Active(threading.local):
+    def __init__(self) -> None:
+        self.operators: set[OpOverload] = set()
+        """Those within whose replacement this thread is."""
+
+
+_active = _Active()
 
 
 class EagerFallback:
-    """Table entries installed at the dispatcher until `remove()`."""
+    """A table at the dispatcher until `remove()`; each `install` gives one of its own, and they do not know each other."""
 
     def __init__(self, options: Options, device: str) -> None:
+        self.options = options
         self.device = device
         self.table = Table(resolve_passes(options.passes), for_device(device, compiled=False).name)
-        self._libraries: dict[str, torch.library.Library] = {}
+        key = KERNELS[device][0] if device in KERNELS else ""
+        self.replaced: dict[OpOverload, tuple[Entry, Replacement]] = {
+            op: found for op, found in self.table.by_overload.items() if found[0].eager and _has_kernel(op, key)
+        }
+        self.refused: dict[OpOverload, str] = {
+            op: why
+            for name, why in REFUSED.items()
+            if name not in options.trust
+            for op in _with_siblings(name)
+            if op not in self.replaced and str(op) not in options.trust and _has_kernel(op, key)
+        }
         self.seen: Observed | None = None
         """What the audit of `invariant(audit=True)` saw."""
+        self._warned: set[OpOverload] = set()
 
     @property
     def operators(self) -> list[str]:
         """The overloads that are replaced at the dispatcher while installed."""
-        return sorted(
-            str(op) for op, (entry, _) in self.table.by_overload.items() if entry.eager and self._has_kernel(op)
-        )
-
-    def _has_kernel(self, op: OpOverload) -> bool:
-        """Not so a composite that autograd sees through: it calls others, which are in the table themselves."""
-        has = torch._C._dispatch_has_kernel_for_dispatch_key
-        return any(has(op.name(), key) for key in (KERNELS[self.device][0], "CompositeExplicitAutograd"))
-
-    def _install(self) -> None:
-        load_kernels(self.device)
-        key = KERNELS[self.device][0]
-        library = torch.library.Library("aten", "IMPL")
-        libraries = {"aten": library}
-        try:
-            for op, (entry, replacement) in self.table.by_overload.items():
-                if not entry.eager or not self._has_kernel(op):
-                    continue
-                original = torch.library.get_kernel(op, key)
-                ns = libraries.setdefault(
-                    op.namespace, library if op.namespace == "aten" else torch.library.Library(op.namespace, "IMPL")
-                )
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
-                    ns.impl(
-                        op.name().partition("::")[2],
-                        _kernel(op, entry, replacement, original),
-                        key,
-                        with_keyset=True,
-                        allow_override=True,
-                    )
-        except BaseException:
-            for lib in libraries.values():
-                lib._destroy()
-            raise
-        self._libraries = libraries
-
-    def _uninstall(self) -> None:
-        for library in self._libraries.values():
-            library._destroy()
-        self._libraries = {}
+        return sorted(map(str, self.replaced))
 
     def remove(self) -> None:
         """Give the operators back. Removing twice does nothing; the order of removal does not matter."""
+        global _installed
         with _lock:
-            if self not in _installed:
-                return
-            # the dispatcher's overrides are a stack: take off those above, and put them back
-            above = _installed[_installed.index(self) + 1 :]
-            for fallback in [*reversed(above), self]:
-                fallback._uninstall()
-            _installed.remove(self)
-            for fallback in above:
-                fallback._install()
+            _installed = tuple(f for f in _installed if f is not self)
+
+    def refuse(self, op: OpOverload, args: Any) -> None:
+        """Raise AuditError, or say it once, that `op` varies; not so for integers, nor in a backward pass."""
+        leaves = [x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+        exact = not any(x.is_floating_point() or x.is_complex() for x in leaves)
+        if exact or torch._C._current_graph_task_id() != -1:
+            return
+        from .eager_audit import place
+
+        message = f"{op} is not batch-invariant and has no replacement: {self.refused[op]} — {place()}"
+        if self.options.on_unproven == "error":
+            name = op.name().removesuffix(".default")
+            raise AuditError(f'{message}; if it is invariant for you, say so and why: trust={{"{name}": "the reason"}}')
+        if op not in self._warned:
+            self._warned.add(op)
+            log.warning("bi_compile: %s", message)
+            warnings.warn(f"bi_compile: {message}", stacklevel=2)
 
 
-def _kernel(op: OpOverload, entry: Entry, replacement: Replacement, original: Any) -> Callable[..., Any]:
+def _has_kernel(op: OpOverload, key: str) -> bool:
+    """Not so a composite that autograd sees through: it calls others, which are in the table themselves."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return torch._C._dispatch_has_kernel(op.name()) and any(
+        has(op.name(), k) for k in (key, "CompositeExplicitAutograd")
+    )
+
+
+def _with_siblings(name: str) -> Iterator[OpOverload]:
+    """Every overload of a packet `ns::packet` and of its in-place form; none where nobody registered it."""
+    ns, packet = name.split("::")
+    for sibling in (packet, packet + "_"):
+        found = getattr(getattr(torch.ops, ns), sibling, None)
+        if found is not None:
+            yield from (getattr(found, overload) for overload in found.overloads())
+
+
+def _put_in(op: OpOverload, device: str) -> None:
+    """Give `op` our kernel on `device`, if it does not have one yet."""
+    if (op, device) in _kernels:
+        return
+    key = KERNELS[device][0]
+    original = torch.library.get_kernel(op, key)
+    if op.namespace not in _libraries:
+        _libraries[op.namespace] = torch.library.Library(op.namespace, "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
+        name = op.name().partition("::")[2]
+        kernel = _kernel(op, device, original)
+        _libraries[op.namespace].impl(name, kernel, key, with_keyset=True, allow_override=True)
+    _kernels.add((op, device))
+
+
+def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        inside = _active.__dict__.setdefault("operators", set())
-        # a replacement that calls its own operator means the native one
-        if op in inside or entry.stays(*args, **kwargs):
-            return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
-        inside.add(op)
-        try:
-            return replacement(*args, **kwargs)
-        finally:
-            inside.discard(op)
+        fallbacks = _installed
+        if fallbacks:
+            inside = _active.operators
+            # a replacement that calls its own operator means the native one
+            found = _replacement(fallbacks, op, device) if op not in inside else None
+            if found is not None and not found[0].stays(*args, **kwargs):
+                inside.add(op)
+                try:
+                    return found[1](*args, **kwargs)
+                finally:
+                    inside.discard(op)
+            if found is None and not inside:
+                for fallback in fallbacks:
+                    if fallback.device == device and op in fallback.refused:
+                        fallback.refuse(op, (args, kwargs))
+        return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
 
     return run
+
+
+def _replacement(fallbacks: tuple[EagerFallback, ...], op: Any, device: str) -> tuple[Entry, Replacement] | None:
+    """That of the newest fallback which has one."""
+    for fallback in reversed(fallbacks):
+        if fallback.device == device and op in fallback.replaced:
+            return fallback.replaced[op]
+    return None
 
 
 def _numbers_as_tensors(op: OpOverload, args: tuple[Any, ...]) -> Iterator[Any]:
@@ -122,23 +218,27 @@ def _numbers_as_tensors(op: OpOverload, args: tuple[Any, ...]) -> Iterator[Any]:
 
 def replaced_by(op: Any, device: str) -> Entry | None:
     """The entry of the table by which an installed fallback replaces `op` on `device` now."""
-    for fallback in reversed(_installed):
-        found = fallback.table.get(op) if fallback.device == device else None
-        if found is not None and found[0].eager and fallback._has_kernel(op):
-            return found[0]
-    return None
+    found = _replacement(_installed, op, device)
+    return None if found is None else found[0]
 
 
 def install(options: Options | None = None, device: str = "cpu") -> EagerFallback:
     """Replace the table's operators for every tensor on `device` in this process, until `.remove()`.
 
+    Several may be installed at once: an operator is replaced as long as one of them replaces it, by the newest. What is
+    left of the last removed is a call of a Python function at each of those operators (some microseconds), which hands on
+    to PyTorch's kernel.
+
     Raises:
         OptionError, TableError, RuntimeError: as `Options`, `Table` and `load_kernels` do; then nothing is installed.
     """
+    global _installed
     fallback = EagerFallback(options or Options(), device)
     with _lock:
-        fallback._install()
-        _installed.append(fallback)
+        load_kernels(device)
+        for op in (*fallback.replaced, *fallback.refused):
+            _put_in(op, device)
+        _installed = (*_installed, fallback)
     return fallback
 
 
@@ -150,7 +250,7 @@ def invariant(options: Options | None = None, device: str = "cpu", audit: bool =
         audit: judge every operator that this thread calls in the block (`eager_audit.judged`); `.seen` holds what it saw.
 
     Raises:
-        AuditError: with `audit`, an operator that is not known to be invariant.
+        AuditError: an operator of `REFUSED` is called; with `audit`, any that is not known to be invariant.
     """
     fallback = install(options, device)
     try:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.utils._pytree as pytree
 
 from .batch import Batch
 
@@ -35,9 +37,8 @@ OPERATORS: dict[str, torch._ops.OpOverload] = {}
 BATCH: dict[str, Batch] = {}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-#: device -> the registrations that load the kernels at the first call and are gone afterwards
-_lazy = {device: torch.library.Library(NAMESPACE, "IMPL") for device in KERNELS}
 _loaded: dict[str, torch.library.Library] = {}
+_loading = threading.RLock()
 
 
 def check(condition: Any, message: Callable[[], str]) -> None:
@@ -59,8 +60,12 @@ def load_kernels(device: str) -> None:
         raise ValueError(f"bi_compile has no kernels for the device {device!r}; it has them for {', '.join(KERNELS)}")
     if device in _loaded:
         return
-    key, module = KERNELS[device]
-    _lazy.pop(device)._destroy()
+    with _loading:
+        if device not in _loaded:
+            _loaded[device] = _load(*KERNELS[device])
+
+
+def _load(key: str, module: str) -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "IMPL")
     try:
         importlib.import_module(module).register(library)
@@ -68,19 +73,21 @@ def load_kernels(device: str) -> None:
             library.impl(name, implementation, key)
     except BaseException:
         library._destroy()
-        _lazy[device] = torch.library.Library(NAMESPACE, "IMPL")
-        for name in OPERATORS:
-            _register_first_call(device, name)
         raise
-    _loaded[device] = library
+    return library
 
 
-def _register_first_call(device: str, name: str) -> None:
+def _register_first_call(name: str) -> None:
+    """Under a key that counts only where the device has no kernel: so it can stay, and no thread loses the kernel it is in."""
+
     def run(*args: Any, **kwargs: Any) -> Any:
+        device = next(x.device.type for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
         load_kernels(device)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", KERNELS[device][0]):
+            raise NotImplementedError(f"{NAMESPACE}::{name} has no kernel for the device {device!r}")
         return OPERATORS[name](*args, **kwargs)
 
-    _lazy[device].impl(name, run, KERNELS[device][0])
+    _library.impl(name, run, "CompositeExplicitAutograd")
 
 
 def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -113,8 +120,7 @@ def operator(schema: str, *, batch: Batch) -> Callable[[Callable[..., Any]], Ope
     def declare(fake: Callable[..., Any]) -> Operator:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        for device in KERNELS:
-            _register_first_call(device, name)
+        _register_first_call(name)
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         OPERATORS[name], BATCH[name] = op, batch
 
