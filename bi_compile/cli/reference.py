@@ -50,7 +50,11 @@ def by_what(entry: Entry) -> str:
     names = ", ".join(called(entry.replacement))
     if names:
         return names
-    return "refused" if entry.replacement.__annotations__.get("return") is NoReturn else "row-local operators"
+    return (
+        "refused"
+        if entry.replacement.__annotations__.get("return") in (NoReturn, "NoReturn")
+        else "row-local operators"
+    )
 
 
 def stays_where(entry: Entry) -> str:

@@ -92,3 +92,12 @@ def test_pages_and_files_that_are_named_exist() -> None:
             r"(?<![\w/])(?:docs|bi_compile|passes|tests)/[\w/.-]*\w\.(?:md|py|cpp|h)\b", file.read_text()
         ):
             assert (ROOT / name).exists(), f"{file.relative_to(ROOT)} names {name}"
+
+
+def test_the_walks_name_functions_that_stand_there() -> None:
+    """At most six files each."""
+    walks = (ROOT / "CONTRIBUTING.md").read_text().split("## Two walks")[1].split("\n## ")[0]
+    steps = re.findall(r"^\| (\d) \| `([^`]+)` \| `(\w+)` \|", walks, re.M)
+    assert [int(number) for number, _, _ in steps] == [*range(1, 7), *range(1, 7)]
+    for _, file, name in steps:
+        assert re.search(rf"^(def |class )?{name}\b", (ROOT / file).read_text(), re.M), f"{file} has no {name}"
