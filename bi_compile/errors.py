@@ -27,3 +27,7 @@ class HostError(BiCompileError):
 
 class MeasureError(BiCompileError):
     """What cannot be measured: no batch dimension, inputs that share memory, a function that is not deterministic."""
+
+
+class ProcessError(MeasureError):
+    """A process of a measurement (an engine, a second Python) that ended without a result."""

@@ -1,27 +1,44 @@
 """What batch invariance costs on this machine: each number is a ratio of two timings of one run, above 1 is faster than the peer.
 
-`bi-compile bench [NAME]... [--csv DIR]`. A benchmark is a function that measures and returns a table and a line about it.
+`bi-compile bench [NAME]... [--csv DIR]`. A benchmark is a function that returns what it `Measured`.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ..errors import OptionError
 
-Benchmark = Callable[[], tuple[Table, str]]
+
+@dataclasses.dataclass
+class Measured:
+    """What a benchmark found, as a table."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+    line: str = ""
+    """A sentence about the whole of it."""
+
+    def add_row(self, *cells: str) -> None:
+        if len(cells) != len(self.columns):
+            raise ValueError(f"{self.title}: {len(cells)} cells for {len(self.columns)} columns")
+        self.rows.append(cells)
 
 
-def run(names: Sequence[str], folder: Path | None, console: Console) -> None:
-    """Run the benchmarks of the device at hand, or those that are named; with a folder, each table goes into NAME.csv too.
+Benchmark = Callable[[], Measured]
+
+
+def run(names: Sequence[str], folder: Path | None) -> Iterator[tuple[str, Measured]]:
+    """Run the benchmarks of the device at hand, or those that are named, and yield each with its name when it is done.
+
+    With a folder, each table goes into NAME.csv there.
 
     Raises:
         OptionError: an unknown name, or the folder cannot be written.
@@ -43,19 +60,16 @@ def run(names: Sequence[str], folder: Path | None, console: Console) -> None:
                 f"--csv {str(folder)!r} cannot be written ({error.strerror}): name a folder that can"
             ) from error
     for name in names or BENCHES:
-        table, line = BENCHES[name]()
-        console.print(table)
-        if line:
-            console.print(f"{name}: {line}\n")
+        measured = BENCHES[name]()
         if folder is not None:
-            write(table, folder / f"{name}.csv")
+            write(measured, folder / f"{name}.csv")
+        yield name, measured
 
 
-def write(table: Table, path: Path) -> None:
+def write(measured: Measured, path: Path) -> None:
     """The table's header and rows as CSV."""
     with path.open("w", newline="") as file:
-        rows = zip(*(column.cells for column in table.columns), strict=True)
-        csv.writer(file).writerows([[column.header for column in table.columns], *rows])
+        csv.writer(file).writerows([measured.columns, *measured.rows])
 
 
 def interleaved(functions: list[Callable[[], Any]], seconds: float = 0.4) -> list[float]:

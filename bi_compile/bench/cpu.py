@@ -9,25 +9,18 @@ import time
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
-from . import Benchmark, geometric_mean, interleaved
+from . import Benchmark, Measured, geometric_mean, interleaved
 
 
-def product() -> tuple[Table, str]:
+def product() -> Measured:
     """x[M, K] @ w[N, K]^T: bi_compile::mm against torch.mm."""
     from .. import ops
 
     ops.load_kernels("cpu")
-    table = Table(
-        "dtype",
-        "K = N",
-        "M",
-        "torch ms",
-        "bi_compile ms",
-        "ratio",
-        "torch varies",
-        title=f"Product on the CPU, {torch.get_num_threads()} threads",
+    table = Measured(
+        f"Product on the CPU, {torch.get_num_threads()} threads",
+        ("dtype", "K = N", "M", "torch ms", "bi_compile ms", "ratio", "torch varies"),
     )
     ratios = []
     for dtype, k in itertools.product((torch.float32, torch.bfloat16), (1024, 4096)):
@@ -50,23 +43,18 @@ def product() -> tuple[Table, str]:
                 f"{theirs / ours:.2f}",
                 "yes" if varies else "no",
             )
-    return table, f"geometric mean of the ratios {geometric_mean(ratios):.2f}"
+    table.line = f"geometric mean of the ratios {geometric_mean(ratios):.2f}"
+    return table
 
 
-def engine() -> tuple[Table, str]:
+def engine() -> Measured:
     """vLLM tokens per second with the pass against without, engines taking turns."""
     from ..measure.models import make
     from ..measure.process import take_turns
 
-    table = Table(
-        "dtype",
-        "requests",
-        "without, tok/s",
-        "with, tok/s",
-        "ratio",
-        "differ without",
-        "differ with",
-        title="vLLM on the CPU, Qwen3-shaped, end to end",
+    table = Measured(
+        "vLLM on the CPU, Qwen3-shaped, end to end",
+        ("dtype", "requests", "without, tok/s", "with, tok/s", "ratio", "differ without", "differ with"),
     )
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
@@ -89,10 +77,11 @@ def engine() -> tuple[Table, str]:
                     str(a["logprobs"]),
                     str(b["logprobs"]),
                 )
-    return table, f"geometric mean of the ratios {geometric_mean(ratios):.2f}"
+    table.line = f"geometric mean of the ratios {geometric_mean(ratios):.2f}"
+    return table
 
 
-def compilation() -> tuple[Table, str]:
+def compilation() -> Measured:
     """The time of passes and audit against the whole compilation, and over the number of layers."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -100,16 +89,9 @@ def compilation() -> tuple[Table, str]:
     from ..options import Options
     from ..pipeline import Pipeline
 
-    table = Table(
-        "layers",
-        "nodes",
-        "compilation s",
-        "passes and audit s",
-        "share",
-        "audit s",
-        "share",
-        "audit ms a node",
-        title="Compilation, Qwen3-shaped, Inductor, cold caches",
+    table = Measured(
+        "Compilation, Qwen3-shaped, Inductor, cold caches",
+        ("layers", "nodes", "compilation s", "passes and audit s", "share", "audit s", "share", "audit ms a node"),
     )
     for layers in (28, 112):
         config = Qwen3Config(
@@ -137,7 +119,7 @@ def compilation() -> tuple[Table, str]:
             f"{s.audit_seconds / whole:.1%}",
             f"{s.audit_seconds / s.nodes * 1e3:.3f}",
         )
-    return table, ""
+    return table
 
 
 BENCHES: dict[str, Benchmark] = {"product": product, "engine": engine, "compile": compilation}

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from .. import ops
-from . import Benchmark, geometric_mean
+from . import Benchmark, Measured, geometric_mean
 
 #: model -> {product: (N, K)}
 PRODUCTS = {
@@ -45,10 +44,10 @@ def replay_times(functions: Sequence[Callable[[], Any]], rounds: int = 20) -> li
     return [statistics.median(turn[i][0].elapsed_time(turn[i][1]) for turn in events) for i in range(len(functions))]
 
 
-def product() -> tuple[Table, str]:
+def product() -> Measured:
     """x[M, K] @ w[N, K]^T in bfloat16: bi_compile::mm against torch.mm, weights from memory."""
-    table = Table(
-        "model", "product", "M", "torch us", "bi_compile us", "ratio", "torch varies", "ours varies", title="Product"
+    table = Measured(
+        "Product", ("model", "product", "M", "torch us", "bi_compile us", "ratio", "torch varies", "ours varies")
     )
     few: list[float] = []
     many: list[float] = []
@@ -74,10 +73,11 @@ def product() -> tuple[Table, str]:
                 table.add_row(
                     model, name, str(m), f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}", _yes(varies[torch.mm]), _yes(varies[ops.mm])
                 )  # fmt: skip
-    return table, (
+    table.line = (
         f"Qwen3-8B: M <= 256 geometric mean {geometric_mean(few):.3f}, least {min(few):.2f}; "
         f"M >= 512 {geometric_mean(many):.3f}, least {min(many):.2f}"
     )
+    return table
 
 
 def _yes(b: bool) -> str:
@@ -94,9 +94,9 @@ def _add_rms_norm(x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tenso
     return _rms_norm(s, w), s
 
 
-def rows() -> tuple[Table, str]:
+def rows() -> Measured:
     """Row operators in bfloat16 against a copy of the same bytes and against what Inductor makes of the plain definition."""
-    table = Table("operator", "shape", "us", "of a copy's bandwidth", "Inductor us", "Inductor / ours", title="Rows")
+    table = Measured("Rows", ("operator", "shape", "us", "of a copy's bandwidth", "Inductor us", "Inductor / ours"))
     for columns in (4096, 8192):
         torch.manual_seed(0)
         xs = [torch.randn(4096, columns, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
@@ -127,7 +127,7 @@ def rows() -> tuple[Table, str]:
             table.add_row(
                 name, f"4096 x {columns}", f"{mine:.1f}", f"{copy * moved / 2 / mine:.2f}", f"{theirs:.1f}", f"{theirs / mine:.2f}"
             )  # fmt: skip
-    return table, ""
+    return table
 
 
 class Layer(nn.Module):
@@ -182,13 +182,13 @@ MODELS = {
 CONTEXT = 512
 
 
-def step() -> tuple[Table, str]:
+def step() -> Measured:
     """A decode step with 512 tokens of keys and values, compiled: the backend bi_ascend against Inductor alone."""
     from ..backend import bi_ascend
 
-    table = Table(
-        "model", "batch", "Inductor ms", "bi_ascend ms", "ratio", "Inductor varies", "bi_ascend varies", title="Decode step"
-    )  # fmt: skip
+    table = Measured(
+        "Decode step", ("model", "batch", "Inductor ms", "bi_ascend ms", "ratio", "Inductor varies", "bi_ascend varies")
+    )
     for name, sizes in MODELS.items():
         torch.manual_seed(0)
         with torch.device("cuda"):
@@ -215,7 +215,7 @@ def step() -> tuple[Table, str]:
                 name, str(batch), *(f"{t:.3f}" for t in times), f"{times[0] / times[1]:.3f}", *(_yes(v) for v in varies)
             )
         del model, cache, faces
-    return table, ""
+    return table
 
 
 BENCHES: dict[str, Benchmark] = {"product": product, "rows": rows, "step": step}

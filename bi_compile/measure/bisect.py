@@ -7,14 +7,12 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from ..errors import MeasureError
 from .bits import Difference, difference
 from .plan import SIZES, Batch, make_plan
+from .progress import Progress, quiet
 from .record import Call, Recorder, interpreting
 from .row_function import Case, Function, recompiling
 from .verify import Mismatch, run
@@ -91,7 +89,7 @@ def bisect(
     sizes: Sequence[int] = SIZES,
     seed: int = 0,
     time_limit: float = 120.0,
-    console: Console | None = None,
+    progress: Progress = quiet,
 ) -> Bisection:
     """Find a batch in which a row differs from the row alone, and the first operator that makes it differ.
 
@@ -105,7 +103,7 @@ def bisect(
     plan = make_plan(case.rows, seed, sizes, floating=case.floating)
     active: list[Recorder] = []
     with recompiling(), interpreting(lambda: active[-1] if active else None):
-        mismatch = run(case, plan, time_limit, console).mismatch
+        mismatch = run(case, plan, time_limit, progress).mismatch
         if mismatch is None:
             return Bisection()
         recorded = []
@@ -163,39 +161,3 @@ def _row(alone: Tensor, together: Tensor, spans: Sequence[Span]) -> tuple[Tensor
         if not rest and each * span.total == together.shape[dim]:
             return alone, together.narrow(dim, each * span.start, each * span.length)
     return None
-
-
-SHOWN = 40
-
-
-def table(found: Bisection) -> Table:
-    """From the first operator that differs to the output; the middle of a long list is left out, and said so."""
-    out = Table(
-        "operator",
-        "layer",
-        "line",
-        "operands",
-        "elements",
-        "max ULP",
-        title="Where the row differs",
-        title_justify="left",
-    )
-    steps = found.steps
-    start = next((i for i, s in enumerate(steps) if s.difference is not None), len(steps))
-    rest = steps[start:]
-    for i, step in enumerate(rest):
-        if len(rest) > SHOWN and SHOWN // 2 <= i < len(rest) - SHOWN // 2:
-            if i == SHOWN // 2:
-                out.add_row(f"... {len(rest) - SHOWN} more", "", "", "", "", "")
-            continue
-        d = step.difference
-        cells = (step.operator, step.layer, _short(step.where), step.arguments)
-        elements, ulps = (f"{d.elements} of {d.of}", "NaN" if d.ulps is None else str(d.ulps)) if d else ("0", "0")
-        out.add_row(*map(escape, cells), elements, ulps)
-    return out
-
-
-def _short(where: str) -> str:
-    """The last folder, the file and the line."""
-    file, _, line = where.partition(", ")
-    return f"{'/'.join(file.split('/')[-2:])}, {line}" if line else where

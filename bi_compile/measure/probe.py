@@ -17,15 +17,13 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor, fx
 
 from ..audit.report import Finding, Report
 from ..audit.spec import Verdict
 from ..errors import MeasureError, OptionError
 from .plan import make_plan
+from .progress import Progress, quiet
 from .row_function import Case
 from .verify import run
 
@@ -112,7 +110,7 @@ def measure(
     seed: int = 0,
     time_limit: float = 600.0,
     operators: list[str] | None = None,
-    console: Console | None = None,
+    progress: Progress = quiet,
 ) -> dict[str, Any]:
     """The content of a probe file: what was measured, for each operator and dtype.
 
@@ -132,13 +130,9 @@ def measure(
     found: dict[str, Any] = {}
     threads = sorted({1, torch.get_num_threads()}) if device == "cpu" else ()
     each = time_limit / sum(len(p.shapes) * len(DTYPES) for p in wanted)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console or Console(quiet=True), transient=True) as progress:
-        task = progress.add_task("", total=len(wanted))
-        for p in wanted:
-            progress.update(task, description=p.operator)
-            found[p.operator] = {str(d).removeprefix("torch."): _of(p, d, device, seed, each, threads) for d in DTYPES}
-            progress.advance(task)
+    for i, p in enumerate(wanted):
+        progress(p.operator, i / len(wanted))
+        found[p.operator] = {str(d).removeprefix("torch."): _of(p, d, device, seed, each, threads) for d in DTYPES}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {
         "format": FORMAT,
@@ -167,25 +161,6 @@ def _of(p: Probe, dtype: torch.dtype, device: str, seed: int, limit: float, thre
         if evidence.mismatch is not None:
             mismatches.append(f"operands {[list(x.shape[1:]) for x in made]}: {evidence.mismatch}")
     return {"rows": rows, "batches": batches, "batches_left": left, "mismatches": mismatches}
-
-
-def table(data: dict[str, Any]) -> Table:
-    """For each operator and dtype how many rows were equal, or that it varies."""
-    names = [str(d).removeprefix("torch.") for d in DTYPES]
-    out = Table(
-        "operator",
-        *names,
-        title=f"Native operators on {data['device_name']}, torch {data['torch']}",
-        title_justify="left",
-    )
-    for operator, by_dtype in data["operators"].items():
-        out.add_row(operator, *(_cell(by_dtype[n]) for n in names))
-    return out
-
-
-def _cell(measured: dict[str, Any]) -> str:
-    cut = f", {measured['batches_left']} batches left" if measured["batches_left"] else ""
-    return f"[red]varies[/]{cut}" if measured["mismatches"] else f"no mismatch in {measured['rows']} rows{cut}"
 
 
 # -- reading back -----------------------------------------------------------------------------------------------------

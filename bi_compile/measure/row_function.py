@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ..errors import MeasureError
+from ..errors import MeasureError, ProcessError
 from .plan import Batch, batch_from, build
 
 Function = Callable[..., Any]
@@ -124,7 +124,7 @@ class Case:
         """The outputs of each batch, run one after another in a second process.
 
         Raises:
-            MeasureError: the process failed; the message holds the end of its output.
+            ProcessError: the process failed; the message holds the end of its output.
         """
         from .process import python
 
@@ -139,7 +139,7 @@ class Case:
             torch.save(data, Path(folder) / "batches.pt")
             done = python(["-m", __name__, folder], PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
             if done.returncode:
-                raise MeasureError(f"the second process failed:\n{done.stdout[-3000:]}")
+                raise ProcessError(f"the second process failed:\n{done.stdout[-3000:]}")
             found: list[list[Tensor]] = torch.load(Path(folder) / "outputs.pt")
             return found
 

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 
 from ..errors import MeasureError
 from .bits import Difference, difference
 from .plan import SIZES, Batch, Plan, batch_from, make_plan
+from .progress import Progress, quiet
 from .row_function import Case, Function, Place, recompiling
 
 
 @dataclasses.dataclass(frozen=True)
 class Mismatch:
-    """A row whose bits are others among others than alone."""
+    """A row whose bits in a batch are not those that it has alone."""
 
     batch: Batch
     place: int
@@ -84,7 +81,7 @@ def verify(
     sizes: Sequence[int] = SIZES,
     seed: int = 0,
     time_limit: float = 300.0,
-    console: Console | None = None,
+    progress: Progress = quiet,
 ) -> Evidence:
     """Run `fn` over batches of its inputs' rows, and compare each row with the row alone as bits.
 
@@ -96,7 +93,7 @@ def verify(
         torch.compile's caches of this process are reset.
     sizes: batch sizes.
     time_limit: seconds after which no further batch starts.
-    console: where a progress bar is drawn; None: nowhere.
+    progress: called after each batch, with what ran and the part of the plan that is done.
 
     Raises:
         MeasureError: what cannot be compared, in one sentence. Whatever `fn` raises is raised.
@@ -113,7 +110,7 @@ def verify(
         graphs=backend is not None,
     )
     with recompiling():
-        evidence = run(case, plan, time_limit, console)
+        evidence = run(case, plan, time_limit, progress)
     if case.path is None:
         evidence.not_run["process"] = "the function has no import path: give it as package.module:name"
     if not case.floating:
@@ -123,23 +120,22 @@ def verify(
     return evidence
 
 
-def run(case: Case, plan: Plan, time_limit: float = 300.0, console: Console | None = None) -> Evidence:
+def run(case: Case, plan: Plan, time_limit: float = 300.0, progress: Progress = quiet) -> Evidence:
     """Run `plan` up to the first mismatch, and make that one small."""
     start = time.monotonic()
     evidence = Evidence(case.name, plan.seed)
     comparison = Comparison(case)
-    with _bar(console) as advance:
-        for left, (batch, outputs) in _outputs(case, plan, start + time_limit):
-            evidence.left = left
-            evidence.batches[batch.kind] += 1
-            evidence.rows[batch.kind] += sum(1 for _ in batch.compared())
-            mismatch = comparison(batch, outputs)
-            advance(f"{batch.kind}: {batch}", 1 - left / len(plan.batches))
-            if mismatch is not None:
-                evidence.mismatch = shrink(comparison, mismatch, time.monotonic() + min(time_limit, 60))
-                break
-        else:
-            evidence.left = len(plan.batches) - evidence.batches.total()
+    for left, (batch, outputs) in _outputs(case, plan, start + time_limit):
+        evidence.left = left
+        evidence.batches[batch.kind] += 1
+        evidence.rows[batch.kind] += sum(1 for _ in batch.compared())
+        mismatch = comparison(batch, outputs)
+        progress(f"{batch.kind}: {batch}", 1 - left / len(plan.batches))
+        if mismatch is not None:
+            evidence.mismatch = shrink(comparison, mismatch, time.monotonic() + min(time_limit, 60))
+            break
+    else:
+        evidence.left = len(plan.batches) - evidence.batches.total()
     evidence.seconds = time.monotonic() - start
     return evidence
 
@@ -177,7 +173,7 @@ class Comparison:
                 found = difference(a, b)
                 if found is not None:
                     raise MeasureError(
-                        f"{case.name} is not deterministic: the same batch of {len(batch.rows)} gave other bits the second time "
+                        f"{case.name} is not deterministic: the same batch of {len(batch.rows)} gave different bits the second time "
                         f"(output {i}: {found}), so rows cannot be compared; take out what draws random numbers or adds in any order"
                     )
 
@@ -311,27 +307,3 @@ def replay(path: Path, fn: Function | str) -> int:
         mismatch or f"no mismatch here, with torch {torch.__version__}; it was found with {data['versions']['torch']}"
     )
     return mismatch is not None
-
-
-@contextlib.contextmanager
-def _bar(console: Console | None) -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on `console`; what is yielded takes the text and the part that is done."""
-    if console is None:
-        yield lambda text, done: None
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("each row alone", total=1.0)
-        yield lambda text, done: progress.update(task, description=text, completed=done)
-
-
-def table(evidence: Evidence) -> Table:
-    """What ran, kind by kind, and what could not."""
-    found = Table(
-        "varied", "batches", "rows compared", title=f"bi-compile verify: {evidence.name}", title_justify="left"
-    )
-    for kind, batches in evidence.batches.items():
-        found.add_row(kind, str(batches), str(evidence.rows[kind]))
-    for kind, why in evidence.not_run.items():
-        found.add_row(kind, "not run", why)
-    return found

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..errors import HostError, MeasureError
+from ..errors import HostError, MeasureError, ProcessError
 from . import requests
 from .bits import difference
 from .process import ProcessFailed, run_module
@@ -42,7 +42,8 @@ def verify(model: Path, **plan: Any) -> dict[str, Any]:
     "mismatch": None or the smallest that was found.
 
     Raises:
-        MeasureError: prefix caching is on, the engine is not deterministic, there is no model, or the process failed.
+        MeasureError: prefix caching is on, the engine is not deterministic, or there is no model.
+        ProcessError: the engine's process failed.
         HostError: there is no vLLM.
     """
     check(model, plan)
@@ -77,11 +78,11 @@ CACHING = (
 
 
 def in_a_process(module: str, plan: dict[str, Any], **environment: str) -> dict[str, Any]:
-    """The result of `python -m module plan`. Raises MeasureError: it was refused there, or the process failed."""
+    """The result of `python -m module plan`. Raises MeasureError: it was refused there; ProcessError: the process failed."""
     try:
         result, _ = run_module(module, plan, 1200, **environment)
     except ProcessFailed as error:
-        raise MeasureError(f"the engine's process failed:\n{error}") from None
+        raise ProcessError(f"the engine's process failed:\n{error}") from None
     if "refused" in result:
         raise MeasureError(result["refused"])
     return result

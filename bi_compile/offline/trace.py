@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections import Counter
@@ -78,6 +80,9 @@ def run(model: Path, target: str, say: Callable[[str], None]) -> Offline:
         raise OptionError(f"the target {target!r} cannot be audited offline: known are {', '.join(CHIPS)}")
     if not (model / "config.json").is_file():
         raise OptionError(f"{str(model)!r} holds no config.json: name the folder of a model of transformers")
+    if importlib.util.find_spec("torch_npu") is None:
+        raise HostError("torch_npu is not installed: pip install torch-npu of the release that torch has")
+    check_versions(importlib.metadata.version("torch"), importlib.metadata.version("torch_npu"))
     load_torch_npu(target, say)
     graph = trace(model)
     pipeline = Pipeline(Options(target=target))
@@ -153,34 +158,3 @@ def trace(model: Path) -> fx.GraphModule:
             f"the model in {str(model)!r} cannot be traced over a symbolic batch: it fixes it to {dict(shapes.replacements)}"
         )
     return graph
-
-
-def show(found: Offline, out: Any) -> bool:
-    """Print `found`; whether nothing is left."""
-    from rich.table import Table
-
-    table = Table(
-        "operator", "nodes", "after the passes", title=f"{found.model} on {found.target}", title_justify="left"
-    )
-    left = {f.operator: f.reason for f in found.left}
-    for name, count in sorted(found.varies.items()):
-        gone = "replaced" if name in found.replaced else "gone: nothing used it any more"
-        table.add_row(name, str(count), f"left: {left[name]}" if name in left else gone)
-    for name, reason in sorted(found.trusted.items()):
-        table.add_row(name, "", f"trusted: {reason}")
-    for name in sorted(set(left) - set(found.varies)):
-        table.add_row(name, "", f"left: {left[name]}")
-    out.print(table)
-    out.print(f"{found.nodes} nodes; {sum(found.replaced.values())} replaced, {len(found.left)} left")
-    return not found.left
-
-
-def main(model: Path, target: str, out: Any) -> bool:
-    """The command; whether nothing is left."""
-    import importlib.metadata
-    import importlib.util
-
-    if importlib.util.find_spec("torch_npu") is None:
-        raise HostError("torch_npu is not installed: pip install torch-npu of the release that torch has")
-    check_versions(importlib.metadata.version("torch"), importlib.metadata.version("torch_npu"))
-    return show(run(model, target, lambda line: out.print(line)), out)

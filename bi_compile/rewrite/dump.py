@@ -2,7 +2,7 @@
 
     DIR/graph_000_captured/00_before.py        a Python program that runs the graph
                           /01_softmax.py       the same after the pass `softmax`
-                          /changes.json        what each pass did, and how long it took
+                          /changes.json        how many nodes compute something, what each pass did, and how long it took
                           /changes.diff        from first to last
        /graph_001_final/…/audit.json           the certificate: the verdict on each node of the graph that runs (see `certificate`)
 
@@ -87,6 +87,7 @@ class GraphDump:
     def __init__(self, path: Path, graph: fx.Graph) -> None:
         self.path = path
         self.steps: list[dict[str, Any]] = []
+        self.nodes_before = _computed(graph)
         self.first = self._write("before", graph, "The graph as it came in.")
         self.latest = self.first
 
@@ -99,7 +100,8 @@ class GraphDump:
         self.steps.append({"pass": pass_name, "seconds": seconds, "changes": [dataclasses.asdict(c) for c in changes]})
 
     def end(self, graph: fx.Graph) -> None:
-        (self.path / "changes.json").write_text(json.dumps(self.steps, indent=1))
+        counts = {"nodes_before": self.nodes_before, "nodes_after": _computed(graph)}
+        (self.path / "changes.json").write_text(json.dumps({**counts, "passes": self.steps}, indent=1))
         lines = difflib.unified_diff(self.first, self.latest, "before", "after", lineterm="")
         (self.path / "changes.diff").write_text("\n".join(lines) + "\n")
 
@@ -115,6 +117,11 @@ class GraphDump:
                 payload_fn=lambda: text,
             )
         return text.splitlines()
+
+
+def _computed(graph: fx.Graph) -> int:
+    """How many nodes compute something: what is neither an input, nor a constant, nor the output."""
+    return sum(node.op not in ("placeholder", "get_attr", "output") for node in graph.nodes)
 
 
 def program(graph: fx.Graph, title: str, name: str) -> str:

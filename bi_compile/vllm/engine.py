@@ -17,11 +17,10 @@ from ..errors import HostError
 from ..options import Options, read_options, resolve_passes
 from ..targets import for_device, get_target
 from . import platforms
-from .keys import KEY, OPTIONS
+from .keys import KEY, NEWEST, OLDEST, OPTIONS
 
 log = init_logger("vllm.plugins.bi_compile")
 
-OLDEST, NEWEST = Version("0.23"), Version("0.34")
 #: what `prepare_worker` changed in this process, and how to undo it
 _prepared = contextlib.ExitStack()
 _fallback: eager.EagerFallback | None = None

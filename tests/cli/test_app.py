@@ -62,7 +62,7 @@ def test_inspect_shows_what_is_left_with_reason_and_line(dump: Path, tmp_path: P
     }
     path.write_text(json.dumps(report))
     result = runner.invoke(app, ["inspect", str(tmp_path)])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     for word in (
         "not invariant",
         "my.op.default",
@@ -75,7 +75,7 @@ def test_inspect_shows_what_is_left_with_reason_and_line(dump: Path, tmp_path: P
 
 
 def test_inspect_of_a_folder_that_is_no_dump(tmp_path: Path) -> None:
-    for folder, word in ((tmp_path, "holds no dump"), (tmp_path / "none", "is no folder")):
+    for folder, word in ((tmp_path, "holds no dump"), (tmp_path / "none", "is not a folder")):
         result = runner.invoke(app, ["inspect", str(folder)])
         assert result.exit_code == 2
         assert word in result.output and "dump_dir" in result.output
@@ -141,10 +141,107 @@ def test_every_replacement_says_by_what() -> None:
     assert all(reference.by_what(e) for p in PASSES for e in p.entries)
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], ["inspect"], ["passes", "--html"]])
-def test_unknown_commands_and_options(arguments: list[str]) -> None:
+def test_version_and_help() -> None:
+    import bi_compile
+
+    assert runner.invoke(app, ["--version"]).output == f"bi-compile {bi_compile.__version__}\n"
+    for command in ([], ["verify"], ["verify", "vllm"], ["audit"]):
+        short, long = (runner.invoke(app, [*command, h]) for h in ("-h", "--help"))
+        assert short.exit_code == long.exit_code == 0 and short.output == long.output and "Usage" in short.output
+
+
+WITHOUT_VLLM = """
+import sys, importlib.abc, importlib.metadata
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ("vllm", "vllm_ascend"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+version = importlib.metadata.version
+def hidden(name):
+    if name.startswith("vllm"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = hidden
+from bi_compile.cli import app
+app(["doctor"])
+"""
+
+
+def test_doctor_works_without_vllm() -> None:
+    """Where the README sends those who have not installed it."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_VLLM], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pip install vllm" in done.stdout and "entry point" in done.stdout and not done.stderr
+
+
+# -- exit codes: see bi_compile/cli/exits.py ---------------------------------------------------------------------------
+
+
+def rows() -> torch.Tensor:
+    return torch.randn(8, 16)
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def raising(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("the disk is full")
+
+
+def unknown_to_the_audit(x: torch.Tensor) -> torch.Tensor:
+    return x.cumprod(1)
+
+
+def size_dependent(x: torch.Tensor) -> torch.Tensor:
+    return x + x.shape[0]
+
+
+FUNCTION = ["verify", "function", "--inputs", "test_app:rows"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([*FUNCTION, "test_app:doubled"], 0, "no mismatch"),
+        ([*FUNCTION, "test_app:size_dependent"], 1, "differs"),
+        (["bisect", "function", "--inputs", "test_app:rows", "test_app:size_dependent"], 1, "the first operator"),
+        ([*FUNCTION, "test_app:none"], 2, "cannot be imported"),
+        ([*FUNCTION, "test_app:doubled", "--backend", "inducktor"], 2, "--backend inducktor: torch.compile knows"),
+        ([*FUNCTION, "test_app:doubled", "--batch-dims", "x"], 2, "numbers or none"),
+        (["audit", "none.json"], 2, "cannot be read"),
+        (["nothing"], 2, "No such command"),
+        (["inspect"], 2, "Missing argument"),
+        (["passes", "--html"], 2, "No such option"),
+        ([*FUNCTION, "test_app:raising"], 3, "RuntimeError: the disk is full, at"),
+        ([*FUNCTION, "test_app:unknown_to_the_audit", "--backend", "bi_ascend"], 3, "cumprod"),
+    ],
+    ids=lambda x: " ".join(x[2:]) if isinstance(x, list) else None,
+)
+def test_exit_codes(
+    arguments: list[str], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "test_app", sys.modules[__name__])
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.chdir(tmp_path)
     result = runner.invoke(app, arguments)
-    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert (result.exit_code, said in result.output) == (code, True), result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_trace_is_shown_when_asked_for() -> None:
+    command = [Path(sys.executable).parent / "bi-compile", "--traceback", *FUNCTION, "test_app:raising"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 3 and "Traceback" in done.stderr and "bi-compile: it failed: RuntimeError" in done.stderr
+
+
+def test_a_certificate_that_is_not_invariant_is_found(dump: Path, tmp_path: Path) -> None:
+    good = dump / "graph_001_final" / "audit.json"
+    bad = tmp_path / "audit.json"
+    bad.write_text(json.dumps(json.loads(good.read_text()) | {"invariant": False}))
+    assert runner.invoke(app, ["audit", str(good)]).exit_code == 0
+    assert runner.invoke(app, ["audit", str(bad)]).exit_code == 1
 
 
 def test_the_entry_point_exits_as_it_says(tmp_path: Path) -> None:
@@ -159,13 +256,10 @@ def test_importing_the_command_line_imports_no_compiler() -> None:
 
 
 def test_bench_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.table import Table
+    from bi_compile.bench import Measured, cpu
 
-    from bi_compile.bench import cpu
-
-    table = Table("M", "ratio")
-    table.add_row("1", "0.97")
-    monkeypatch.setattr(cpu, "BENCHES", {"product": lambda: (table, "a mean")})
+    table = Measured("Products", ("M", "ratio"), [("1", "0.97")], "a mean")
+    monkeypatch.setattr(cpu, "BENCHES", {"product": lambda: table})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = CliRunner().invoke(app, ["bench", "--csv", str(tmp_path / "new")])
     assert done.exit_code == 0 and "product: a mean" in done.output

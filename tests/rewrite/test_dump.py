@@ -140,8 +140,12 @@ def test_the_difference_is_from_first_to_last(tmp_path: Path) -> None:
 
 
 def test_what_each_pass_did_is_data(tmp_path: Path) -> None:
-    ran(pipeline(dump_dir=str(tmp_path)))
-    steps = json.loads((tmp_path / "graph_000_captured" / "changes.json").read_text())
+    gm = ran(pipeline(dump_dir=str(tmp_path)))
+    data = json.loads((tmp_path / "graph_000_captured" / "changes.json").read_text())
+    steps = data["passes"]
+    assert data["nodes_before"] > 5 and data["nodes_after"] == len(
+        [n for n in gm.graph.nodes if n.op == "call_function"]
+    )
     assert [s["pass"] for s in steps] == ["layer_norm", "softmax", "matmul"]
     assert all(s["seconds"] >= 0 for s in steps)
     (change,) = steps[1]["changes"]
@@ -165,7 +169,8 @@ def test_a_graph_without_changes_is_dumped_too(tmp_path: Path) -> None:
     done.rewrite(gm.graph, "captured")
     (folder,) = tmp_path.iterdir()
     assert [p.name for p in programs(folder)] == ["00_before.py"]
-    assert json.loads((folder / "changes.json").read_text()) == [] and not (folder / "changes.diff").read_text().strip()
+    assert json.loads((folder / "changes.json").read_text()) == {"nodes_before": 1, "nodes_after": 1, "passes": []}
+    assert not (folder / "changes.diff").read_text().strip()
 
 
 def test_the_audit_of_a_refused_graph_is_written(tmp_path: Path) -> None:

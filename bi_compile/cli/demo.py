@@ -1,0 +1,46 @@
+"""What `bi-compile demo` prints."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..demo import show as measured
+from ..demo.show import Row
+from .console import progress_bar
+
+
+def show(out: Console) -> bool:
+    """Measure, print the table; True if it is as claimed: nothing differs with the pass, and something does without it."""
+    start = time.perf_counter()
+    rows: list[Row] = []
+    with progress_bar(out) as progress:
+        for row in measured.run(progress):
+            rows.append(row)
+            for side, outcome in (("without", row.without), ("with", row.with_)):
+                if outcome.error:
+                    out.print(f"[red]failed:[/] {escape(outcome.error)}")
+                if not out.is_terminal:  # no bar is drawn there
+                    out.print(f"{row.case.part}: {row.case.what}; {side}: {outcome.text} ({outcome.seconds:.0f} s)")
+    out.print(table(rows))
+    wrong = measured.faults(rows)
+    for sentence in wrong:
+        out.print(f"[red]{escape(sentence)}[/]")
+    seconds = time.perf_counter() - start
+    out.print(f"{seconds:.0f} s in all. {'' if wrong else 'As claimed: with the pass nothing differs.'}")
+    return not wrong
+
+
+def table(rows: list[Row]) -> Table:
+    found = Table("", "what", title="Results that change when batched", title_justify="left", show_lines=True)
+    for name in ("without", "with bi_ascend", "seconds"):
+        found.add_column(name, justify="right", no_wrap=True)
+    for r in rows:
+        good = not r.with_.error and r.with_.differ == 0
+        seconds = f"{r.without.seconds:.0f}, {r.with_.seconds:.0f}"
+        cell = f"[{'green' if good else 'red'}]{r.with_.text}[/]"
+        found.add_row(r.case.part, r.case.what, r.without.text, cell, seconds)
+    return found

@@ -1,0 +1,266 @@
+"""`bi-compile verify`, `bi-compile bisect` and `bi-compile probe`: what they take, and their tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import MeasureError, OptionError
+from .console import console, progress_bar
+from .exits import FOUND, OK, sentences
+
+if TYPE_CHECKING:
+    from ..measure.bisect import Bisection
+    from ..measure.verify import Evidence
+
+_COMPARE: dict[str, Any] = dict(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+verify_app = typer.Typer(help="Compare each row in a batch with the row alone, as bits.", **_COMPARE)
+bisect_app = typer.Typer(help="Name the first operator whose row differs.", **_COMPARE)
+
+FunctionPath = Annotated[str, typer.Argument(metavar="FUNCTION", help="package.module:name of a function or a model")]
+Inputs = Annotated[
+    str, typer.Option(help="package.module:name of a function that returns its arguments, all rows together")
+]
+BatchDims = Annotated[str, typer.Option(help="the batch dimension of every tensor, or one for each input: 0,none")]
+Backend = Annotated[str | None, typer.Option(help="compile it with this backend of torch.compile")]
+Seed = Annotated[int, typer.Option(help="of what is drawn at random")]
+Limit = Annotated[float, typer.Option(help="seconds after which nothing new starts")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="a folder with a model")]
+Config = Annotated[str | None, typer.Option(help="vLLM's compilation config, as JSON")]
+EngineArgs = Annotated[str, typer.Option(help='more arguments of vllm.LLM, as JSON: {"dtype": "bfloat16"}')]
+
+
+def _function(fn: str, inputs: str, batch_dims: str) -> tuple[str, list[Any], Any]:
+    """The first three arguments of `verify` and `bisect`."""
+    from ..measure.row_function import load
+
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it
+    made = load(inputs)()
+    try:
+        dims = [None if d.strip() == "none" else int(d) for d in batch_dims.split(",")]
+    except ValueError:
+        raise MeasureError(f"--batch-dims {batch_dims}: numbers or none, as in 0 or 0,none") from None
+    every = dims[0] if len(dims) == 1 and dims[0] is not None else dims
+    return fn, list(made) if isinstance(made, (tuple, list)) else [made], every
+
+
+def _check_backend(name: str | None) -> None:
+    """Raise OptionError for a backend that torch.compile does not know."""
+    if name is None:
+        return
+    from torch._dynamo.backends.registry import list_backends
+
+    known = list_backends(exclude_tags=())
+    if name not in known:
+        raise OptionError(f"--backend {name}: torch.compile knows {', '.join(known)}")
+
+
+def _plan(config: str | None, engine: str, **own: Any) -> dict[str, Any]:
+    """The plan of an engine: vLLM's arguments and ours."""
+    try:
+        found = json.loads(engine) | ({"compilation_config": json.loads(config)} if config else {})
+    except (ValueError, TypeError) as error:
+        raise MeasureError(f"--compilation-config and --engine-args are JSON objects ({error})") from None
+    return found | own
+
+
+def _write(path: Path, text: str) -> None:
+    """Raise OptionError where the file cannot be written."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise OptionError(
+            f"--write {str(path)!r} cannot be written ({error.strerror}): name a file that can"
+        ) from error
+
+
+@verify_app.command("function")
+@sentences
+def verify_function(
+    fn: FunctionPath,
+    inputs: Inputs,
+    batch_dims: BatchDims = "0",
+    backend: Backend = None,
+    seed: Seed = 0,
+    time_limit: Limit = 300.0,
+    write: Annotated[Path, typer.Option(help="the program to write where a row differs")] = Path("counterexample.py"),
+) -> None:
+    """A Python function, a model or something compiled. Exit code 1 if a row differs."""
+    from ..measure import verify
+    from ..measure.row_function import Case
+
+    out = console()
+    _check_backend(backend)
+    given = _function(fn, inputs, batch_dims)
+    with progress_bar(out, "each row alone") as progress:
+        evidence = verify.verify(*given, backend=backend, seed=seed, time_limit=time_limit, progress=progress)
+    out.print(evidence_table(evidence))
+    typer.echo(evidence.line())
+    if evidence.mismatch is not None:
+        verify.write(Case(*given, backend), evidence.mismatch, write)
+        typer.echo(f"reproduce with: python {write}")
+    raise typer.Exit(OK if evidence.equal else FOUND)
+
+
+@verify_app.command("vllm")
+@sentences
+def verify_engine(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL_DIR", help="a folder with a model, or counterexample.json to run that one again"),
+    ],
+    compilation_config: Config = None,
+    engine_args: EngineArgs = "{}",
+    requests: Annotated[int, typer.Option(help="how many")] = 16,
+    tokens: Annotated[int, typer.Option(help="how many for each request")] = 8,
+    seed: Seed = 0,
+    time_limit: Limit = 60.0,
+    write: Annotated[Path, typer.Option(help="the plan to write where a request differs")] = Path(
+        "counterexample.json"
+    ),
+) -> None:
+    """A vLLM engine: requests alone and together, their logprobs and tokens. Exit code 1 if a request differs."""
+    from ..measure import verify_vllm
+
+    again = model.is_file()
+    plan = _plan(compilation_config, engine_args, requests=requests, tokens=tokens, seed=seed, time_limit=time_limit)
+    if again:
+        model, plan = verify_vllm.read(model)
+    with console().status("the engine starts, then requests run alone and together"):
+        result = verify_vllm.verify(model, **plan)
+    typer.echo(verify_vllm.line(result))
+    if result["mismatch"] is not None and not again:
+        only = {k: result["mismatch"][k] for k in ("request", "batch")}
+        _write(write, json.dumps({"model": str(model.resolve()), **plan, "only": only}))
+        typer.echo(f"reproduce with: bi-compile verify vllm {write}")
+    raise typer.Exit(OK if result["mismatch"] is None else FOUND)
+
+
+@bisect_app.command("function")
+@sentences
+def bisect_function(
+    fn: FunctionPath,
+    inputs: Inputs,
+    batch_dims: BatchDims = "0",
+    backend: Backend = None,
+    seed: Seed = 0,
+    time_limit: Limit = 120.0,
+) -> None:
+    """A Python function, a model or something compiled. Exit code 1 if a row differs."""
+    from ..measure import bisect
+
+    out = console()
+    _check_backend(backend)
+    given = _function(fn, inputs, batch_dims)
+    with progress_bar(out, "each row alone") as progress:
+        found = bisect.bisect(*given, backend=backend, seed=seed, time_limit=time_limit, progress=progress)
+    _show(out, found, str(found.mismatch))
+
+
+@bisect_app.command("vllm")
+@sentences
+def bisect_engine(
+    model: Model, compilation_config: Config = None, engine_args: EngineArgs = "{}", seed: Seed = 0
+) -> None:
+    """A vLLM engine, its compiled graphs run node by node. Exit code 1 if a request differs."""
+    from ..measure import bisect_vllm, verify_vllm
+
+    out = console()
+    with out.status("the engine starts, then requests run alone and together, operator by operator"):
+        mismatch, found = bisect_vllm.bisect(model, **_plan(compilation_config, engine_args, seed=seed))
+    _show(out, found, verify_vllm.sentence(mismatch) if mismatch else "")
+
+
+def _show(out: Console, found: Bisection, mismatch: str) -> None:
+    """A bisection: which row, where it first differs, and how that grows."""
+    if found.first is None:
+        typer.echo(found.line())
+        raise typer.Exit(OK)
+    out.print(bisection_table(found))
+    typer.echo(f"{mismatch}\n{found.line()}")
+    raise typer.Exit(FOUND)
+
+
+@sentences
+def probe(
+    write: Annotated[Path, typer.Option(help="the file to write")] = Path("probe.json"),
+    device: Annotated[str, typer.Option(help="torch's name of the device")] = "cpu",
+    operator: Annotated[list[str] | None, typer.Option(help="measure this one alone; may be repeated")] = None,
+    seed: Seed = 0,
+    time_limit: Limit = 600.0,
+) -> None:
+    """Measure which native operators of this device vary with the batch; the option `probe` reads the file."""
+    from ..measure import probe as measured
+
+    out = console()
+    with progress_bar(out) as progress:
+        data = measured.measure(device, seed, time_limit, operator, progress)
+    _write(write, json.dumps(data, indent=1))
+    out.print(probe_table(data))
+    typer.echo(f'written to {write}; options={{"probe": "{write}"}} makes the audit read it')
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def evidence_table(evidence: Evidence) -> Table:
+    """What ran, kind by kind, and what could not."""
+    found = Table(
+        "varied", "batches", "rows compared", title=f"bi-compile verify: {evidence.name}", title_justify="left"
+    )
+    for kind, batches in evidence.batches.items():
+        found.add_row(kind, str(batches), str(evidence.rows[kind]))
+    for kind, why in evidence.not_run.items():
+        found.add_row(kind, "not run", why)
+    return found
+
+
+SHOWN = 40
+
+
+def bisection_table(found: Bisection) -> Table:
+    """From the first operator that differs to the output; the middle of a long list is left out, and said so."""
+    out = Table(
+        "operator", "layer", "line", "operands", "elements", "max ULP", title="Where the row differs", title_justify="left"
+    )  # fmt: skip
+    start = next((i for i, s in enumerate(found.steps) if s.difference is not None), len(found.steps))
+    rest = found.steps[start:]
+    for i, step in enumerate(rest):
+        if len(rest) > SHOWN and SHOWN // 2 <= i < len(rest) - SHOWN // 2:
+            if i == SHOWN // 2:
+                out.add_row(f"... {len(rest) - SHOWN} more", "", "", "", "", "")
+            continue
+        d = step.difference
+        cells = (step.operator, step.layer, _short(step.where), step.arguments)
+        elements, ulps = (f"{d.elements} of {d.of}", "NaN" if d.ulps is None else str(d.ulps)) if d else ("0", "0")
+        out.add_row(*map(escape, cells), elements, ulps)
+    return out
+
+
+def _short(where: str) -> str:
+    """The last folder, the file and the line."""
+    file, _, line = where.partition(", ")
+    return f"{'/'.join(file.split('/')[-2:])}, {line}" if line else where
+
+
+def probe_table(data: dict[str, Any]) -> Table:
+    """For each operator and dtype how many rows were equal, or that it varies."""
+    dtypes = list(dict.fromkeys(dtype for by_dtype in data["operators"].values() for dtype in by_dtype))
+    title = f"Native operators on {data['device_name']}, torch {data['torch']}"
+    out = Table("operator", *dtypes, title=title, title_justify="left")
+    for operator, by_dtype in data["operators"].items():
+        out.add_row(operator, *(_cell(by_dtype[d]) for d in dtypes))
+    return out
+
+
+def _cell(measured: dict[str, Any]) -> str:
+    cut = f", {measured['batches_left']} batches left" if measured["batches_left"] else ""
+    return f"[red]varies[/]{cut}" if measured["mismatches"] else f"no mismatch in {measured['rows']} rows{cut}"
