@@ -13,11 +13,13 @@ from typing import Any
 from functorch.compile import make_boxed_func
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from . import ops
-from .options import Options, read_options
+from .options import read_options
 from .pipeline import Pipeline
+from .targets import Target
 
 Compiled = Callable[..., Any]
 
@@ -29,19 +31,21 @@ class FinalPass(CustomGraphPass):
     replaced after it.
     """
 
-    def __init__(self, pipeline: Pipeline, theirs: Any = None) -> None:
+    def __init__(self, pipeline: Pipeline, theirs: Any = None, target: Target | None = None) -> None:
         self.pipeline = pipeline
         self.theirs = theirs
+        self.target = target
 
     def __call__(self, graph: fx.Graph) -> None:
         from torch._inductor.decomposition import select_decomp_table
 
+        target = self.target or self.pipeline.target_of(graph)
         if self.theirs is not None:
             # an operator that theirs would lower or fuse is still whole here
-            self.pipeline.rewrite(graph, "post_grad", select_decomp_table())
+            self.pipeline.rewrite(graph, "post_grad", select_decomp_table(), target)
             self.theirs(graph)
-        self.pipeline.rewrite(graph, "final", select_decomp_table())
-        self.pipeline.audit(graph)
+        self.pipeline.rewrite(graph, "final", select_decomp_table(), target)
+        self.pipeline.audit(graph, target=target)
 
     def uuid(self) -> Any:
         if self.theirs is None:
@@ -65,44 +69,44 @@ def bi_ascend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) 
 
 
 def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-    inner = _inductor if pipeline.options.inner == "inductor" else _other(pipeline.options)
+    inductor = pipeline.options.inner == "inductor"
+    inner, plain = (_inductor, _plain_inductor) if inductor else (_other, lookup_backend(pipeline.options.inner))
 
     def forward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        ops.load_kernels(pipeline.target_of(graph.graph).device)
-        pipeline.rewrite(graph.graph, "captured")
+        target = pipeline.target_of(graph.graph)
+        ops.load_kernels(target.device)
+        pipeline.rewrite(graph.graph, "captured", target=target)
         graph.recompile()
-        return make_boxed_func(inner(graph, inputs, pipeline))
+        return make_boxed_func(inner(graph, inputs, pipeline, target))
 
     def backward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        return make_boxed_func(inner(graph, inputs, None))
+        return make_boxed_func(plain(graph, inputs))
 
     return aot_autograd(fw_compiler=forward, bw_compiler=backward, inference_compiler=forward)(gm, example_inputs)
 
 
-def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline | None) -> Compiled:
+def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target) -> Compiled:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    if pipeline is None:
-        return compile_fx(gm, inputs)
     return compile_fx(
         gm,
         inputs,
         config_patches={
-            **pipeline.target_of(gm.graph).inductor,
+            **target.inductor,
             # a graph out of a cache is not judged again, so nobody would hear of what it holds
             **({"force_disable_caches": True} if pipeline.options.on_unproven == "warn" else {}),
-            "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass),
+            "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass, target),
         },
     )
 
 
-def _other(options: Options) -> Callable[..., Compiled]:
-    from torch._dynamo.backends.registry import lookup_backend
+def _plain_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    from torch._inductor.compile_fx import compile_fx
 
-    def compile_with(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline | None) -> Compiled:
-        if pipeline is not None:
-            pipeline.audit(gm.graph)
-        return lookup_backend(options.inner)(gm, inputs)
+    return compile_fx(gm, inputs)
 
-    return compile_with
+
+def _other(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target) -> Compiled:
+    pipeline.audit(gm.graph, target=target)
+    return lookup_backend(pipeline.options.inner)(gm, inputs)

@@ -24,7 +24,8 @@ from torch._ops import OpOverload
 
 from .errors import AuditError
 from .ops import KERNELS, load_kernels
-from .options import Options, resolve_passes
+from .options import Options
+from .resolve import resolve
 from .table import Entry, Replacement, Table
 from .targets import for_device
 
@@ -101,7 +102,7 @@ class EagerFallback:
     def __init__(self, options: Options, device: str) -> None:
         self.options = options
         self.device = device
-        self.table = Table(resolve_passes(options.passes), for_device(device, compiled=False).name)
+        self.table = Table(resolve(options).passes, for_device(device, compiled=False).name)
         key = KERNELS[device][0] if device in KERNELS else ""
         self.replaced: dict[OpOverload, tuple[Entry, Replacement]] = {
             op: found for op, found in self.table.by_overload.items() if found[0].eager and _has_kernel(op, key)
@@ -230,7 +231,7 @@ def install(options: Options | None = None, device: str = "cpu") -> EagerFallbac
     to PyTorch's kernel.
 
     Raises:
-        OptionError, TableError, RuntimeError: as `Options`, `Table` and `load_kernels` do; then nothing is installed.
+        OptionError, TableError, RuntimeError: as `resolve`, `Table` and `load_kernels` do; then nothing is installed.
     """
     global _installed
     fallback = EagerFallback(options or Options(), device)

@@ -35,9 +35,12 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import eager
-from .audit.report import ALLOWED, Call, Finding, Knowledge, Report, Verdict, judge
+from .audit.report import Finding, Report
+from .audit.spec import ALLOWED, Call, Knowledge, Verdict, judge
 from .errors import AuditError, OptionError
-from .options import ALL, Options, resolve_passes
+from .options import Options
+from .passes import PASSES
+from .resolve import resolve
 from .table import Table
 from .targets import for_device
 
@@ -102,6 +105,7 @@ class Observer(TorchDispatchMode):
             name = "probe" if options.batch is None else "batch"
             raise OptionError(f"the option {name} speaks of a graph, and here is none: leave it out for eager code")
         self.options = options
+        self.passes = resolve(options).passes
         self.device = device
         self.seen = Observed(for_device(device, compiled=False).name)
         self._warned: set[str] = set()
@@ -121,8 +125,8 @@ class Observer(TorchDispatchMode):
         name = target or for_device(device, compiled=False).name
         return Knowledge(
             for_device(device, compiled=False),
-            Table(resolve_passes(self.options.passes), name),
-            Table(resolve_passes([ALL]), name),
+            Table(self.passes, name),
+            Table(PASSES, name),
             self.options.trust,
         )
 
@@ -206,7 +210,7 @@ def judged(options: Options | None = None, device: str = "cpu") -> Iterator[Obse
         device: where a call without tensors and a Triton kernel is taken to run: "cpu", "cuda" or "npu".
 
     Raises:
-        OptionError, TableError: as `Options` and `Table` do, or an option that speaks of a graph.
+        OptionError, TableError: as `resolve` and `Table` do, or an option that speaks of a graph.
         AuditError: an operator that is not known to be invariant; the message names it, the place of its call and the remedy.
     """
     observer = Observer(options or Options(), device)

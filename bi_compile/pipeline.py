@@ -9,29 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import inspect
-import json
 import logging
 import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from .audit import certificate
+from . import cache_key
+from .audit import certificate, measured
 from .audit.report import Finding, Report, audit
 from .audit.spec import Knowledge
 from .errors import OptionError
-from .options import ALL, Options, resolve_passes
+from .options import Options
+from .passes import PASSES
+from .resolve import resolve
 from .rewrite.dump import Dump
 from .rewrite.fx_utils import held_graphs
 from .rewrite.splice import Change, Decompositions, rewrite
-from .table import Pass, Replacement, Table
+from .table import Table
 from .targets import Target, for_device, get_target
 
 log = logging.getLogger("bi_compile")
@@ -64,11 +64,16 @@ class Summary:
 
 
 class Pipeline:
-    """Passes, audit and dump with one set of options; use it for every graph of one compilation."""
+    """Passes, audit and dump with one set of options; use it for every graph of one compilation.
+
+    Raises:
+        OptionError, TableError: as `resolve` and `Table` do.
+    """
 
     def __init__(self, options: Options) -> None:
+        self.resolved = resolve(options)
         self.options = options
-        self.passes = resolve_passes(options.passes)
+        self.passes = self.resolved.passes
         self.summary = Summary()
         self._dump = Dump(options.dump_dir) if options.dump_dir else None
         self._warned: set[str] = set()
@@ -78,14 +83,12 @@ class Pipeline:
     @functools.cache  # noqa: B019 - a pipeline lives as long as the process
     def knowledge(self, target: str) -> Knowledge:
         """The tables for the target of that name. Raises TableError where the passes do not go together."""
-        return Knowledge(
-            get_target(target), Table(self.passes, target), Table(resolve_passes([ALL]), target), self.options.trust
-        )
+        return Knowledge(get_target(target), Table(self.passes, target), Table(PASSES, target), self.options.trust)
 
     def target_of(self, graph: fx.Graph) -> Target:
         """The target of the options, or that of the device on which the graph's tensors lie."""
-        if self.options.target:
-            return get_target(self.options.target)
+        if self.resolved.target is not None:
+            return self.resolved.target
         devices = Counter(
             leaf.device.type
             for node in graph.nodes
@@ -96,14 +99,23 @@ class Pipeline:
         found = [d for d, _ in devices.most_common() if d != "cpu"] or ["cpu"]
         return for_device(found[0], compiled=self.options.inner == "inductor")
 
-    def rewrite(self, graph: fx.Graph, stage: str, decompositions: Decompositions | None = None) -> list[Change]:
-        """Run every pass over `graph` and the graphs that it holds, in order; changes them in place."""
+    def rewrite(
+        self,
+        graph: fx.Graph,
+        stage: str,
+        decompositions: Decompositions | None = None,
+        target: Target | None = None,
+    ) -> list[Change]:
+        """Run every pass over `graph` and the graphs that it holds, in order; changes them in place.
+
+        target: the graph's, for a caller that has found it.
+        """
         from .rewrite import (
             patterns,  # imports Inductor, which takes a second, and which compiles the graph in any case
         )
 
         start = time.perf_counter()
-        known = self.knowledge(self.target_of(graph).name)
+        known = self.knowledge((target or self.target_of(graph)).name)
         dumped = self._dump.begin(stage, graph) if self._dump else None
         changes: list[Change] = []
         subgraphs = list(held_graphs(graph))
@@ -125,19 +137,23 @@ class Pipeline:
         self.summary.seconds += time.perf_counter() - start
         return changes
 
-    def audit(self, graph: fx.Graph, extra_trust: Mapping[str, str] | None = None) -> Report:
+    def audit(
+        self, graph: fx.Graph, extra_trust: Mapping[str, str] | None = None, target: Target | None = None
+    ) -> Report:
         """Judge `graph`, which is about to run; stops or warns as `on_unproven` says.
+
+        target: the graph's, for a caller that has found it.
 
         Raises:
             AuditError: something is left, and on_unproven is "error".
         """
         start = time.perf_counter()
-        known = self.knowledge(self.target_of(graph).name)
+        known = self.knowledge((target or self.target_of(graph)).name)
         if extra_trust:
             known = dataclasses.replace(known, trust={**extra_trust, **known.trust})
         report = audit(graph, known, self.options.batch)
-        if self.options.probe is not None:
-            report = self._measured(report, graph, known.target)
+        if self.resolved.probe is not None:
+            report = self._measured(self.resolved.probe, report, graph, known.target)
         self.summary.audit_seconds += time.perf_counter() - start
         self.summary.graphs += 1
         self.summary.nodes += len(report.findings)
@@ -152,24 +168,21 @@ class Pipeline:
             self._warn(finding)
         return report
 
-    def _measured(self, report: Report, graph: fx.Graph, target: Target) -> Report:
+    def _measured(self, data: Mapping[str, Any], report: Report, graph: fx.Graph, target: Target) -> Report:
         """The report with what the probe file says. Raises OptionError: it was measured on another device."""
-        from .measure import probe
-
-        data = probe.read(str(self.options.probe))
         if data["device"] != target.device:
             raise OptionError(
                 f"probe={self.options.probe!r} was measured on {data['device']!r}, and this graph runs on {target.device!r}: "
                 "name a file of that device"
             )
-        return probe.apply(data, report, graph, native=self.options.inner != "inductor")
+        return measured.apply(data, report, graph, native=self.options.inner != "inductor")
 
     def certificate(self, report: Report, known: Knowledge) -> dict[str, object]:
         """What `bi-compile audit` prints and compares."""
         return certificate.make(
             report,
-            passes={p.name: pass_digest(p) for p in self.passes},
-            source=_package_digest(),
+            passes={p.name: cache_key.pass_digest(p) for p in self.passes},
+            source=cache_key.source_digest(),
             trust=known.trust,
             batch=self.options.batch,
         )
@@ -182,38 +195,4 @@ class Pipeline:
 
     def uuid(self) -> str:
         """A digest of the passes' source, this package's source, the options and torch's version; a cache key."""
-        return digest(self.options)
-
-
-@functools.cache
-def _package_digest() -> str:
-    h = hashlib.sha256(torch.__version__.encode())
-    root = Path(__file__).parent
-    for path in sorted(
-        [*root.rglob("*.py"), *root.rglob("*.cpp"), *root.rglob("*.h"), *(root / "passes").glob("*.py")]
-    ):
-        h.update(path.name.encode() + path.read_bytes())
-    return h.hexdigest()
-
-
-def pass_digest(p: type[Pass]) -> str:
-    """A digest of the source of a pass and of the modules in which its replacements stand."""
-    sources = dict.fromkeys([_source(p), *(_source(entry.replacement) for entry in p.entries)])
-    return hashlib.sha256("".join(sources).encode()).hexdigest()
-
-
-def _source(part: type[Pass] | Replacement) -> str:
-    """The source of the module that holds `part`, or where it has no file that of `part` alone."""
-    module = inspect.getmodule(part)
-    return inspect.getsource(module if module is not None and hasattr(module, "__file__") else part)
-
-
-def digest(options: Options) -> str:
-    """See `Pipeline.uuid`."""
-    h = hashlib.sha256(_package_digest().encode())
-    probe = None if options.probe is None else Path(options.probe).read_text()
-    settings = dataclasses.asdict(options) | {"probe": probe}
-    h.update(json.dumps(settings, sort_keys=True, default=dict).encode())
-    for p in resolve_passes(options.passes):
-        h.update(pass_digest(p).encode())
-    return h.hexdigest()
+        return cache_key.digest(self.resolved)

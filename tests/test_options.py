@@ -12,8 +12,9 @@ import torch
 from support import graph_of, python, rand, targets
 
 from bi_compile import OptionError, Options, Pipeline
-from bi_compile.options import pass_names, read_options, resolve_passes
+from bi_compile.options import read_options
 from bi_compile.passes import PASSES, Softmax
+from bi_compile.resolve import pass_names, resolve, resolve_passes
 
 NAMES = [p.name for p in PASSES]
 MINE = """
@@ -80,7 +81,7 @@ def test_a_malformed_option_is_refused_in_a_sentence(name: str) -> None:
     """That names it and what is known."""
     given, message = BAD[name]
     with pytest.raises(OptionError, match=message):
-        read_options(given)
+        resolve(read_options(given))
 
 
 def test_an_option_error_is_a_value_error() -> None:
@@ -163,9 +164,9 @@ def test_a_users_pass_is_used(mine: str) -> None:
 def test_a_users_module_without_that_pass_is_refused(mine: str) -> None:
     module = mine.split(":")[0]
     with pytest.raises(OptionError, match=rf"the pass '{module}:Nothing' cannot be imported"):
-        Options(passes=(f"{module}:Nothing",))
+        resolve(Options(passes=(f"{module}:Nothing",)))
     with pytest.raises(OptionError, match=rf"'{module}:OTHER' is 3, which is no subclass of bi_compile.Pass"):
-        Options(passes=(f"{module}:OTHER",))
+        resolve(Options(passes=(f"{module}:OTHER",)))
 
 
 def test_a_users_module_that_fails_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +175,7 @@ def test_a_users_module_that_fails_is_refused_by_name(tmp_path: Path, monkeypatc
     with pytest.raises(
         OptionError, match=r"the pass 'users_module_that_fails:Mine' cannot be imported \(division by zero\)"
     ):
-        Options(passes=("users_module_that_fails:Mine",))
+        resolve(Options(passes=("users_module_that_fails:Mine",)))
 
 
 # -- the dump's folder ------------------------------------------------------------------------------------------------
@@ -184,19 +185,19 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(OptionError, match=r"dump_dir='.*file/dumps' cannot be written \(.*\): name a folder that can"):
-        Options(dump_dir=str(file / "dumps"))
+        resolve(Options(dump_dir=str(file / "dumps")))
     with pytest.raises(OptionError, match=r"dump_dir='.*file' cannot be written"):
-        Options(dump_dir=str(file))
+        resolve(Options(dump_dir=str(file)))
 
 
 def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
-    Options(dump_dir=str(tmp_path / "new" / "folder"))
+    resolve(Options(dump_dir=str(tmp_path / "new" / "folder")))
     assert list((tmp_path / "new" / "folder").iterdir()) == []
 
 
 def test_a_folder_may_be_looked_at_by_many_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(lambda _: Options(dump_dir=str(tmp_path)).dump_dir, range(400)))) == 1
+        assert len(set(pool.map(lambda _: resolve(Options(dump_dir=str(tmp_path))).options.dump_dir, range(400)))) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bi_compile.cache_key import digest_of, source_digest, source_files
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -50,6 +52,20 @@ def test_the_wheel_works_by_itself(built: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=_path(tmp_path), check=False
     )
     assert run.stdout.split("\n")[:2] == ["12.0 11", "no top-level passes"], run.stdout + run.stderr
+
+
+def test_checkout_sdist_and_wheel_have_one_digest(built: Path, tmp_path: Path) -> None:
+    """So that certificates of one commit are equal, and caches are shared, however the package came here."""
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "wheel")
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        sdist.extractall(tmp_path / "sdist", filter="data")
+    (unpacked,) = (tmp_path / "sdist").iterdir()
+    folders = (ROOT / "bi_compile", unpacked / "bi_compile", tmp_path / "wheel" / "bi_compile")
+    files = [sorted(source_files(folder)) for folder in folders]
+    assert files[0] == files[1] == files[2] and Path("passes/matmul.py") in files[0]
+    assert len({digest_of(folder) for folder in folders}) == 1
+    assert digest_of(folders[0]) == source_digest()
 
 
 def _path(folder: Path) -> dict[str, str]:

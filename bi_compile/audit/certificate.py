@@ -14,9 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.markup import escape
-from rich.table import Table
-
 from ..errors import OptionError
 from .report import Report
 
@@ -149,48 +146,3 @@ def _nodes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> It
         for key in _NODE_KEYS[1:]:
             if x[key] != y[key]:
                 yield Difference(f"{label}: {key}", str(x[key]), str(y[key]))
-
-
-def tables(found: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
-    """Certificates for a terminal: one table each, a line for each node that computes something."""
-    for name, c in found.items():
-        verdict = "batch-invariant" if c["invariant"] else "NOT batch-invariant"
-        head = f"{name}: {verdict} on {c['target']}, graph {c['graph'][:16]}"
-        facts = [f"{k} {v}" for k, v in c["versions"].items()] + [f"trust {k}: {v}" for k, v in c["trust"].items()]
-        facts.append("passes " + ", ".join(f"{p['name']} {p['uuid'][:8]}" for p in c["passes"]))
-        table = Table(
-            title=escape(head), caption=escape("; ".join(facts)), title_justify="left", caption_justify="left"
-        )
-        for column in ("node", "operator", "value", "rows in", "rows out", "verdict", "reason", "where"):
-            table.add_column(column, overflow="fold")
-        for n in c["nodes"]:
-            rows_in = ", ".join(f"{x}: {', '.join(map(str, dims))}" for x, dims in n["rows_in"].items())
-            cells = (
-                n["node"],
-                n["operator"],
-                n["value"],
-                rows_in,
-                ", ".join(map(str, n["rows_out"])),
-                n["verdict"],
-                n["reason"],
-                n["where"],
-            )
-            table.add_row(*map(escape, cells))
-        yield table
-
-
-def differences(a: Path, b: Path) -> tuple[Table, int]:
-    """What differs between two certificates, or between those of two dumps; how many differences there are."""
-    one, other = read(a), read(b)
-    table = Table("graph", "what", str(a), str(b), title="Differences", title_justify="left")
-    if len(one) == len(other) == 1:  # two files: whatever their graphs are called
-        other = dict(zip(one, other.values(), strict=True))
-    for name in dict.fromkeys((*one, *other)):
-        if name not in one or name not in other:
-            table.add_row(name, "the whole graph", *("judged" if name in x else "" for x in (one, other)))
-            continue
-        for d in compare(one[name], other[name]):
-            table.add_row(*map(escape, (name, *d)))
-    if not table.row_count:
-        table.caption = "none: the same graphs, versions, passes and trust"
-    return table, table.row_count

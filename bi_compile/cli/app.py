@@ -119,11 +119,11 @@ def audit(
         raise OptionError(f"audit takes {'two paths with --check' if check else 'one path'}, got {len(paths)}")
     out = console()
     if check:
-        table, count = certificate.differences(*paths)
+        table, count = shown.differences(*paths)
         out.print(table)
         raise typer.Exit(FOUND if count else OK)
     found = certificate.read(paths[0])
-    for table in certificate.tables(found):
+    for table in shown.tables(found):
         out.print(table)
     raise typer.Exit(OK if all(c["invariant"] for c in found.values()) else FOUND)
 

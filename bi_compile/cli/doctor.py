@@ -173,22 +173,22 @@ def _vllm_plugins() -> Line:
 
 
 def passes() -> Iterator[Line]:
-    from ..options import pass_names
+    from ..resolve import pass_names
 
     yield Line(OK, "passes", ", ".join(pass_names()))
 
 
 def probe(file: Path) -> Iterator[Line]:
     """Is what was measured there still so here?"""
+    from ..audit import measured
     from ..errors import OptionError
-    from ..measure import probe
 
     try:
-        data = probe.read(file)
+        data = measured.read(file)
     except OptionError as error:
         yield Line(MISSING, "probe", str(file), str(error))
         return
-    why = probe.stale(data)
+    why = measured.stale(data)
     found = f"{file}: {data['date']}, {data['device_name']}, torch {data['torch']}"
     yield Line(MISSING if why else OK, "probe", found, f"stale: {why}" if why else "")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..options import ALL, resolve_passes
+from ..passes import PASSES
 from ..table import Table
 from ..targets.ascend import check_torch_npu
 from ..targets.torch_npu_ops import ROW_LOCAL, TRUSTED, UNPROVEN
@@ -40,7 +40,7 @@ def verdicts() -> list[tuple[str, str, str]]:
         ValueError: an operator has no verdict, or two.
     """
     check_torch_npu()
-    table = Table(resolve_passes([ALL]), "ascend-a2")
+    table = Table(PASSES, "ascend-a2")
     replaced = {
         op.name(): f"{entry.why} (pass `{entry.pass_name}`)"
         for op, (entry, _) in table.by_overload.items()

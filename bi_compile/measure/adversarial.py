@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..audit.spec import ALLOWED, Call, Knowledge, judge
 from ..errors import AuditError
-from ..options import ALL, resolve_passes
+from ..passes import PASSES
 from ..table import Table
 from ..targets import Target, get_target
 
@@ -56,7 +56,7 @@ class Adversary(TorchDispatchMode):
         self.seed = seed
         self.share = share
         named = get_target(target)
-        table = Table(resolve_passes([ALL]), target)
+        table = Table(PASSES, target)
         # what the target trusts is not proven
         self.known = Knowledge(Target(named.name, named.device), table, table, trust or {})
         self.lied: Counter[str] = Counter()

@@ -1,33 +1,24 @@
-"""Native operators measured on the device at hand: which of them vary with the batch, and what the audit does with that.
+"""Native operators measured on the device at hand: which of them vary with the batch.
 
-A file of `bi-compile probe` is read back through the option `probe`. It only takes away: an operator that was measured to
-vary is no longer trusted. That none was found to vary proves nothing for other shapes, so it makes nothing trusted; it is
-added to what the audit says of an operator about which nothing else is known.
+A file of `bi-compile probe` is read back through the option `probe`; `bi_compile.audit.measured` says what it does there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
-import platform
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, fx
 
-from ..audit.report import Finding, Report
-from ..audit.spec import Verdict
-from ..errors import MeasureError, OptionError
+from ..audit.measured import FORMAT, machine
+from ..errors import MeasureError
 from .plan import make_plan
 from .progress import Progress, quiet
 from .row_function import Case
 from .verify import run
 
-FORMAT = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 2, 3, 8, 17, 32, 33, 64)
 ROWS = 33
@@ -92,19 +83,6 @@ def probes() -> list[Probe]:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What a measurement holds for: device, its name, and the versions of what computes there."""
-    module = None if device == "cpu" else getattr(torch, device, None)
-    if device != "cpu" and (module is None or not module.is_available()):
-        raise MeasureError(f"there is no device {device!r} here: name one that torch can use, as in --device cpu")
-    name = torch.backends.cpu.get_cpu_capability() if module is None else module.get_device_name()
-    return {
-        "device": device,
-        "device_name": f"{platform.machine()} {name}" if module is None else name,
-        "torch": str(torch.__version__),
-    }
-
-
 def measure(
     device: str = "cpu",
     seed: int = 0,
@@ -161,69 +139,3 @@ def _of(p: Probe, dtype: torch.dtype, device: str, seed: int, limit: float, thre
         if evidence.mismatch is not None:
             mismatches.append(f"operands {[list(x.shape[1:]) for x in made]}: {evidence.mismatch}")
     return {"rows": rows, "batches": batches, "batches_left": left, "mismatches": mismatches}
-
-
-# -- reading back -----------------------------------------------------------------------------------------------------
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """A probe file. Raises OptionError: it cannot be read, or is none."""
-    try:
-        data = json.loads(Path(path).read_text())
-        if data["format"] != FORMAT:
-            raise ValueError(f"format {data['format']}")
-        {k: data[k] for k in ("date", "device", "device_name", "torch", "operators")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OptionError(
-            f"probe={str(path)!r} is no file of this version's `bi-compile probe` ({error}): make it again"
-        ) from None
-    return data  # type: ignore[no-any-return]
-
-
-def stale(data: dict[str, Any]) -> str | None:
-    """Why the file says nothing about this machine, or None."""
-    try:
-        here = machine(data["device"])
-    except MeasureError as error:
-        return str(error)
-    differ = [f"{k} {data[k]!r} there and {here[k]!r} here" for k in here if data[k] != here[k]]
-    return f"measured elsewhere ({'; '.join(differ)}): run `bi-compile probe` again" if differ else None
-
-
-def apply(data: dict[str, Any], report: Report, graph: fx.Graph, native: bool) -> Report:
-    """The audit's report with what was measured.
-
-    native: whether the graph runs operator by operator. Otherwise a compiler makes code of its own of everything that is
-        row-local by nature, which is not what was measured.
-    """
-    nodes = {node.name: node for node in graph.nodes}
-    return dataclasses.replace(
-        report, findings=tuple(_with(data, f, nodes.get(f.node), native) for f in report.findings)
-    )
-
-
-def _with(data: dict[str, Any], finding: Finding, node: fx.Node | None, native: bool) -> Finding:
-    by_dtype = data["operators"].get(finding.operator)
-    if by_dtype is None or node is None:
-        return finding
-    measured = [by_dtype[d] for d in sorted(_dtypes(node)) if d in by_dtype]
-    mismatch = next((m for d in measured for m in d["mismatches"]), None)
-    judged = (Verdict.TRUSTED, Verdict.UNPROVEN, *((Verdict.ROW_LOCAL,) if native else ()))
-    if mismatch is not None and finding.verdict in judged:
-        reason = f"measured to vary ({data['date']}, {data['device_name']}): {mismatch}"
-        if finding.verdict is Verdict.TRUSTED:
-            reason += f"; it was trusted because: {finding.reason}"
-        return dataclasses.replace(finding, verdict=Verdict.VARIANT, reason=reason)
-    if measured and finding.verdict is Verdict.UNPROVEN:
-        seen = (
-            f"; measured: no mismatch in {sum(d['rows'] for d in measured)} rows, which proves nothing for other shapes"
-        )
-        return dataclasses.replace(finding, reason=finding.reason + seen)
-    return finding
-
-
-def _dtypes(node: fx.Node) -> Iterator[str]:
-    values = [n.meta.get("val") for n in (*node.all_input_nodes, node)]
-    return (
-        str(x.dtype).removeprefix("torch.") for x in dict.fromkeys(pytree.tree_leaves(values)) if isinstance(x, Tensor)
-    )

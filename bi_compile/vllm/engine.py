@@ -14,7 +14,8 @@ from vllm.logger import init_logger
 
 from .. import eager
 from ..errors import HostError
-from ..options import Options, read_options, resolve_passes
+from ..options import Options, read_options
+from ..resolve import resolve_passes
 from ..targets import for_device, get_target
 from . import platforms
 from .keys import KEY, NEWEST, OLDEST, OPTIONS

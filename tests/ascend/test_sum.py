@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bi_compile import Options, Pipeline
 from bi_compile.ops import OPERATORS
-from bi_compile.options import resolve_passes
+from bi_compile.resolve import resolve_passes
 from bi_compile.table import Table
 
 FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -13,11 +13,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from bi_compile import AuditError, OptionError, Options
+from bi_compile.audit.measured import read
 from bi_compile.audit.report import Report
 from bi_compile.audit.spec import Verdict
 from bi_compile.cli import app
 from bi_compile.errors import MeasureError
 from bi_compile.measure import probe as measured
+from bi_compile.resolve import resolve
 from bi_compile.table import Table, find_operator
 
 WEIGHT = rand(512, 1536, seed=1)
@@ -129,7 +131,7 @@ def test_a_stale_file_is_refused_and_the_doctor_says_so(
     assert [line.state for line in doctor.probe(file)] == [doctor.OK]
     file.write_text(json.dumps({**data, **change}))
     with pytest.raises(OptionError) as error:
-        Options(probe=str(file))
+        resolve(Options(probe=str(file)))
     (line,) = doctor.probe(file)
     assert line.state == doctor.MISSING
     for word in words:
@@ -141,14 +143,14 @@ def test_what_is_no_probe_file(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "probe.json").write_text(text)
     with pytest.raises(OptionError, match="bi-compile probe"):
-        Options(probe=str(tmp_path / "probe.json"))
+        resolve(Options(probe=str(tmp_path / "probe.json")))
 
 
 def test_the_command(tmp_path: Path) -> None:
     file = tmp_path / "probe.json"
     result = CliRunner().invoke(app, ["probe", "--operator", "aten.amax.default", "--write", str(file)])
     assert result.exit_code == 0 and "no mismatch in" in result.output and str(file) in result.output
-    assert list(measured.read(file)["operators"]) == ["aten.amax.default"]
+    assert list(read(file)["operators"]) == ["aten.amax.default"]
     for arguments, word in ((["--operator", "aten.mm"], "is not among"), (["--device", "meta"], "no device 'meta'")):
         result = CliRunner().invoke(app, ["probe", *arguments, "--write", str(tmp_path / "other.json")])
         assert result.exit_code == 2 and word in result.output and not (tmp_path / "other.json").exists()

@@ -1,0 +1,114 @@
+"""What options name, found once: passes, target, probe file, dump folder. All that can be refused is refused here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .audit import measured
+from .errors import OptionError
+from .options import ALL, Options
+from .passes import PASSES
+from .table import Pass
+from .targets import Target, get_target
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """Options, and what they name."""
+
+    options: Options
+    passes: tuple[type[Pass], ...]
+    target: Target | None
+    """None: the device of each graph."""
+    probe: Mapping[str, Any] | None
+    """The content of the probe file."""
+
+
+def resolve(options: Options) -> Resolved:
+    """Find what `options` name. Imports modules of the user's passes, and makes the folder `dump_dir`.
+
+    Raises:
+        OptionError: a pass, target or backend that nobody knows, a probe file of another machine, a folder that cannot be
+            written; the message lists what there is.
+    """
+    target = None if options.target is None else get_target(options.target)
+    probe = None if options.probe is None else _probe(options.probe)
+    passes = tuple(resolve_passes(options.passes))
+    if options.inner != "inductor":
+        _check_inner(options.inner)
+    if options.dump_dir is not None:
+        _check_writable(Path(options.dump_dir))
+    return Resolved(options, passes, target, probe)
+
+
+def pass_names() -> list[str]:
+    """The names that `passes` and `custom_passes` understand."""
+    return [ALL, *(p.name for p in PASSES)]
+
+
+def resolve_passes(names: Sequence[str]) -> list[type[Pass]]:
+    """The passes called `names`, each once, in that order.
+
+    Raises:
+        OptionError: a name that is unknown or cannot be imported; the message lists those that are known.
+    """
+    by_name = {p.name: p for p in PASSES}
+    found: list[type[Pass]] = []
+    for name in names:
+        if name == ALL:
+            found += PASSES
+        elif name in by_name:
+            found.append(by_name[name])
+        elif ":" in name:
+            found.append(_users_pass(name))
+        else:
+            raise OptionError(
+                f'unknown pass {name!r}: known are {", ".join(pass_names())}, or "package.module:object" for one of yours'
+            )
+    return list(dict.fromkeys(found))
+
+
+def _users_pass(name: str) -> type[Pass]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever a user's module does at import
+        raise OptionError(
+            f'the pass {name!r} cannot be imported ({error}): known are {", ".join(pass_names())}, or "package.module:object"'
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise OptionError(f"{name!r} is {found!r}, which is no subclass of bi_compile.Pass")
+    return found
+
+
+def _probe(path: str) -> Mapping[str, Any]:
+    data = measured.read(path)
+    why = measured.stale(data)
+    if why is not None:
+        raise OptionError(f"probe={path!r}: {why}")
+    return data
+
+
+def _check_inner(name: str) -> None:
+    from torch._dynamo.backends.registry import list_backends
+
+    known = list_backends(exclude_tags=())
+    if name not in known:
+        raise OptionError(
+            f"inner={name!r}: known are {', '.join(['inductor', *(b for b in known if b != 'inductor')])}"
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # a name of its own: several processes may look at once
+    except OSError as error:
+        raise OptionError(
+            f"dump_dir={str(folder)!r} cannot be written ({error.strerror}): name a folder that can"
+        ) from error
