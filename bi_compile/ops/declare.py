@@ -22,13 +22,9 @@ import torch.utils._pytree as pytree
 from .batch import Batch
 
 NAMESPACE = "bi_compile"
-#: device -> (dispatch key, module whose `register(library)` gives every operator its implementation under that key)
-KERNELS = {
-    "cpu": ("CPU", "bi_compile.kernels.cpu"),
-    "cuda": ("CUDA", "bi_compile.kernels.triton"),
-    # torch_npu registers its device as PrivateUse1
-    "npu": ("PrivateUse1", "bi_compile.kernels.ascend"),
-}
+#: device -> (dispatch key, module whose `register(library)` gives every operator its implementation under that key); what is
+#: known of a device stands in `bi_compile.targets`, which fills this in when the package is imported
+KERNELS: dict[str, tuple[str, str]] = {}
 #: operators written with other operators, so the same on every device
 COMPOSITE: dict[str, Callable[..., Any]] = {}
 #: every operator of this package by name

@@ -1,40 +1,25 @@
 """Targets: the device and compiler that run a graph, and what is known there.
 
-A target is one file that holds one `TARGET`; a new target is a file here and its line in `TARGETS`.
+All that is known of a device stands in one file, which holds one `DEVICE`: its dispatch key, its kernels' module, its targets,
+and which of them this machine is. A new device is a file here and its line in `DEVICES`; its kernels' tiles stand with the
+kernels.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from .. import ops
+from ..errors import OptionError
+from . import ascend, cpu, cuda
+from .target import ROUND_EVERY_OPERATOR, Device, Target
 
-#: What Inductor fuses follows the shapes, and fused code keeps more digits than code that stores in between: a low-precision
-#: value is not rounded, and a product and a sum become one fused multiply-add. With this every value is rounded as its own
-#: operator would round it, fused or not.
-ROUND_EVERY_OPERATOR: Mapping[str, object] = {"emulate_precision_casts": True}
+__all__ = ["DEVICES", "ROUND_EVERY_OPERATOR", "TARGETS", "Device", "Target", "for_device", "get_target"]
 
+#: torch's name of the device type -> what is known of it
+DEVICES = {device.name: device for device in (cpu.DEVICE, cuda.DEVICE, ascend.DEVICE)}
+TARGETS = {target.name: target for device in DEVICES.values() for target in device.targets}
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What is known of a device."""
-
-    name: str
-    device: str
-    """torch's name of the device type."""
-    trusted: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Native operators (`ns.packet.overload`) that are invariant here, each with its reason."""
-    row_local: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Native operators of this device (`ns::packet`) that are row-local by their meaning, each with what that is."""
-    unproven: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Native operators (`ns::packet`) of which nothing is known, each with what would be needed."""
-    inductor: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    """Settings of Inductor (`torch._inductor.config`) that the guarantee needs."""
-
-
-def _targets() -> dict[str, Target]:
-    from . import ascend, cpu, cuda
-
-    return {t.name: t for t in (cpu.TARGET, cpu.EAGER, cuda.TARGET, ascend.A2, ascend.A3, ascend.A950)}
+for _device in DEVICES.values():
+    ops.KERNELS[_device.name] = (_device.dispatch_key, _device.kernels)
 
 
 def get_target(name: str) -> Target:
@@ -43,23 +28,16 @@ def get_target(name: str) -> Target:
     Raises:
         OptionError: there is none; the message lists those that there are.
     """
-    from ..errors import OptionError
-
-    targets = _targets()
-    if name not in targets:
-        raise OptionError(f"unknown target {name!r}: known are {', '.join(sorted(targets))}")
-    return targets[name]
+    if name not in TARGETS:
+        raise OptionError(f"unknown target {name!r}: known are {', '.join(sorted(TARGETS))}")
+    return TARGETS[name]
 
 
 def for_device(device: str, compiled: bool) -> Target:
     """The target of a device ("cpu", "cuda", "npu"), with Inductor as its compiler or without a compiler.
 
     Raises:
+        OptionError: there is no target for that device.
         HostError: an NPU that is not supported, or whose software is not.
     """
-    if device == "npu":
-        from .ascend import of_this_machine
-
-        return of_this_machine()
-    eager = f"{device}_eager"
-    return get_target(eager if not compiled and eager in _targets() else device)
+    return DEVICES[device].here(compiled) if device in DEVICES else get_target(device)

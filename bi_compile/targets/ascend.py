@@ -11,9 +11,11 @@ import importlib.util
 import re
 import sys
 
+import torch
+
 from ..errors import HostError
 from ..kernels.ascend.ascendc import ascendc_operators
-from . import Target
+from .target import Device, Target
 from .torch_npu_ops import ROW_LOCAL, TRUSTED, UNPROVEN
 
 #: operators of vllm-ascend 0.23 that are opaque in its graphs
@@ -110,9 +112,15 @@ def of_this_machine() -> Target:
         HostError: torch_npu or CANN is missing, they do not fit, or the chip is not supported.
     """
     check_torch_npu()
-    import torch
-
     return of_chip(torch.npu.get_device_name(0))
+
+
+def _here(compiled: bool) -> Target:
+    return of_this_machine()
+
+
+#: torch_npu registers its device as PrivateUse1
+DEVICE = Device("npu", "PrivateUse1", "bi_compile.kernels.ascend", (A2, A3, A950), _here)
 
 
 def check_torch_npu() -> None:
@@ -128,12 +136,12 @@ def check_torch_npu() -> None:
         ) from error
 
 
-def check_versions(torch: str, torch_npu: str) -> None:
+def check_versions(of_torch: str, of_torch_npu: str) -> None:
     """Raise HostError unless both are of one release (2.13.0+cpu and 2.13.0.post2 are)."""
-    ours, theirs = (".".join(re.split(r"[+.]", v)[:3]) for v in (torch, torch_npu))
+    ours, theirs = (".".join(re.split(r"[+.]", v)[:3]) for v in (of_torch, of_torch_npu))
     if ours != theirs:
         raise HostError(
-            f"torch {torch} and torch_npu {torch_npu} are of different releases: pip install torch-npu=={ours}, or torch=={theirs}"
+            f"torch {of_torch} and torch_npu {of_torch_npu} are of different releases: pip install torch-npu=={ours}, or torch=={theirs}"
         )
 
 
@@ -151,6 +159,4 @@ def is_capturing() -> bool:
     """Whether an ACL graph is being captured: numbers that are read on the host would stay in it for ever."""
     if "torch_npu" not in sys.modules:
         return False
-    import torch
-
     return bool(torch.npu.is_current_stream_capturing())

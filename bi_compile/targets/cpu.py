@@ -1,6 +1,6 @@
 """The CPU, with Inductor's C++ as the compiler."""
 
-from . import ROUND_EVERY_OPERATOR, Target
+from .target import ROUND_EVERY_OPERATOR, Device, Target
 
 TARGET = Target(
     name="cpu",
@@ -15,3 +15,10 @@ TARGET = Target(
 
 #: the same device without a compiler: PyTorch's own kernels run one by one
 EAGER = Target(name="cpu_eager", device="cpu", trusted=TARGET.trusted)
+
+
+def _here(compiled: bool) -> Target:
+    return TARGET if compiled else EAGER
+
+
+DEVICE = Device("cpu", "CPU", "bi_compile.kernels.cpu", (TARGET, EAGER), _here)

@@ -1,6 +1,6 @@
 """CUDA devices, with Inductor's Triton as the compiler."""
 
-from . import ROUND_EVERY_OPERATOR, Target
+from .target import ROUND_EVERY_OPERATOR, Device, Target
 
 TARGET = Target(
     name="cuda",
@@ -13,3 +13,10 @@ TARGET = Target(
         "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
     },
 )
+
+
+def _here(compiled: bool) -> Target:
+    return TARGET
+
+
+DEVICE = Device("cuda", "CUDA", "bi_compile.kernels.triton", (TARGET,), _here)
