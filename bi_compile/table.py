@@ -27,6 +27,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch._ops import OpOverload
+from torch._prims_common.wrappers import _maybe_resize_out, _safe_copy_out
 
 from .errors import TableError
 
@@ -95,8 +96,6 @@ def _into_out(replacement: Replacement, outs: list[str]) -> Replacement:
 
     @functools.wraps(replacement)
     def run(*args: Any, **kwargs: Any) -> Any:
-        from torch._prims_common.wrappers import _maybe_resize_out, _safe_copy_out
-
         into = [kwargs.pop(name) for name in outs]
         results = replacement(*args, **kwargs)
         for out, result in zip(into, [results] if isinstance(results, torch.Tensor) else results, strict=True):
