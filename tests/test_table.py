@@ -14,8 +14,8 @@ from support import close, graph_of, rand, same_bits, table
 from torch import Tensor
 
 from bi_compile import Pass, RewriteError, TableError, invariant, refuse, replaces
+from bi_compile.cache_key import pass_digest
 from bi_compile.passes import PASSES
-from bi_compile.pipeline import pass_digest
 from bi_compile.rewrite.splice import rewrite
 from bi_compile.table import Entry, Table, find_operator, given
 
