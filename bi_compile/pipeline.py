@@ -115,7 +115,10 @@ class Pipeline:
         )
 
         start = time.perf_counter()
-        known = self.knowledge((target or self.target_of(graph)).name)
+        target = target or self.target_of(graph)
+        known = self.knowledge(target.name)
+        if stage == "final" and target.before_codegen is not None:
+            target.before_codegen(graph)
         dumped = self._dump.begin(stage, graph) if self._dump else None
         changes: list[Change] = []
         subgraphs = list(held_graphs(graph))

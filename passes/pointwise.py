@@ -1,27 +1,16 @@
 """Pointwise functions that a CPU computes differently by an element's place in memory."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass, find_operator
+from bi_compile.table import Pass
 
 aten = torch.ops.aten
 #: eager code on a CPU
 EAGER = ["cpu_eager"]
-SMALL = "a tensor of one or two elements is computed by scalar code, which rounds differently"
-SMALL_SOURCE = "measured under Inductor, torch 2.13: 30 functions of 1, 2, 3, 7 and 15 elements against 600"
-SMALL_FUNCTIONS = (
-    *(
-        f"{name}.default"
-        for name in "acos acosh asin asinh atan atanh atan2 cos cosh erf erfc exp exp2 expm1 log log10 log1p log2".split()
-    ),
-    *(f"{name}.default" for name in "sigmoid sin sinh tan tanh".split()),
-    *(f"pow.{overload}" for overload in ("Tensor_Scalar", "Tensor_Tensor", "Scalar")),
-)
 
 
 def _not_float(*args: Any, **kwargs: Any) -> bool:
@@ -41,27 +30,12 @@ def _plain_sum(self: Tensor, other: Any, *, alpha: float = 1) -> bool:
     )
 
 
-def _not_small(*args: Any) -> bool:
-    """Whether no tensor holds one or two elements (a symbolic size counts as one): there Inductor writes scalar code."""
-    sizes = [math.prod(n for n in a.shape if isinstance(n, int)) for a in args if isinstance(a, Tensor)]
-    return _not_float(*args) or max(sizes) >= 4
-
-
 class Pointwise(Pass):
     """Functions computed in vector code at every place."""
 
     name = "pointwise"
     why = "vector and scalar code round differently, and which one computes an element follows the number of elements, strides and threads"
     source = "measured: rows of 65 functions alone and among others, torch 2.13, AVX-512; aten/src/ATen/native/cpu/Loops.h (vectorized_loop)"
-
-
-def _in_a_vector(name: str) -> None:
-    """The function of eight equal elements, of which one is kept: eight are computed in vector code."""
-    op: Any = find_operator(name)
-
-    @Pointwise.replaces(name, unless=_not_small, why=SMALL, source=SMALL_SOURCE, targets=["cpu"])
-    def function(*args: Any) -> Tensor:
-        return ops.first(op(*(ops.spread(a, 8) if isinstance(a, Tensor) else a for a in args)))
 
 
 def _unary(name: str) -> None:
@@ -78,8 +52,6 @@ def _binary(name: str) -> None:
         return ops.pointwise(name, [a, b])
 
 
-for _name in SMALL_FUNCTIONS:
-    _in_a_vector(f"aten.{_name}")
 for _name in "atanh cosh exp2 mish rsqrt sigmoid silu sinh".split():
     _unary(f"aten.{_name}.default")
 for _name in "pow.Tensor_Tensor atan2.default logaddexp.default hypot.default".split():

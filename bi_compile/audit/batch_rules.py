@@ -363,14 +363,6 @@ def _convolved(n: Node) -> Result:
     return (layout[0], *((Factor(m, False),) for m in n.shape[1:])), [(n.first, d) for d in range(1, len(layout))]
 
 
-def _appended(n: Node) -> Result:
-    return (*n.layout(n.first), (Factor(n.shape[-1], False),)), ()
-
-
-def _one_of_last(n: Node) -> Result:
-    return n.layout(n.first)[:-1], ()
-
-
 def _fresh(n: Node) -> Result:
     return tuple((Factor(m, False),) for m in n.shape), ()
 
@@ -445,8 +437,6 @@ DECLARED: dict[type, Callable[[Any], Rule]] = {
     batch.Attention: lambda said: functools.partial(_attention, query=said.query, key=said.key, value=said.value),
     batch.Normalises: lambda said: _normalised(lambda n, rank: said.start),
     batch.Resizes: lambda said: _resized,
-    batch.AppendsDimension: lambda said: _appended,
-    batch.TakesOneOfLast: lambda said: _one_of_last,
 }
 
 

@@ -9,7 +9,7 @@ from .collective import REDUCE_OPS, all_reduce, reduce_scatter
 from .declare import BATCH, KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .matmul import addmm, baddbmm, bmm, grouped_mm, mm
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
-from .pointwise import first, pointwise, spread
+from .pointwise import pointwise
 from .reduce import cumsum, log_softmax, logsumexp, mean, softmax, sum, var_mean
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "baddbmm",
     "bmm",
     "cumsum",
-    "first",
     "group_norm",
     "grouped_mm",
     "layer_norm",
@@ -38,7 +37,6 @@ __all__ = [
     "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
-    "spread",
     "sum",
     "var_mean",
 ]  # fmt: skip

@@ -65,25 +65,4 @@ class Resizes:
     """The first tensor's dimensions in their order, some of another size; nothing is combined."""
 
 
-@dataclasses.dataclass(frozen=True)
-class AppendsDimension:
-    """The first tensor's dimensions, and one more behind them; nothing is combined."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TakesOneOfLast:
-    """The first tensor's dimensions without the last, of which one element is taken; nothing is combined."""
-
-
-Batch = (
-    Pointwise
-    | Reduces
-    | Along
-    | Product
-    | GroupedProduct
-    | Attention
-    | Normalises
-    | Resizes
-    | AppendsDimension
-    | TakesOneOfLast
-)
+Batch = Pointwise | Reduces | Along | Product | GroupedProduct | Attention | Normalises | Resizes

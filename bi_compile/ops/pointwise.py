@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import AppendsDimension, Pointwise, TakesOneOfLast
+from .batch import Pointwise
 from .declare import check, composite, operator
 
 #: operator -> how it is called with (tensors, numbers, word)
@@ -63,25 +63,3 @@ def _in_whole_vectors(
     parts = [_call(name, [t[i : i + CHUNK] for t in flat], numbers, word) for i in range(0, max(n, 1), CHUNK)]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return whole[:n].reshape(shape).contiguous()
-
-
-@operator("spread(Tensor x, int n) -> Tensor", batch=AppendsDimension())
-def spread(x: Tensor, n: int) -> Tensor:
-    """n copies of every element: [..., n], contiguous. Opaque, so that a compiler sees n elements and not one."""
-    return x.new_empty([*x.shape, n])
-
-
-@composite("spread")
-def _spread(x: Tensor, n: int) -> Tensor:
-    return x.unsqueeze(-1).expand(*x.shape, n).clone(memory_format=torch.contiguous_format)
-
-
-@operator("first(Tensor x) -> Tensor", batch=TakesOneOfLast())
-def first(x: Tensor) -> Tensor:
-    """x[..., 0], contiguous. Opaque, so that a compiler computes all of x and not the one element that is kept."""
-    return x.new_empty(x.shape[:-1])
-
-
-@composite("first")
-def _first(x: Tensor) -> Tensor:
-    return x[..., 0].clone(memory_format=torch.contiguous_format)

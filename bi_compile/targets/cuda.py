@@ -1,11 +1,13 @@
 """CUDA devices, with Inductor's Triton as the compiler."""
 
+from .inductor_cpp import one_code
 from .target import ROUND_EVERY_OPERATOR, Device, Target
 
 TARGET = Target(
     name="cuda",
     device="cuda",
     inductor=ROUND_EVERY_OPERATOR,
+    before_codegen=one_code,  # a graph may hold tensors of the host
     trusted={
         "vllm.unified_attention_with_output.default": "FlashAttention 3 and vLLM's Triton attention compute each query by itself, its keys in "
         "ascending or descending tiles of one size, once they are told the same lengths for every batch (bi_compile/vllm/cuda.py, which "

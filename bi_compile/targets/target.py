@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from torch import fx
+
 #: What Inductor fuses follows the shapes, and fused code keeps more digits than code that stores in between: a low-precision
 #: value is not rounded, and a product and a sum become one fused multiply-add. With this every value is rounded as its own
 #: operator would round it, fused or not.
@@ -26,6 +28,8 @@ class Target:
     """Native operators (`ns::packet`) of which nothing is known, each with what would be needed."""
     inductor: Mapping[str, object] = dataclasses.field(default_factory=dict)
     """Settings of Inductor (`torch._inductor.config`) that the guarantee needs."""
+    before_codegen: Callable[[fx.Graph], None] | None = None
+    """Called with each graph that Inductor is about to generate code for."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,8 +32,6 @@ CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
     "layer_norm": ((X(M, K), None, None, 1e-6), {K}, set()),
     "group_norm": ((X(M, 15, N), None, None, 5, 1e-6), {15, N}, set()),
     "pointwise": (("aten.hypot.default", [X(M, K), X(K)]), set(), set()),
-    "spread": ((X(M, K), 2), set(), set()),
-    "first": ((X(M, K),), set(), {K}),
     "sum": ((X(M, K, N), [1]), {K}, set()),
     "mean": ((X(M, K), []), {M, K}, set()),
     "var_mean": ((X(M, K, N), [0, 2]), {M, N}, set()),

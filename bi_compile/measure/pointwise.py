@@ -1,0 +1,151 @@
+"""Every pointwise operator of ATen, measured: a row alone and among others, at every width and place, eager and compiled.
+
+An operator is called with fixed numbers (`NUMBERS`) on operands whose values stand in for what rows hold: normal numbers,
+numbers between 0 and 1, large ones, zeros of both signs, subnormals, infinities and NaN. The last are neighbours on purpose:
+vector code of some functions takes another way for a whole vector where one of its lanes is large.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+_A = torch.ops.aten
+WIDTHS = tuple(range(1, 41))
+BATCHES = (1, 2, 3, 7, 16, 17, 33)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: wide enough for several threads to share a row
+WIDE = 70_000
+#: pointwise, or on two halves of a row, though PyTorch does not tag them so
+UNTAGGED = ("glu.default", "log_sigmoid_forward.default", "hardswish.default", "floor_divide.default", "prelu.default")
+#: what no float operand has, or what does not compute
+_PASSED_OVER = "bitwise_ shift__ __xor__ clone conj_physical gcd lcm ldexp native_dropout_backward positive where.self masked_fill".split()
+#: argument -> its number, where it is not 1.5
+NUMBERS: dict[str, Any] = {
+    "n": 3, "p": 2, "decimals": 1, "approximate": "tanh", "rounding_mode": "floor", "lambd": 0.5, "min": -0.5, "max": 0.5,
+    "min_val": -0.5, "max_val": 0.5, "threshold": 0.1, "eps": 1e-3, "negative_slope": 0.1, "nan": 0.0, "beta": 0.7,
+    "dim": -1, "scale": 1.1, "input_scale": 0.9,
+}  # fmt: skip
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointwise:
+    """An operator with its numbers filled in."""
+
+    op: OpOverload
+    tensors: int
+    """How many operands of one size it takes."""
+
+    @property
+    def name(self) -> str:
+        return str(self.op)
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        given, args, kwargs = iter(tensors), [], {}
+        for a in self.op._schema.arguments:
+            is_tensor = "Tensor" in str(a.type)
+            value = next(given) if is_tensor else NUMBERS.get(a.name, 1.5)
+            if a.kwarg_only:
+                kwargs[a.name] = value
+            else:
+                args.append(value)
+        return self.op(*args, **kwargs)
+
+
+def operators() -> list[Pointwise]:
+    """Every functional overload that PyTorch tags pointwise and that takes floats, and `UNTAGGED`."""
+    found = []
+    for packet in sorted(dir(_A)):
+        overloads = getattr(getattr(_A, packet), "overloads", None)
+        for overload in overloads() if overloads else ():
+            op = getattr(getattr(_A, packet), overload)
+            name = str(op).removeprefix("aten.")
+            tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
+            if tagged and not op._schema.is_mutable and not any(p in name for p in _PASSED_OVER):
+                found.append(Pointwise(op, sum("Tensor" in str(a.type) for a in op._schema.arguments)))
+    return found
+
+
+def values(rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """[rows, width] of the numbers that the module's text names."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (rows, width)
+    normal, unit = (
+        torch.randn(shape, generator=g, dtype=torch.float64),
+        torch.rand(shape, generator=g, dtype=torch.float64),
+    )
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e30, -3e4, 1e-40, 1e-6, 40.0, 126.5, 0.5])
+    odd = special[torch.randint(len(special), shape, generator=g)].double()
+    kind = torch.randint(16, shape, generator=g)
+    x = torch.where(kind < 7, 2 * normal, torch.where(kind < 12, unit, torch.where(kind < 14, 100 * normal, odd)))
+    return x.to(dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, the sign of zero included; any NaN is equal to any NaN."""
+    if a.dtype not in _BITS:
+        return torch.equal(a, b)
+    differ = a.contiguous().view(_BITS[a.dtype]) != b.contiguous().view(_BITS[b.dtype])
+    return not bool((differ & ~(a.isnan() & b.isnan())).any())
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    return [x for x in (result if isinstance(result, (tuple, list)) else [result]) if x.numel()]
+
+
+def _layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values, differently in memory."""
+    yield "contiguous", x
+    yield "transposed", x.t().contiguous().t()
+    wide = x.new_zeros(x.shape[0], x.shape[1] + 3)
+    wide[:, 2:-1] = x
+    yield "a slice of columns", wide[:, 2:-1]
+
+
+def _batches(n: int, width: int, dtype: torch.dtype, sizes: Sequence[int]) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """Batch size, place of the row that is looked at, operands; the same row in each, and other neighbours."""
+    row = [values(1, width, dtype, 1 + i) for i in range(n)]
+    for size in sizes:
+        for at in sorted({0, size // 2, size - 1}):
+            operands = [values(size, width, dtype, 100 * size + 10 * at + i) for i in range(n)]
+            for x, r in zip(operands, row, strict=True):
+                x[at] = r[0]
+            yield size, at, operands
+
+
+def eager(
+    p: Pointwise, dtype: torch.dtype, widths: Sequence[int] = (*WIDTHS, WIDE), batches: Sequence[int] = BATCHES
+) -> str | None:
+    """The first place where a row's bits are not those of the row alone, or None. Called operator by operator."""
+    for width in widths:
+        if width % 2 and p.name == "aten.glu.default":
+            continue
+        want: list[Tensor] | None = None
+        for size, at, operands in _batches(p.tensors, width, dtype, batches if width < WIDE else (1, 3)):
+            for layout, given in _in_layouts(operands):
+                try:
+                    got = [y[at] for y in _outputs(p(*given))]
+                except (RuntimeError, NotImplementedError) as error:
+                    if "not implemented for" in str(error) or "not supported" in str(error) or "expected" in str(error):
+                        return f"refused: {str(error).splitlines()[0]}"
+                    raise
+                want = got if want is None else want
+                if not all(same_bits(a, b) for a, b in zip(got, want, strict=True)):
+                    return f"{width} wide, row {at} of {size}, {layout}"
+    return None
+
+
+def _in_layouts(operands: list[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
+    for each in zip(*(_layouts(x) for x in operands), strict=True):
+        yield each[0][0], [x for _, x in each]
