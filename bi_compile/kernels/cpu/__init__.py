@@ -6,7 +6,7 @@ The order of the sums, which depends on the reduced length and the dtype alone:
   k = j mod 16 in ascending order, each one fused multiply-add, then the tree of adjacent pairs over the lanes. float16
   is widened; so is bfloat16, except where the processor has a dot product for it (AVX512_BF16): there lane j takes the
   pairs k = 2j, 2j+1 mod 32. With AMX, if the system permits it, bfloat16 takes K in steps of 32, each two partial sums, of
-  the even and the odd k (`tiles.h`). float64: 8 lanes of doubles. A missing end of K counts as zeros, which change nothing.
+  the even and the odd k (`amx.h`). float64: 8 lanes of doubles. A missing end of K counts as zeros, which change nothing.
 - Reductions and statistics of float32, bfloat16 and float16: 16 partial sums in double, lane j taking the elements
   c = j mod 16, and the same tree. float64: blocks of 1024 in 8 such lanes, added by recursive halving.
 - cumsum: one after another, in double, each result rounded once.

@@ -10,7 +10,7 @@
 // So keys behind the last seen one do not matter, nor which other rows are computed at the same time.
 
 #include "product.h"
-#include "rows.h"
+#include "row_sum.h"
 
 namespace bi {
 namespace {
@@ -55,7 +55,7 @@ void apply_mask(const Attention& a, S* score, int64_t n, int64_t b, int64_t h, i
 
 // Sum of p[s] * v[s][j] for one row, keys of probability 0 left out: the product's sums, for values that are not finite.
 template <class T>
-void careful_row(const Acc<T>* p, const T* v, int64_t ldv, int64_t n, int64_t width, Acc<T>* out) {
+void sum_of_seen_keys(const Acc<T>* p, const T* v, int64_t ldv, int64_t n, int64_t width, Acc<T>* out) {
   constexpr int W = LANES<T>;
   for (int64_t j = 0; j < width; ++j) {
     out[j] = 0;
@@ -77,19 +77,19 @@ bool all_finite(const S* x, int64_t n) {
 
 // A row's keys: scores to exp(score - max) in place. Gives the sum and the maximum (0 where that is infinite).
 template <class S>
-std::pair<double, S> exps(S* score, int64_t n) {
+std::pair<double, S> exp_row(S* score, int64_t n) {
   S max = row_max(score, n), shift = max == -std::numeric_limits<S>::infinity() ? 0 : max;
   each_vector<LANES<S>>(n, [&](int64_t i, auto count) { store(score + i, exp(load(score + i, count) - shift), count); });
-  // not the halving of rows.h for float64: masked keys at the end must not count
+  // not the halving of row_sum.h for float64: masked keys at the end must not count
   if constexpr (std::is_same_v<S, double>)
-    return {sum_block(score, 0, n, [](D8 v) { return v; }), shift};
+    return {sum_block(score, 0, n, [](f64x8 v) { return v; }), shift};
   else
     return {row_sum(score, n), shift};
 }
 
 // sums[r][j] = sum of p[r][s] * v[s][j].
 template <class T>
-void weigh(const Acc<T>* p, int64_t ldp, const T* v, int64_t ldv, int64_t rows, int64_t n, int64_t width, Acc<T>* sums,
+void weighted_sums(const Acc<T>* p, int64_t ldp, const T* v, int64_t ldv, int64_t rows, int64_t n, int64_t width, Acc<T>* sums,
            int64_t ld) {
   using Op = Fma<T>;
   constexpr int64_t W = Op::W;
@@ -132,15 +132,15 @@ void rows_of_head(const Attention& a, int64_t b, int64_t h, int64_t l0, int64_t 
     S scale = static_cast<S>(a.scale);
     for (int64_t s = 0; s < seen; ++s) row[s] *= scale;
     apply_mask(a, row, seen, b, h, l0 + r);
-    auto [sum, shift] = exps(row, seen);
+    auto [sum, shift] = exp_row(row, seen);
     std::fill(row + seen, row + n, S(0));
     total[r] = sum;
     lse[r] = static_cast<S>(static_cast<double>(shift) + std::log(sum));
   }
-  weigh<T>(score, ld, v, ldv, rows, n, a.Dv, sums, ldo);
+  weighted_sums<T>(score, ld, v, ldv, rows, n, a.Dv, sums, ldo);
   for (int64_t r = 0; r < rows; ++r) {
     S* sum = sums + r * ldo;
-    if (!all_finite(sum, a.Dv)) careful_row(score + r * ld, v, ldv, n, a.Dv, sum);
+    if (!all_finite(sum, a.Dv)) sum_of_seen_keys(score + r * ld, v, ldv, n, a.Dv, sum);
     double inverse = total[r] == 0 ? 0 : 1 / total[r];
     each_vector<LANES<T>>(a.Dv, [&](int64_t i, auto count) { store(out + r * a.Dv + i, scale(load(sum + i), inverse), count); });
   }

@@ -1,9 +1,9 @@
-// mm, addmm, bmm, baddbmm. The order of the sums stands in product.h and tiles.h; here is only how the work is cut.
+// mm, addmm, bmm, baddbmm. The order of the sums stands in product.h and amx.h; here is only how the work is divided.
 //
 // A task is a block of columns by all rows (by 48 rows where there are few columns): the columns of b come from memory once
 // and stay in cache while the rows pass by, in blocks of 48. K is never split between tasks.
 
-#include "tiles.h"
+#include "amx.h"
 
 namespace bi {
 namespace {
@@ -23,7 +23,7 @@ struct Problem {
 
 // Rounds a block of sums into the output: alpha * sum + beta * bias in the accumulator's type.
 template <class T>
-void finish(const Problem& p, const Acc<T>* sums, int64_t ld, int64_t batch, int64_t m0, int64_t n0, int64_t rows, int64_t cols) {
+void store_output(const Problem& p, const Acc<T>* sums, int64_t ld, int64_t batch, int64_t m0, int64_t n0, int64_t rows, int64_t cols) {
   using S = Acc<T>;
   S alpha = static_cast<S>(p.alpha), beta = static_cast<S>(p.beta);
   for (int64_t m = 0; m < rows; ++m) {
@@ -99,18 +99,18 @@ void run_tasks(const Problem& p) {
       for (; m < m_end; m += block_m) {
         int64_t rows = std::min(block_m, m_end - m);
         Kernel<Op>::run(p, a + m * p.a_m, b, rows, cols, sums);
-        finish<T>(p, sums, COLUMNS, batch, m, n, rows, cols);
+        store_output<T>(p, sums, COLUMNS, batch, m, n, rows, cols);
       }
     }
   });
 }
 
-#ifdef BI_TILES
+#ifdef BI_AMX
 // Rows of `a` that are packed at a time.
 constexpr int64_t MOST_PACKED = 2048;
 
 // bfloat16 on tiles: 32 columns to a task, by all rows or by 32.
-void run_tiles(const Problem& p, bool along_k) {
+void run_amx(const Problem& p, bool along_k) {
   constexpr int64_t PAIR = 2 * TILE;
   struct Packed;
   auto a = static_cast<const BFloat16*>(p.a), b = static_cast<const BFloat16*>(p.b);
@@ -163,8 +163,8 @@ void run_tiles(const Problem& p, bool along_k) {
           }
           for (int64_t i = 0; i < m_blocks; ++i)
             for (int64_t j = 0; j < n_blocks; ++j)
-              place_tile(tiles + (along_k ? j * m_blocks + i : i * n_blocks + j) * BLOCK, along_k, sums + i * TILE * PAIR + j * TILE, PAIR);
-          finish<BFloat16>(p, sums, PAIR, batch, first + m, n, count, cols);
+              store_tile(tiles + (along_k ? j * m_blocks + i : i * n_blocks + j) * BLOCK, along_k, sums + i * TILE * PAIR + j * TILE, PAIR);
+          store_output<BFloat16>(p, sums, PAIR, batch, first + m, n, count, cols);
         }
       }
     });
@@ -198,7 +198,7 @@ void set_bias(const char* op, Problem& p, const Tensor& bias, at::IntArrayRef si
   p.bias_batch = strides[0], p.bias_m = strides[1], p.bias_n = strides[2];
 }
 
-bool along(const Tensor& t, int64_t dim) { return t.stride(dim) == 1 || t.size(dim) <= 1; }
+bool contiguous_along(const Tensor& t, int64_t dim) { return t.stride(dim) == 1 || t.size(dim) <= 1; }
 
 Tensor product(const char* op, int64_t dims, const Tensor& a_, const Tensor& b_, const OptTensor& bias = {}, double alpha = 1, double beta = 0) {
   check(op, dims, a_, b_, bias);
@@ -208,8 +208,8 @@ Tensor product(const char* op, int64_t dims, const Tensor& a_, const Tensor& b_,
   wide_a = wide_a || type == at::kBFloat16;
 #endif
   Tensor a = wide_a ? a_.to(at::kFloat) : a_, b = b_;
-  if (!along(a, -1)) a = a.contiguous();
-  if (!along(b, -2) && !along(b, -1)) b = b.transpose(-1, -2).contiguous().transpose(-1, -2);
+  if (!contiguous_along(a, -1)) a = a.contiguous();
+  if (!contiguous_along(b, -2) && !contiguous_along(b, -1)) b = b.transpose(-1, -2).contiguous().transpose(-1, -2);
   Problem p;
   int64_t sizes[3] = {dims == 3 ? a.size(0) : 1, a.size(-2), b.size(-1)};
   at::IntArrayRef shape(sizes + 3 - dims, dims);
@@ -223,15 +223,15 @@ Tensor product(const char* op, int64_t dims, const Tensor& a_, const Tensor& b_,
   Tensor out = at::empty(shape, a_.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
   p.out = out.mutable_data_ptr();
-#ifdef BI_TILES
-  if (type == at::kBFloat16 && tiles_permitted()) {
-    run_tiles(p, along(b, -2));
+#ifdef BI_AMX
+  if (type == at::kBFloat16 && amx_permitted()) {
+    run_amx(p, contiguous_along(b, -2));
     return out;
   }
 #endif
   with_type(type, [&](auto t) {
     using T = decltype(t);
-    along(b, -2) ? run_tasks<Step<T>, T, Dot>(p) : run_tasks<Step<T>, T, Column>(p);
+    contiguous_along(b, -2) ? run_tasks<Step<T>, T, Dot>(p) : run_tasks<Step<T>, T, Column>(p);
   });
   return out;
 }

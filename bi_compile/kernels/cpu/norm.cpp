@@ -1,7 +1,7 @@
-// rms_norm, add_rms_norm, layer_norm, group_norm. Statistics in double, in the order of rows.h, then rounded to the
+// rms_norm, add_rms_norm, layer_norm, group_norm. Statistics in double, in the order of row_sum.h, then rounded to the
 // statistic's dtype (float32; float64 for float64); that value scales the row. y is computed in it and rounded once.
 
-#include "rows.h"
+#include "row_sum.h"
 
 namespace bi {
 namespace {
@@ -48,7 +48,7 @@ int64_t rows_in(const Tensor& x) {
 // y = x * rstd * weight for one row; gives rstd.
 template <class T>
 Acc<T> rms_row(const T* x, const Acc<T>* weight, int64_t C, double eps, T* y) {
-  double mean = row_sum(x, C, [](D8 v) { return v * v; }) / static_cast<double>(C);
+  double mean = row_sum(x, C, [](f64x8 v) { return v * v; }) / static_cast<double>(C);
   auto rstd = static_cast<Acc<T>>(1 / std::sqrt(mean + eps));
   each_vector<LANES<T>>(C, [&](int64_t i, auto count) {
     auto v = load(x + i, count) * rstd;

@@ -6,12 +6,13 @@
 // A step is one element of K; for bfloat16 where the processor has its dot product (AVX512_BF16) it is two, k and k + 1,
 // added by that instruction (which takes subnormals for zero). float16, and bfloat16 elsewhere, are widened to float.
 //
-// Two kernels give these same bits (bfloat16 products on AMX have an order of their own: tiles.h):
+// Two kernels give these same bits (bfloat16 products on AMX have an order of their own: amx.h):
 //   dot     both operands contiguous along K: vectors run along K, a tile of up to 6 x 4 elements in registers;
 //   column  b contiguous along N: vectors run along N, one accumulator for each lane and row, 4 to 16 lanes at a time.
 #pragma once
 
-#include "common.h"
+#include "dtype.h"
+#include "parallel.h"
 
 namespace bi {
 
@@ -31,8 +32,8 @@ struct Fma {
   static V b_part(const B* p, int64_t n) { return load(p, n); }
   static V step(V a, V b, V c) { return fma(a, b, c); }
   static V row(const P* p) { return load(p); }
-  static V spread(const A* a, int64_t k) { return V{} + a[k]; }
-  static V spread_last(const A* a, int64_t k, int64_t) { return V{} + a[k]; }
+  static V broadcast(const A* a, int64_t k) { return V{} + a[k]; }
+  static V broadcast_last(const A* a, int64_t k, int64_t) { return V{} + a[k]; }
   // W columns of row k of b, zeros behind the first n
   static void pack(P* to, const B* b, int64_t ld, int64_t k, int64_t, int64_t n) {
     if (n >= W) return void(std::memcpy(to, b + k * ld, W * sizeof(P)));
@@ -46,7 +47,7 @@ struct DotBf16 {
   using A = BFloat16;
   using B = BFloat16;
   using P = uint32_t;
-  using V = F16;
+  using V = f32x16;
   using Sum = float;
   static constexpr int W = 16;
   static constexpr int PER_STEP = 2;
@@ -56,16 +57,16 @@ struct DotBf16 {
   static V b_part(const B* p, int64_t n) { return a_part(p, n); }
   static V step(V a, V b, V c) { return (V)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
   static V row(const P* p) { return read<V>(p); }
-  static V spread(const A* a, int64_t s) { return (V)_mm512_set1_epi32(read<int32_t>(a + 2 * s)); }
-  static V spread_last(const A* a, int64_t s, int64_t k) {
-    return 2 * s + 1 < k ? spread(a, s) : (V)_mm512_set1_epi32(a[2 * s].x);
+  static V broadcast(const A* a, int64_t s) { return (V)_mm512_set1_epi32(read<int32_t>(a + 2 * s)); }
+  static V broadcast_last(const A* a, int64_t s, int64_t k) {
+    return 2 * s + 1 < k ? broadcast(a, s) : (V)_mm512_set1_epi32(a[2 * s].x);
   }
   static void pack(P* to, const B* b, int64_t ld, int64_t s, int64_t k, int64_t n) {
     const B* first = b + 2 * s * ld;
     const B* second = first + ld;
     bool pair = 2 * s + 1 < k;
     if (n >= W && pair) {
-      auto v = (__builtin_convertvector(read<U16>(second), W16) << 16) | __builtin_convertvector(read<U16>(first), W16);
+      auto v = (__builtin_convertvector(read<u16x16>(second), u32x16) << 16) | __builtin_convertvector(read<u16x16>(first), u32x16);
       std::memcpy(to, &v, sizeof v);
       return;
     }
@@ -99,25 +100,25 @@ inline void keep_in_register(V& v) {
 }
 
 // Two vectors' elements 0, 2 of each four, and 1, 3; and their fours 0, 2 and 1, 3.
-inline F16 even(F16 a, F16 b) { return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30); }
-inline F16 odd(F16 a, F16 b) { return __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31); }
-inline F16 even_fours(F16 a, F16 b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27); }
-inline F16 odd_fours(F16 a, F16 b) { return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31); }
+inline f32x16 even(f32x16 a, f32x16 b) { return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30); }
+inline f32x16 odd(f32x16 a, f32x16 b) { return __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31); }
+inline f32x16 even_fours(f32x16 a, f32x16 b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27); }
+inline f32x16 odd_fours(f32x16 a, f32x16 b) { return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31); }
 
 template <int MR, int NR, class V, class S>
 inline void lane_trees(const V (&acc)[MR][NR], S (&sum)[MR][NR]) {
-  if constexpr (NR == 4 && std::is_same_v<V, F16>) {
+  if constexpr (NR == 4 && std::is_same_v<V, f32x16>) {
     // each shuffle brings the even and the odd partial sums of two vectors side by side, for four rows at once in the end
-    F16 quads[ceil_div(MR, 4) * 4] = {};
+    f32x16 quads[ceil_div(MR, 4) * 4] = {};
     for (int m = 0; m < MR; ++m) {
-      const F16 &a = acc[m][0], &b = acc[m][1], &c = acc[m][2], &d = acc[m][3];
-      F16 ab = even(a, b) + odd(a, b), cd = even(c, d) + odd(c, d);
+      const f32x16 &a = acc[m][0], &b = acc[m][1], &c = acc[m][2], &d = acc[m][3];
+      f32x16 ab = even(a, b) + odd(a, b), cd = even(c, d) + odd(c, d);
       quads[m] = even(ab, cd) + odd(ab, cd);
     }
     for (int m = 0; m < MR; m += 4) {
-      const F16* q = quads + m;
-      F16 low = even_fours(q[0], q[1]) + odd_fours(q[0], q[1]), high = even_fours(q[2], q[3]) + odd_fours(q[2], q[3]);
-      F16 r = even_fours(low, high) + odd_fours(low, high) + 0.f;
+      const f32x16* q = quads + m;
+      f32x16 low = even_fours(q[0], q[1]) + odd_fours(q[0], q[1]), high = even_fours(q[2], q[3]) + odd_fours(q[2], q[3]);
+      f32x16 r = even_fours(low, high) + odd_fours(low, high) + 0.f;
       std::memcpy(sum[m], &r, sizeof(S) * 4 * std::min(4, MR - m));
     }
   } else {
@@ -126,10 +127,10 @@ inline void lane_trees(const V (&acc)[MR][NR], S (&sum)[MR][NR]) {
   }
 }
 
-// MR x NR elements over the k elements of one block of K; `first`: out is set, else added to; `fetch`: b comes from memory.
+// MR x NR elements over the k elements of one block of K; `first`: out is set, else added to; `prefetch`: b comes from memory.
 template <class Op, int MR, int NR>
 void dot_tile(const typename Op::A* a, int64_t lda, const typename Op::B* b, int64_t ldb, int64_t k,
-              bool first, bool fetch, typename Op::Sum* out, int64_t ldo) {
+              bool first, bool prefetch, typename Op::Sum* out, int64_t ldo) {
   using V = typename Op::V;
   constexpr int64_t STEP = Op::W * Op::PER_STEP;
   V acc[MR][NR] = {};
@@ -144,7 +145,7 @@ void dot_tile(const typename Op::A* a, int64_t lda, const typename Op::B* b, int
   };
   int64_t i = 0;
   for (; i + STEP <= k; i += STEP) {
-    if (fetch)
+    if (prefetch)
       for (int n = 0; n < NR; ++n) __builtin_prefetch(b + (n + AHEAD) * ldb + i, 0, 2);
     step(Op::a_at, Op::b_at, i);
   }
@@ -194,13 +195,13 @@ void column_tile(const typename Op::A* a, int64_t lda, const typename Op::P* b, 
     for (int64_t s = g * L; s < full; s += Op::W)
       for (int i = 0; i < L; ++i) {
         V bv = Op::row(b + (s + i) * ldb);
-        for (int m = 0; m < MR; ++m) acc[m][i] = Op::step(Op::spread(a + m * lda, s + i), bv, acc[m][i]);
+        for (int m = 0; m < MR; ++m) acc[m][i] = Op::step(Op::broadcast(a + m * lda, s + i), bv, acc[m][i]);
       }
     for (int i = 0; i < L; ++i) {
       int64_t s = full + g * L + i;
       if (s >= steps) break;
       V bv = Op::row(b + s * ldb);
-      for (int m = 0; m < MR; ++m) acc[m][i] = Op::step(Op::spread_last(a + m * lda, s, K), bv, acc[m][i]);
+      for (int m = 0; m < MR; ++m) acc[m][i] = Op::step(Op::broadcast_last(a + m * lda, s, K), bv, acc[m][i]);
     }
     for (int m = 0; m < MR; ++m) group[m][g] = tree<L>(acc[m]);
   }

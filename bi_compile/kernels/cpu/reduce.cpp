@@ -1,8 +1,8 @@
-// sum, mean, var_mean, logsumexp, softmax, log_softmax, cumsum. The order of the sums stands in rows.h; threads get rows.
+// sum, mean, var_mean, logsumexp, softmax, log_softmax, cumsum. The order of the sums stands in row_sum.h; threads get rows.
 
 #include <c10/core/WrapDimMinimal.h>
 
-#include "rows.h"
+#include "row_sum.h"
 
 namespace bi {
 namespace {

@@ -1,4 +1,4 @@
-// Vectors of 64 bytes: 16 floats or 8 doubles. Loads widen bfloat16 and float16 to float, stores round to nearest even.
+// Vectors of 64 bytes: f32x16 has 16 floats, f64x8 8 doubles. Loads widen bfloat16 and float16 to float, stores round to nearest even.
 //
 // The code is compiled with -ffp-contract=off: a product and a sum become one rounding only where `fma` is written.
 // GCC's vector extensions carry it to every processor; intrinsics stand behind #ifdef where they save work.
@@ -22,20 +22,19 @@ namespace bi {
 using c10::BFloat16;
 using c10::Half;
 
-typedef float F16 __attribute__((vector_size(64)));
-typedef double D8 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef int64_t L8 __attribute__((vector_size(64)));
-typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef uint32_t W16 __attribute__((vector_size(64)));
-typedef float F8 __attribute__((vector_size(32)));
-typedef float F4 __attribute__((vector_size(16)));
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef double f64x8 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef int64_t i64x8 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef float f32x8 __attribute__((vector_size(32)));
 
 // The type that T is computed in, its vector and the number of its lanes.
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
-using Vec = std::conditional_t<std::is_same_v<T, double>, D8, F16>;
+using Vec = std::conditional_t<std::is_same_v<T, double>, f64x8, f32x16>;
 template <class T>
 inline constexpr int LANES = std::is_same_v<T, double> ? 8 : 16;
 
@@ -57,8 +56,8 @@ inline V read(const void* p) {
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 #ifdef __AVX512F__
-inline F16 fma(F16 a, F16 b, F16 c) { return (F16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-inline D8 fma(D8 a, D8 b, D8 c) { return (D8)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline f64x8 fma(f64x8 a, f64x8 b, f64x8 c) { return (f64x8)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
 #else
 template <class V, class = std::enable_if_t<sizeof(V) == 64>>
 inline V fma(V a, V b, V c) {
@@ -87,14 +86,14 @@ inline S tree(V v) {
 
 // ---- loads ----
 
-inline F16 load(const float* p) { return read<F16>(p); }
-inline D8 load(const double* p) { return read<D8>(p); }
-inline F16 load(const BFloat16* p) { return bits<F16>(__builtin_convertvector(read<U16>(p), W16) << 16); }
-inline F16 load(const Half* p) {
+inline f32x16 load(const float* p) { return read<f32x16>(p); }
+inline f64x8 load(const double* p) { return read<f64x8>(p); }
+inline f32x16 load(const BFloat16* p) { return bits<f32x16>(__builtin_convertvector(read<u16x16>(p), u32x16) << 16); }
+inline f32x16 load(const Half* p) {
 #ifdef __AVX512F__
-  return (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #else
-  F16 v;
+  f32x16 v;
   for (int j = 0; j < 16; ++j) v[j] = p[j];
   return v;
 #endif
@@ -104,8 +103,8 @@ inline F16 load(const Half* p) {
 template <class T>
 inline Vec<T> load(const T* p, int64_t n) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-  if constexpr (std::is_same_v<T, float>) return (F16)_mm512_maskz_loadu_ps((1u << n) - 1, p);
-  if constexpr (std::is_same_v<T, double>) return (D8)_mm512_maskz_loadu_pd((1u << n) - 1, p);
+  if constexpr (std::is_same_v<T, float>) return (f32x16)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+  if constexpr (std::is_same_v<T, double>) return (f64x8)_mm512_maskz_loadu_pd((1u << n) - 1, p);
   if constexpr (sizeof(T) == 2) {
     auto v = _mm256_maskz_loadu_epi16((1u << n) - 1, p);
     return load(reinterpret_cast<const T*>(&v));
@@ -118,16 +117,16 @@ inline Vec<T> load(const T* p, int64_t n) {
 
 // ---- stores ----
 
-inline void store(float* p, F16 v) { std::memcpy(p, &v, sizeof v); }
-inline void store(double* p, D8 v) { std::memcpy(p, &v, sizeof v); }
-inline void store(BFloat16* p, F16 v) {
-  W16 b = bits<W16>(v);
-  W16 rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  W16 nan = W16{} + 0x7fc0;
-  U16 r = __builtin_convertvector(v != v ? nan : rounded, U16);
+inline void store(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, f64x8 v) { std::memcpy(p, &v, sizeof v); }
+inline void store(BFloat16* p, f32x16 v) {
+  u32x16 b = bits<u32x16>(v);
+  u32x16 rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  u32x16 nan = u32x16{} + 0x7fc0;
+  u16x16 r = __builtin_convertvector(v != v ? nan : rounded, u16x16);
   std::memcpy(p, &r, sizeof r);
 }
-inline void store(Half* p, F16 v) {
+inline void store(Half* p, f32x16 v) {
 #ifdef __AVX512F__
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
@@ -184,41 +183,41 @@ inline T narrow(double d) {
 
 // exp(x) in float: x = n ln2 + r, |r| <= ln2/2, 2^n (1 + r + r^2 p(r)); the polynomial is Taylor's to r^7, whose
 // remainder is below 2^-28 of the result. Correct into the subnormals; inf, 0 and NaN where exp has them.
-inline F16 exp(F16 x) {
-  const F16 one = F16{} + 1.f;
-  x = x < F16{} - 104.f ? F16{} - 104.f : x;
-  x = x > F16{} + 89.f ? F16{} + 89.f : x;
-  const F16 magic = F16{} + 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  F16 n = fma(x, F16{} + 1.44269504f, magic) - magic;
-  F16 r = fma(n, F16{} - 0.693145752f, x);
-  r = fma(n, F16{} - 1.42860677e-6f, r);
-  F16 p = fma(r, F16{} + 1.98412698e-4f, F16{} + 1.38888889e-3f);
-  p = fma(p, r, F16{} + 8.33333333e-3f);
-  p = fma(p, r, F16{} + 4.16666667e-2f);
-  p = fma(p, r, F16{} + 1.66666667e-1f);
-  p = fma(p, r, F16{} + 0.5f);
-  F16 e = one + fma(r * r, p, r);
+inline f32x16 exp(f32x16 x) {
+  const f32x16 one = f32x16{} + 1.f;
+  x = x < f32x16{} - 104.f ? f32x16{} - 104.f : x;
+  x = x > f32x16{} + 89.f ? f32x16{} + 89.f : x;
+  const f32x16 magic = f32x16{} + 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  f32x16 n = fma(x, f32x16{} + 1.44269504f, magic) - magic;
+  f32x16 r = fma(n, f32x16{} - 0.693145752f, x);
+  r = fma(n, f32x16{} - 1.42860677e-6f, r);
+  f32x16 p = fma(r, f32x16{} + 1.98412698e-4f, f32x16{} + 1.38888889e-3f);
+  p = fma(p, r, f32x16{} + 8.33333333e-3f);
+  p = fma(p, r, f32x16{} + 4.16666667e-2f);
+  p = fma(p, r, f32x16{} + 1.66666667e-1f);
+  p = fma(p, r, f32x16{} + 0.5f);
+  f32x16 e = one + fma(r * r, p, r);
   // 2^n in two factors, since n reaches from -150 to 128; NaN has no integer, and any factor leaves it one
-  I16 i = __builtin_convertvector(x == x ? n : F16{}, I16);
-  I16 half = i >> 1;
-  return e * bits<F16>((half + 127) << 23) * bits<F16>((i - half + 127) << 23);
+  i32x16 i = __builtin_convertvector(x == x ? n : f32x16{}, i32x16);
+  i32x16 half = i >> 1;
+  return e * bits<f32x16>((half + 127) << 23) * bits<f32x16>((i - half + 127) << 23);
 }
 
-inline D8 exp(D8 x) {
+inline f64x8 exp(f64x8 x) {
   for (int j = 0; j < 8; ++j) x[j] = std::exp(x[j]);
   return x;
 }
 
 // ---- widening to double ----
 
-inline D8 low(F16 v) { return __builtin_convertvector(bits<F8>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7)), D8); }
-inline D8 high(F16 v) { return __builtin_convertvector(bits<F8>(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)), D8); }
+inline f64x8 low(f32x16 v) { return __builtin_convertvector(bits<f32x8>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7)), f64x8); }
+inline f64x8 high(f32x16 v) { return __builtin_convertvector(bits<f32x8>(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)), f64x8); }
 
 // v times a factor in double, rounded once to v's type.
-inline F16 scale(F16 v, double by) {
-  F8 lo = __builtin_convertvector(low(v) * by, F8), hi = __builtin_convertvector(high(v) * by, F8);
+inline f32x16 scale(f32x16 v, double by) {
+  f32x8 lo = __builtin_convertvector(low(v) * by, f32x8), hi = __builtin_convertvector(high(v) * by, f32x8);
   return __builtin_shufflevector(lo, hi, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
-inline D8 scale(D8 v, double by) { return v * by; }
+inline f64x8 scale(f64x8 v, double by) { return v * by; }
 
 }  // namespace bi

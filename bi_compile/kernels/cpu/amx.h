@@ -6,7 +6,7 @@
 //
 // A tile is 16 x 16 results. Its left operand, 16 rows along K, is read where it lies; its right one is packed: for each pair of
 // elements of K the 16 columns' pairs side by side. The weights are never packed as a whole: with b contiguous along K they are
-// the left operand and the result is turned, else a panel of 32 columns is packed that stays in the cache.
+// the left operand and the result is transposed, else a panel of 32 columns is packed that stays in the cache.
 #pragma once
 
 #include "product.h"
@@ -14,7 +14,7 @@
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#define BI_TILES
+#define BI_AMX
 
 namespace bi {
 
@@ -23,7 +23,7 @@ inline constexpr int64_t TILE_K = 32;
 inline constexpr int64_t BLOCK = TILE * TILE;  // 32-bit words of a packed step, and results of a tile
 
 // Whether tiles may be used in this process.
-inline bool tiles_permitted() {
+inline bool amx_permitted() {
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool permitted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
   return permitted;
@@ -42,8 +42,8 @@ struct TileConfig {
   ~TileConfig() { _tile_release(); }
 };
 
-// 16 x 16 words, turned.
-inline void turn(__m512i (&r)[TILE]) {
+// 16 x 16 words, transposed.
+inline void transpose(__m512i (&r)[TILE]) {
   __m512i t[TILE];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -80,7 +80,7 @@ inline void pack_rows(uint32_t* to, const BFloat16* x, int64_t ld, int64_t rows,
   for (int64_t at = 0; at < k; at += TILE_K, to += BLOCK) {
     __m512i words[TILE] = {};
     for (int64_t i = 0; i < rows; ++i) words[i] = elements(x + i * ld + at, std::min(TILE_K, k - at));
-    turn(words);
+    transpose(words);
     for (int64_t i = 0; i < TILE; ++i) _mm512_storeu_si512(to + i * TILE, words[i]);
   }
 }
@@ -122,9 +122,9 @@ inline Rows left_rows(const BFloat16* x, int64_t ld, int64_t count, int64_t k) {
   return {from, last, apart};
 }
 
-// out: R x C tiles of results, row by row; `right`: a packed operand for each column of tiles; `fetch`: the rows come from memory.
+// out: R x C tiles of results, row by row; `right`: a packed operand for each column of tiles; `prefetch`: the rows come from memory.
 template <int R, int C>
-void tile_product(const Rows (&left)[2], const uint32_t* const (&right)[2], int64_t k, bool fetch, float* out) {
+void tile_product(const Rows (&left)[2], const uint32_t* const (&right)[2], int64_t k, bool prefetch, float* out) {
   constexpr int64_t FETCH = 8 * TILE_K;
   int64_t full = k / TILE_K;
   _tile_zero(0);
@@ -147,7 +147,7 @@ void tile_product(const Rows (&left)[2], const uint32_t* const (&right)[2], int6
   };
   for (int64_t s = 0; s < full; ++s) {
     const BFloat16 *x0 = left[0].whole + s * TILE_K, *x1 = left[1].whole + s * TILE_K;
-    if (fetch)
+    if (prefetch)
       for (int64_t i = 0; i < TILE; ++i) {
         __builtin_prefetch(x0 + i * left[0].ld + FETCH, 0, 2);
         if constexpr (R == 2) __builtin_prefetch(x1 + i * left[1].ld + FETCH, 0, 2);
@@ -161,17 +161,17 @@ void tile_product(const Rows (&left)[2], const uint32_t* const (&right)[2], int6
   if constexpr (R * C == 4) _tile_stored(3, out + 3 * BLOCK, 64);
 }
 
-inline void tile_product(int64_t rows, int64_t cols, const Rows (&left)[2], const uint32_t* const (&right)[2], int64_t k, bool fetch,
+inline void tile_product(int64_t rows, int64_t cols, const Rows (&left)[2], const uint32_t* const (&right)[2], int64_t k, bool prefetch,
                          float* out) {
-  if (rows == 2) return cols == 2 ? tile_product<2, 2>(left, right, k, fetch, out) : tile_product<2, 1>(left, right, k, fetch, out);
-  return cols == 2 ? tile_product<1, 2>(left, right, k, fetch, out) : tile_product<1, 1>(left, right, k, fetch, out);
+  if (rows == 2) return cols == 2 ? tile_product<2, 2>(left, right, k, prefetch, out) : tile_product<2, 1>(left, right, k, prefetch, out);
+  return cols == 2 ? tile_product<1, 2>(left, right, k, prefetch, out) : tile_product<1, 1>(left, right, k, prefetch, out);
 }
 
-// Writes a tile to a matrix whose rows are `ld` apart, turned or not.
-inline void place_tile(const float* tile, bool turned, float* to, int64_t ld) {
+// Writes a tile to a matrix whose rows are `ld` apart, transposed or not.
+inline void store_tile(const float* tile, bool transposed, float* to, int64_t ld) {
   __m512i words[TILE];
   for (int i = 0; i < TILE; ++i) words[i] = _mm512_loadu_si512(tile + i * TILE);
-  if (turned) turn(words);
+  if (transposed) transpose(words);
   for (int i = 0; i < TILE; ++i) _mm512_storeu_si512(to + i * ld, words[i]);
 }
 

@@ -4,18 +4,19 @@
 // tree. float64: blocks of 1024, each in 8 such lanes; the blocks are added by recursive halving of their number.
 #pragma once
 
-#include "common.h"
+#include "dtype.h"
+#include "parallel.h"
 
 namespace bi {
 
 // The sum of f(c, element) over a row; f takes and gives 8 doubles, c being the first one's place.
 template <class F>
 double sum_block(const double* x, int64_t first, int64_t n, F f) {
-  const L8 index = {0, 1, 2, 3, 4, 5, 6, 7};
-  D8 acc{};
+  const i64x8 index = {0, 1, 2, 3, 4, 5, 6, 7};
+  f64x8 acc{};
   each_vector<8>(n, [&](int64_t i, auto count) {
-    D8 v = f(load(x + first + i, count));
-    acc += index < static_cast<int64_t>(count) ? v : D8{};
+    f64x8 v = f(load(x + first + i, count));
+    acc += index < static_cast<int64_t>(count) ? v : f64x8{};
   });
   return tree(acc);
 }
@@ -33,14 +34,14 @@ double row_sum(const T* x, int64_t C, F f) {
   if constexpr (std::is_same_v<T, double>) {
     return sum_halves(x, 0, C, f);
   } else {
-    const L8 index = {0, 1, 2, 3, 4, 5, 6, 7};
-    D8 acc[2] = {};
+    const i64x8 index = {0, 1, 2, 3, 4, 5, 6, 7};
+    f64x8 acc[2] = {};
     each_vector<16>(C, [&](int64_t i, auto count) {
       auto v = load(x + i, count);
-      D8 lo = f(low(v)), hi = f(high(v));
+      f64x8 lo = f(low(v)), hi = f(high(v));
       int64_t n = count;
-      acc[0] += index < n ? lo : D8{};
-      acc[1] += index + 8 < n ? hi : D8{};
+      acc[0] += index < n ? lo : f64x8{};
+      acc[1] += index + 8 < n ? hi : f64x8{};
     });
     return tree(acc[0]) + tree(acc[1]);
   }
@@ -48,12 +49,12 @@ double row_sum(const T* x, int64_t C, F f) {
 
 template <class T>
 double row_sum(const T* x, int64_t C) {
-  return row_sum(x, C, [](D8 v) { return v; });
+  return row_sum(x, C, [](f64x8 v) { return v; });
 }
 
 template <class T>
 double row_square_sum(const T* x, int64_t C, double mean) {
-  return row_sum(x, C, [=](D8 v) { return (v - mean) * (v - mean); });
+  return row_sum(x, C, [=](f64x8 v) { return (v - mean) * (v - mean); });
 }
 
 // The largest element, -inf for none; NaN counts as absent (whoever needs it finds it again in the sum of exp).
