@@ -23,7 +23,7 @@ PIP_ASCEND := $(VENV_ASCEND)/bin/python -m pip --quiet --disable-pip-version-che
 # without CANN (or the stand-ins) on the library path, torch cannot load torch_npu and stops
 RUN_ASCEND := LD_LIBRARY_PATH=$(CURDIR)/$(VENV_ASCEND)/cann $(VENV_ASCEND)/bin/python
 
-.PHONY: demo test test-here test-ascend bench lint docs npu-operators clean
+.PHONY: demo test test-here test-triton test-ascend bench lint docs npu-operators clean
 
 demo: $(READY)
 	$(BIN)/bi-compile demo
@@ -35,6 +35,11 @@ test: $(READY)
 
 test-here: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(MAKE) test-triton
+
+# apart from the others: Triton's interpreter is chosen when Triton is imported
+test-triton: $(READY)
+	$(BIN)/python -m pytest -n 2 tests/kernels/triton
 
 test-ascend: $(READY_ASCEND)
 	$(RUN_ASCEND) -m pytest tests/ascend

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 import interpreter
-import triton_suite as suite
+import triton_cases as cases
 
 from bi_compile.kernels.triton import launch
 
@@ -38,9 +37,9 @@ Run = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 
 def attention(x: Tensor) -> tuple[Tensor, ...]:
     """x's rows as queries of 2 heads of 32 over 70 fixed keys."""
-    keys, values = (suite.draw(1, 1, 70, 32, dtype=x.dtype, seed=seed, scale=0.5) for seed in (1, 2))
+    keys, values = (cases.draw(1, 1, 70, 32, dtype=x.dtype, seed=seed, scale=0.5) for seed in (1, 2))
     query = x[:, :64].reshape(1, x.shape[0], 2, 32).transpose(1, 2)
-    out, lse = suite.call("scaled_dot_product_attention", query, keys, values)
+    out, lse = cases.call("scaled_dot_product_attention", query, keys, values)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
@@ -48,36 +47,36 @@ def grouped(x: Tensor) -> Tensor:
     """x's rows in groups, some of them empty, that share one matrix."""
     n = x.shape[0]
     ends = torch.tensor([0, n // 3, n // 3, n // 2, n], dtype=torch.int32)
-    return suite.call("grouped_mm", x, suite.matrix(x).expand(5, -1, -1), ends)
+    return cases.call("grouped_mm", x, cases.matrix(x).expand(5, -1, -1), ends)
 
 
-CALLS: dict[str, Run] = {**suite.ROW_CALLS, "grouped_mm": grouped, "attention": attention}
+CALLS: dict[str, Run] = {**cases.ROW_CALLS, "grouped_mm": grouped, "attention": attention}
 
 
 def rows_that_differ(name: str, dtype: torch.dtype, numbers: Sequence[int]) -> tuple[int, int]:
     """(rows that differ, rows compared)."""
     run = CALLS[name]
-    x = suite.draw(max(numbers), LENGTH, dtype=dtype)
-    alone = [suite.outputs(run(row[None])) for row in x]
+    x = cases.draw(max(numbers), LENGTH, dtype=dtype)
+    alone = [cases.outputs(run(row[None])) for row in x]
     expected = [torch.cat(parts) for parts in zip(*alone, strict=True)]
     differ = compared = 0
     for m in numbers:
         for order in (torch.arange(m), torch.arange(m).flip(0)):
-            together = suite.outputs(run(x[order]))
+            together = cases.outputs(run(x[order]))
             unlike = torch.zeros(m, dtype=torch.bool)
             for o, e in zip(together, expected, strict=True):
-                unlike |= (suite.bits(o) != suite.bits(e[order])).reshape(m, -1).any(1)
+                unlike |= (cases.bits(o) != cases.bits(e[order])).reshape(m, -1).any(1)
             differ, compared = differ + int(unlike.sum()), compared + m
     return differ, compared
 
 
 def errors() -> Iterator[tuple[str, torch.dtype, float, float]]:
     """(operator, dtype, our error against float64, PyTorch's): root mean squares, 256 rows of 129."""
-    for name, dtype in ((n, d) for n in suite.THEIRS for d in suite.ROUNDED if d != torch.float64):
-        x = suite.draw(256, 129, dtype=dtype)
-        ours, theirs = suite.outputs(suite.ROW_CALLS[name](x))[0], suite.THEIRS[name](x)
-        exact = suite.THEIRS[name](x.double())
-        lost = [suite.root_mean_square(t.reshape(exact.shape).double() - exact) for t in (ours, theirs)]
+    for name, dtype in ((n, d) for n in cases.THEIRS for d in cases.ROUNDED if d != torch.float64):
+        x = cases.draw(256, 129, dtype=dtype)
+        ours, theirs = cases.outputs(cases.ROW_CALLS[name](x))[0], cases.THEIRS[name](x)
+        exact = cases.THEIRS[name](x.double())
+        lost = [cases.root_mean_square(t.reshape(exact.shape).double() - exact) for t in (ours, theirs)]
         yield name, dtype, lost[0], lost[1]
 
 

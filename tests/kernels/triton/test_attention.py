@@ -1,0 +1,146 @@
+"""Attention: right, and a query's bits are its own in every tile of the tables."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from triton_cases import (
+    CUDA,
+    DEVICE,
+    FLOATS,
+    HALVES,
+    ROUNDED,
+    Outputs,
+    call,
+    check,
+    draw,
+    same,
+    statistic,
+)
+
+from bi_compile.kernels.triton.attention import attention
+from bi_compile.kernels.triton.tiles import ATTENTION
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Outputs:
+    """Output and logsumexp by PyTorch."""
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    out = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+    wide = q.to(statistic(q)) / math.sqrt(q.shape[3])
+    scores = wide @ k.to(wide.dtype).repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3)
+    if causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -math.inf)
+    if mask is not None:
+        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -math.inf)
+    return out, torch.logsumexp(scores, -1)
+
+
+def heads(batch: int, count: int, length: int, dim: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """[B, H, L, D] as a model has it: a view of [B, L, H, D]."""
+    return draw(batch, length, count, dim, dtype=dtype, seed=seed, scale=0.5).transpose(1, 2)
+
+
+#: batch, query heads, key heads, queries, keys, D, Dv
+ATTENTIONS = [
+    (2, 2, 1, 5, 70, 16, 16),
+    (1, 4, 4, 33, 33, 24, 40),
+    (1, 6, 2, 1, 129, 64, 64),
+    (1, 1, 1, 3, 0, 16, 16),
+    (2, 2, 2, 0, 5, 16, 16),
+]
+
+#: with each dtype, where it does not take long in the interpreter
+ATTENTIONS_IN = [(c, t) for c in ATTENTIONS for t in ROUNDED if CUDA or t != torch.float64 or c[3] * c[4] <= 400]
+
+
+@pytest.mark.parametrize(("case", "dtype"), ATTENTIONS_IN, ids=str)
+def test_attention_is_right(case: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, q_heads, kv_heads, length, keys, dim, value_dim = case
+    q = heads(batch, q_heads, length, dim, dtype, 0)
+    k, v = heads(batch, kv_heads, keys, dim, dtype, 1), heads(batch, kv_heads, keys, value_dim, dtype, 2)
+    args = q, k, v
+    if keys == 0:
+        out, lse = call("scaled_dot_product_attention", *args)
+        assert not out.any() and (lse == -math.inf).all()
+        return
+    boolean = draw(length, keys) > -1
+    boolean[:, 0] = True
+    for mask in (None, boolean, draw(batch, 1, length, keys, dtype=dtype)):
+        check("scaled_dot_product_attention", attend, *args, mask, False)
+    check("scaled_dot_product_attention", attend, *args, None, True)
+    ours = call("scaled_dot_product_attention", *args, scale=0.0)[0]
+    average = v.double().mean(2, True).repeat_interleave(q_heads // kv_heads, 1).expand_as(ours)
+    torch.testing.assert_close(ours, average.to(dtype), atol=1e-2, rtol=1e-2)
+
+
+def test_a_query_without_keys_gives_zero() -> None:
+    q, k, v = (heads(1, 2, 5, 16, torch.float32, seed) for seed in range(3))
+    mask = torch.ones(5, 5, dtype=torch.bool, device=DEVICE)
+    mask[2] = False
+    for m in (mask, torch.zeros(5, 5, device=DEVICE).masked_fill(~mask, -math.inf)):
+        out, lse = call("scaled_dot_product_attention", q, k, v, m)
+        assert not out[:, :, 2].any() and (lse[:, :, 2] == -math.inf).all() and lse[:, :, :2].isfinite().all()
+    q[0, 0, 1] = math.nan
+    out, lse = call("scaled_dot_product_attention", q, k, v, None, True)
+    assert out[0, 0, 1].isnan().all() and lse[0, 0, 1].isnan() and out[0, 0, [0, 2, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS if CUDA else (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("length", [1, 16, 130, 1000] if CUDA else [40])
+def test_a_query_keeps_its_bits_among_others(length: int, dtype: torch.dtype) -> None:
+    keys = length + 40
+    q = heads(3, 4, length, 48, dtype, 0)
+    k, v = heads(3, 2, keys, 48, dtype, 1), heads(3, 2, keys, 48, dtype, 2)
+    mask = draw(3, 1, length, keys) > -1
+
+    def ours(*args: Any) -> Outputs:
+        return call("scaled_dot_product_attention", *args)
+
+    for causal, m in ((False, None), (True, None), (False, mask), (False, draw(3, 1, length, keys, dtype=dtype))):
+        every = ours(q, k, v, m, causal)
+        for i in {0, 1, length // 2, length - 1} & set(range(length)):
+            for b in (0, 2):
+                lone = m[b : b + 1, :, i : i + 1] if m is not None else None
+                if causal:
+                    lone = (torch.arange(keys, device=DEVICE) <= i).expand(1, 1, 1, keys)
+                alone = ours(q[b : b + 1, :, i : i + 1], k[b : b + 1], v[b : b + 1], lone)
+                if causal:  # a mask is another kernel: only that other queries do not matter is promised
+                    part = ours(*(t[b : b + 1, :, : i + 1] for t in (q, k, v)), None, True)
+                    alone = tuple(o[:, :, i : i + 1] for o in part)
+                assert same(tuple(o[b : b + 1, :, i : i + 1] for o in every), alone), (causal, m is None, i, b)
+    packed = ours(q.contiguous(), k.contiguous(), v.contiguous(), mask)
+    assert same(packed, ours(q, k, v, mask.expand(3, 4, -1, -1).contiguous()))
+    assert same(packed, ours(q, k, v, mask.expand(3, 4, -1, -1).transpose(2, 3).contiguous().transpose(2, 3)))
+
+
+def test_keys_behind_the_last_seen_one_do_not_matter() -> None:
+    q, k, v = (heads(1, 2, length, 16, torch.float32, seed) for seed, length in enumerate((5, 200, 200)))
+    seen = torch.arange(200, device=DEVICE) < 71
+    expected = call("scaled_dot_product_attention", q, k, v, seen.expand(5, 200))
+    for keys in (71, 100, 130):
+        part = call("scaled_dot_product_attention", q, k[:, :, :keys], v[:, :, :keys], seen[:keys].expand(5, keys))
+        assert same(part, expected)
+    v[:, :, 128:] = math.nan
+    assert same(call("scaled_dot_product_attention", q, k, v, seen.expand(5, 200)), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS if CUDA else HALVES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256] if CUDA else [16])
+def test_every_tile_of_attention_gives_the_same_bits(dim: int, dtype: torch.dtype) -> None:
+    length, keys = (70, 150) if CUDA else (20, 70)
+    q, k, v = (heads(1, count, n, dim, dtype, n) for count, n in ((4, length), (2, keys), (2, keys)))
+    table = ATTENTION["cuda"][dtype.itemsize]
+    for causal in (False, True):
+        for mask in (None, draw(length, keys) > -1, draw(length, keys, dtype=dtype)):
+            results = []
+            for _, tile in table:
+                outs = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=statistic(q))
+                results.append(attention(q, k, v, mask, causal, None, outs, tile))
+            for (_, tile), result in zip(table, results, strict=True):
+                assert same(result, results[0]), tile
