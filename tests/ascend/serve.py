@@ -23,7 +23,7 @@ REQUESTS = 16
 
 def main(model: str, arguments: dict[str, Any]) -> None:
     emulated_npu.before_vllm()
-    emulated_npu.install(lie=True)
+    emulated_npu.install(perturb=True)
     from vllm import LLM, SamplingParams
 
     emulated_npu.after_vllm()

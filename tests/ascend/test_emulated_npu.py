@@ -1,4 +1,4 @@
-"""The test bench's operators mean what torch_npu documents; lying, those that are not trusted vary with the batch."""
+"""The test bench's operators mean what torch_npu documents; perturbed, those that are not trusted vary with the batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from emulated_npu import Native
 from torch import Tensor
 from torch.nn import functional
 
-TRUE, LIE = Native(lie=False), Native(lie=True)
+EXACT, PERTURBED = Native(perturb=False), Native(perturb=True)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -18,7 +18,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def test_norms() -> None:
     x, r, gamma = draw(5, 64), draw(5, 64, seed=1), draw(64, seed=2)
-    y, scale, s = TRUE.add_rms_norm(x, r, gamma, 1e-6)
+    y, scale, s = EXACT.add_rms_norm(x, r, gamma, 1e-6)
     torch.testing.assert_close(s, x + r)
     torch.testing.assert_close(y, functional.rms_norm(x + r, (64,), gamma, 1e-6))
     torch.testing.assert_close((y, scale), emulated_npu.rms_norm(s, gamma, 1e-6))
@@ -44,7 +44,7 @@ def test_attention(paged: bool, causal: bool) -> None:
             for cache, part in zip(caches, pair, strict=True):
                 for i, row in enumerate(part):
                     cache[blocks[i // block], i % block] = row.flatten()
-        out, _ = TRUE.attention(
+        out, _ = EXACT.attention(
             q,
             *caches,
             actual_seq_lengths=[3, 4],
@@ -54,7 +54,7 @@ def test_attention(paged: bool, causal: bool) -> None:
             **arguments,
         )
     else:
-        out, _ = TRUE.attention(q, k, v, actual_seq_lengths=[3, 4], actual_seq_lengths_kv=[7, 12], **arguments)
+        out, _ = EXACT.attention(q, k, v, actual_seq_lengths=[3, 4], actual_seq_lengths_kv=[7, 12], **arguments)
     start = 0
     for length, count, (one_k, one_v) in zip(lengths, counts, keys, strict=True):
         seen = torch.arange(count)[None] <= torch.arange(count - length, count)[:, None] if causal else None
@@ -77,7 +77,7 @@ def test_rotation(neox: bool) -> None:
     assert not torch.allclose(q[1], query[1])
 
 
-def test_lies() -> None:
+def test_perturbed_operators_vary_with_the_batch() -> None:
     """Row 0 alone and among one to four others. Not log_softmax: the logarithm hides the last digit of its sum."""
     draws, w = [draw(5, 257, seed=seed) for seed in range(8)], draw(257, 64, seed=1)
     calls = {
@@ -91,6 +91,6 @@ def test_lies() -> None:
         )[0],
     }  # fmt: skip
     for name, call in calls.items():
-        rows = [(call(LIE, x[:1])[0], call(LIE, x[:n])[0]) for x in draws for n in range(2, 6)]
+        rows = [(call(PERTURBED, x[:1])[0], call(PERTURBED, x[:n])[0]) for x in draws for n in range(2, 6)]
         assert any(not torch.equal(alone, among) for alone, among in rows), name
-        torch.testing.assert_close(call(LIE, draws[0])[0], call(TRUE, draws[0])[0], msg=name)
+        torch.testing.assert_close(call(PERTURBED, draws[0])[0], call(EXACT, draws[0])[0], msg=name)

@@ -5,7 +5,7 @@ there by PyTorch's CPU operator; the npu:: and atb:: operators that a dense mode
 documentation. So the real vllm-ascend serves a model on a machine without an NPU. bi_compile's own operators are not
 emulated: their Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1).
 
-With `lie=True` every native operator with a sum that bi_compile's target does not trust really varies with the batch:
+With `perturb=True` every native operator with a sum that bi_compile's target does not trust really varies with the batch:
 products, sums, softmax, the fused add and norm, attention. Not emulated: the chip's own order of sums, streams, ACL graphs
 (a graph runs as it is), speed.
 """
@@ -87,15 +87,15 @@ def _is_given(x: Tensor, given: Sequence[tuple[Tensor, Tensor]]) -> bool:
 
 
 def parts_of(count: int) -> int:
-    """In how many parts a lying operator takes its sums for so many rows."""
+    """In how many parts a perturbed operator takes its sums for so many rows."""
     return 1 + count % 5
 
 
 class Native:
     """The operators, each sum in `parts(rows)` parts."""
 
-    def __init__(self, lie: bool) -> None:
-        self.parts = parts_of if lie else lambda rows: 1
+    def __init__(self, perturb: bool) -> None:
+        self.parts = parts_of if perturb else lambda rows: 1
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
         rows, length = a.shape[-2] if a.dim() > 1 else 1, a.shape[-1]
@@ -249,11 +249,11 @@ def matmul_add(x: Tensor, weight: Tensor, c: Tensor) -> None:
 # -- installation -------------------------------------------------------------------------------------------------------
 
 
-def install(lie: bool = False) -> None:
+def install(perturb: bool = False) -> None:
     """Give the device its operators. Before vLLM is imported."""
     import torch_npu  # noqa: F401
 
-    native, aten = Native(lie), library("aten")
+    native, aten = Native(perturb), library("aten")
     for full in torch._C._dispatch_get_all_op_names():
         if full.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(full, "PrivateUse1"):
             packet, _, overload = full[6:].partition(".")
