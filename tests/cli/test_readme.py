@@ -101,3 +101,14 @@ def test_the_walks_name_functions_that_stand_there() -> None:
     assert [int(number) for number, _, _ in steps] == [*range(1, 7), *range(1, 7)]
     for _, file, name in steps:
         assert re.search(rf"^(def |class )?{name}\b", (ROOT / file).read_text(), re.M), f"{file} has no {name}"
+
+
+def test_the_page_of_the_command_line_has_every_command_and_exit_code() -> None:
+    from typer.main import get_command
+
+    from bi_compile.cli import app, exits
+
+    page = (ROOT / "docs" / "use" / "command-line.md").read_text()
+    assert set(get_command(app).commands) == set(re.findall(r"^\| `bi-compile (\w+)", page, re.M))
+    written = dict(re.findall(r"^ +(\d+)  (.*)$", exits.__doc__ or "", re.M))
+    assert written == dict(re.findall(r"^\| (\d+) \| (.*) \|$", page, re.M)) and len(written) == 5
