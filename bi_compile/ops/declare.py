@@ -101,7 +101,6 @@ class Operator(Protocol):
 
     meta: Callable[..., Any]
     """The fake implementation by itself: checks the arguments (of any device) and returns empty results like them."""
-    __wrapped__: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import BertConfig
 
 from bi_compile import OptionError
-from bi_compile.offline.trace import trace as offline
+from bi_compile.offline import trace as offline
 
 ENCODER = BertConfig(
     hidden_size=64,
