@@ -19,11 +19,11 @@ def test_bfloat16_products_at_the_edges_of_tiles(k: int) -> None:
 
     for n in (1, 15, 16, 17, 32, 33, 47):
         w = framed(n, k)
-        turned = framed(k, n).copy_(w.t())
+        transposed = framed(k, n).copy_(w.t())
         for m in (1, 2, 15, 16, 17, 31, 32, 33, *((2047, 2048, 2049) if n == 33 else ())):
             a = framed(m, k)
             out = ops.mm(a, w.t())
-            assert torch.equal(out, ops.mm(a, turned)), (m, n)
+            assert torch.equal(out, ops.mm(a, transposed)), (m, n)
             assert torch.equal(ops.bmm(a.expand(3, m, k), w.t().expand(3, k, n)), out.expand(3, m, n)), (m, n)
             for i in {0, m // 2, m - 1}:
                 assert torch.equal(ops.mm(a[i : i + 1], w.t()), out[i : i + 1]), (m, n, i)
