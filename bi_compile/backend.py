@@ -7,8 +7,8 @@ of a training step goes to the inner compiler untouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from functorch.compile import make_boxed_func
 from torch import fx
@@ -31,6 +31,9 @@ class FinalPass(CustomGraphPass):
     replaced after it.
     """
 
+    #: operators that are trusted here beside those of the options
+    extra_trust: ClassVar[Mapping[str, str]] = {}
+
     def __init__(self, pipeline: Pipeline, theirs: Any = None, target: Target | None = None) -> None:
         self.pipeline = pipeline
         self.theirs = theirs
@@ -45,7 +48,7 @@ class FinalPass(CustomGraphPass):
             self.pipeline.rewrite(graph, "post_grad", select_decomp_table(), target)
             self.theirs(graph)
         self.pipeline.rewrite(graph, "final", select_decomp_table(), target)
-        self.pipeline.audit(graph, target=target)
+        self.pipeline.audit(graph, self.extra_trust, target=target)
 
     def uuid(self) -> Any:
         if self.theirs is None:

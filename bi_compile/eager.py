@@ -123,6 +123,17 @@ class EagerFallback:
         """The overloads that are replaced at the dispatcher while installed."""
         return sorted(map(str, self.replaced))
 
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put it back for the length of a with-block; costs no more than that the process knows it."""
+        global _installed
+        with _lock:
+            _installed = (*_installed, self)
+        try:
+            yield
+        finally:
+            self.remove()
+
     def remove(self) -> None:
         """Give the operators back. Removing twice does nothing; the order of removal does not matter."""
         global _installed

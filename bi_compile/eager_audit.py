@@ -99,7 +99,7 @@ class Observer(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, options: Options, device: str) -> None:
+    def __init__(self, options: Options, device: str, seen: Observed | None = None) -> None:
         super().__init__()
         if options.batch is not None or options.probe is not None:
             name = "probe" if options.batch is None else "batch"
@@ -107,7 +107,7 @@ class Observer(TorchDispatchMode):
         self.options = options
         self.passes = resolve(options).passes
         self.device = device
-        self.seen = Observed(for_device(device, compiled=False).name)
+        self.seen = seen or Observed(for_device(device, compiled=False).name)
         self._warned: set[str] = set()
         self.knowledge = functools.cache(self._knowledge)
         self.knowledge(device)
@@ -134,7 +134,7 @@ class Observer(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _thread.depth or _in_backward() or _is_compiled_graph(func) or _in_a_compiled_graph():
+        if _thread.depth or _in_backward() or _compiling() or _is_compiled_graph(func) or _in_a_compiled_graph():
             with inside():
                 return func(*args, **kwargs)
         call = Call(func, args, kwargs)
@@ -200,7 +200,7 @@ def inside() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def judged(options: Options | None = None, device: str = "cpu") -> Iterator[Observed]:
+def judged(options: Options | None = None, device: str = "cpu", seen: Observed | None = None) -> Iterator[Observed]:
     """Judge what this thread runs outside of compiled graphs within the block.
 
     An operator that an installed fallback replaces (`eager.install`) counts as replaced. With on_unproven="error" the call of
@@ -208,12 +208,13 @@ def judged(options: Options | None = None, device: str = "cpu") -> Iterator[Obse
 
     Args:
         device: where a call without tensors and a Triton kernel is taken to run: "cpu", "cuda" or "npu".
+        seen: what an earlier block saw; this one adds to it, and says nothing twice.
 
     Raises:
         OptionError, TableError: as `resolve` and `Table` do, or an option that speaks of a graph.
         AuditError: an operator that is not known to be invariant; the message names it, the place of its call and the remedy.
     """
-    observer = Observer(options or Options(), device)
+    observer = Observer(options or Options(), device, seen)
     before = _thread.observers
     _thread.observers = (*before, observer)
     try:
@@ -240,6 +241,11 @@ def _devices() -> tuple[str, ...]:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _compiling() -> bool:
+    """Whether torch.compile is at work: Inductor traces its patterns with real tensors when it is first asked to compile."""
+    return torch._guards.CompileContext.current_compile_id() is not None
 
 
 def _is_compiled_graph(func: Any) -> bool:

@@ -32,7 +32,7 @@ def inductor(packets: str) -> frozenset[str]:
 
 #: pointwise, though PyTorch does not tag them so
 POINTWISE = (
-    aten("floor_divide masked_fill where")
+    aten("floor_divide masked_fill masked_fill_ where")
     | default(
         "prims",
         "abs acos acosh add asin asinh atan atan2 atanh bessel_i0 bessel_i0e bessel_i1 bessel_i1e bessel_j0 bessel_j1 bitwise_and "

@@ -122,7 +122,8 @@ MOVES = Row(
         "index_put index_put_ _unsafe_index _unsafe_index_put _unsafe_masked_index narrow_copy unfold_copy "
         "reshape flatten _reshape_copy _unsafe_view view_copy permute_copy expand_copy split_with_sizes_copy unbind_copy "
         "sym_size sym_stride sym_numel sym_storage_offset tril triu one_hot _local_scalar_dense item "
-        "_assert_async _assert_scalar _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size detach alias"
+        "_assert_async _assert_scalar _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size detach alias "
+        "detach_ squeeze_ unsqueeze_ t_ transpose_"
     )
     | default(
         "prims",
@@ -193,14 +194,18 @@ def _accumulates(call: Call, known: Knowledge) -> Found:
         return None
     packet = call.target._overloadpacket
     adds = packet in _ACCUMULATING and (call.args[3] if len(call.args) > 3 else call.kwargs.get("accumulate", False))
-    if adds or (packet in _SCATTERING and "reduce" in call.target._overloadname):
-        return Verdict.UNPROVEN, "adds up where indices meet, in an order that nothing fixes"
-    return None
+    if not adds and packet not in _ADDING and not (packet in _SCATTERING and "reduce" in call.target._overloadname):
+        return None
+    into = call.args[0] if call.args else call.kwargs.get("self")
+    if isinstance(into, torch.Tensor) and not into.is_floating_point() and not into.is_complex():
+        return Verdict.ROW_LOCAL, "integers add up to the same in every order"
+    return Verdict.UNPROVEN, "adds up where indices meet, in an order that nothing fixes"
 
 
 _A = torch.ops.aten
 _ACCUMULATING = (_A.index_put, _A._unsafe_index_put, _A.index_put_)
 _SCATTERING = (_A.scatter, _A.scatter_)
+_ADDING = (_A.scatter_add, _A.scatter_add_, _A.index_add, _A.index_add_)
 
 
 def _view(call: Call, known: Knowledge) -> Found:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from ..errors import HostError
 from ..options import Options
 from ..targets import ascend
 from .inductor import VllmPass
-from .platforms import Platform, Switch, attention_layers, attribute
+from .platforms import Platform, Switch, attention_layers
+from .shared import attribute
 
 log = init_logger("vllm.plugins.bi_compile")
 
@@ -130,11 +131,8 @@ def _audit_what_is_executed(compiler: str) -> None:
 # -- what is switched in a worker -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def variant_custom_ops_off(vllm_config: Any) -> Iterator[None]:
-    """vllm-ascend's own fused operators (`_C_ascend`) stay off, as in its batch-invariant mode, where it can do without.
-
-    On A2 and A3 a mixture of experts cannot: those operators are registered, and the table replaces them.
+def load_custom_ops(vllm_config: Any) -> None:
+    """Register vllm-ascend's own fused operators (`_C_ascend`) where a mixture of experts needs them: on A2 and A3.
 
     Raises:
         HostError: the model is one, and the operators are not installed.
@@ -151,8 +149,13 @@ def variant_custom_ops_off(vllm_config: Any) -> Iterator[None]:
                 f"a mixture of experts needs vllm-ascend's own operators here, and they cannot be loaded ({error}): install a vllm-ascend that "
                 "was built with COMPILE_CUSTOM_KERNELS=1"
             ) from error
-    with attribute(utils, "_CUSTOM_OP_ENABLED", False):
-        yield
+
+
+def variant_custom_ops_off() -> Switch:
+    """vllm-ascend uses its own fused operators only where it cannot do without, as in its batch-invariant mode; the table replaces those."""
+    import vllm_ascend.utils as utils
+
+    return attribute(utils, "_CUSTOM_OP_ENABLED", False)
 
 
 @contextlib.contextmanager
@@ -209,15 +212,12 @@ def check_model(vllm_config: Any) -> None:
             )
 
 
-def switches(vllm_config: Any) -> Sequence[Switch]:
-    return variant_custom_ops_off(vllm_config), deterministic_algorithms(), own_mode_off()
-
-
 PLATFORM = Platform(
     device="npu",
     environment=ascend.ENVIRONMENT,
     before_config=before_config,
-    switches=switches,
+    prepare=load_custom_ops,
+    switches=(variant_custom_ops_off, deterministic_algorithms, own_mode_off),
     check_model=check_model,
     make_pass=AscendPass,
     own_operators_in_table=True,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..errors import HostError
-from .platforms import Platform, Switch, attribute
+from .platforms import Platform, Switch
+from .shared import attribute
 
 
 def _plain_linear() -> Switch:
@@ -26,7 +27,7 @@ def _plain_linear() -> Switch:
     return attribute(utils, "dispatch_cpu_unquantized_gemm", dispatch_cpu_unquantized_gemm)
 
 
-def _permit_amx() -> None:
+def _permit_amx(vllm_config: Any) -> None:
     """Ask the system for AMX, which vLLM's attention uses where the processor has it.
 
     vLLM relies on oneDNN's packed products to have asked; they are off (`_plain_linear`), and without the permission the first
@@ -39,15 +40,11 @@ def _permit_amx() -> None:
         )
 
 
-def switches(vllm_config: Any) -> Sequence[Switch]:
-    _permit_amx()
-    return (_plain_linear(),)
-
-
 PLATFORM = Platform(
     device="cpu",
     environment={
         "VLLM_CPU_ATTN_SPLIT_KV": ("0", "attention splits the keys by how many requests there are"),
     },
-    switches=switches,
+    prepare=_permit_amx,
+    switches=(_plain_linear,),
 )

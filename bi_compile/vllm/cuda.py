@@ -18,13 +18,15 @@ Measured on one H100 (vLLM 0.23.0, bfloat16, 18 requests of 1 to 3,000 keys, 60 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import HostError
-from .platforms import Platform, Switch, attention_layers, attribute
+from .platforms import Platform, attention_layers
+from .shared import attribute
 
 LONGEST = 2**20
 """The number of queries and of keys that a request is said to have at most."""
@@ -80,9 +82,14 @@ def before_config(vllm_config: Any) -> None:
         )
 
 
-def switches(vllm_config: Any) -> Sequence[Switch]:
-    modules = [(importlib.import_module(name), functions) for name, functions in PINNED.items()]
-    return [attribute(module, name, pinned(getattr(module, name))) for module, names in modules for name in names]
+@contextlib.contextmanager
+def attention_pinned() -> Iterator[None]:
+    """What the backends of `PINNED` call is `pinned`."""
+    with contextlib.ExitStack() as stack:
+        for module, names in ((importlib.import_module(name), names) for name, names in PINNED.items()):
+            for name in names:
+                stack.enter_context(attribute(module, name, pinned(getattr(module, name))))
+        yield
 
 
 def check_model(vllm_config: Any) -> None:
@@ -113,6 +120,6 @@ PLATFORM = Platform(
         "VLLM_BATCH_INVARIANT": ("0", "vLLM's own mode patches the operators that bi_compile replaces a second time"),
     },
     before_config=before_config,
-    switches=switches,
+    switches=(attention_pinned,),
     check_model=check_model,
 )

@@ -1,30 +1,25 @@
-"""What an engine with `custom_passes` gets: the pass, the settings that the guarantee needs, kernels, eager fallback, a report."""
+"""What the configuration of an engine with `custom_passes` gets: the pass, and the settings that the guarantee needs."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
+import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from packaging.version import Version
 from vllm.logger import init_logger
 
-from .. import eager
 from ..errors import HostError
 from ..options import Options, read_options
 from ..resolve import resolve_passes
 from ..targets import for_device, get_target
 from . import platforms
+from .inductor import VllmPass
 from .keys import KEY, NEWEST, OLDEST, OPTIONS
 
 log = init_logger("vllm.plugins.bi_compile")
-
-#: what `prepare_worker` changed in this process, and how to undo it
-_prepared = contextlib.ExitStack()
-_fallback: eager.EagerFallback | None = None
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -78,15 +73,15 @@ def configure(vllm_config: Any) -> None:
     """
     from vllm.platforms import current_platform
 
-    from .inductor import VllmPass
-
     options, platform = options_of(vllm_config), platforms.current()
     if vllm_config.lora_config is not None:
         raise HostError(f"{KEY} does not cover LoRA's kernels: serve the merged model, or remove {KEY}")
+    _check_mode(vllm_config, platform)
     # without a compiler vLLM calls fused kernels of its own, of which nothing is known; its plain PyTorch code is in the table
     custom_ops = vllm_config.compilation_config.custom_ops
     if "all" in custom_ops and not platform.own_operators_in_table:
         custom_ops[custom_ops.index("all")] = "none"
+    _plain_ir(vllm_config, platform)
     # a norm arrives as one operator, not as what its implementation is made of
     if vllm_config.compilation_config.backend == "inductor":
         vllm_config.compilation_config.ir_enable_torch_wrap = True
@@ -101,63 +96,43 @@ def configure(vllm_config: Any) -> None:
         config[key] = platform.make_pass(options, config.get(key))
 
 
-def prepare_worker(vllm_config: Any) -> None:
-    """Set what the guarantee needs in a worker process, before the model is loaded; `release` takes it back."""
-    global _fallback
-    release()
-    options, platform = options_of(vllm_config), platforms.current()
-    with contextlib.ExitStack() as stack:
-        for name, (value, _) in platform.environment.items():
-            stack.enter_context(_environment(name, value))
-        if options.on_unproven == "warn":
-            # a graph out of a cache is not judged again, so nobody would hear of what it holds
-            stack.enter_context(_environment("VLLM_DISABLE_COMPILE_CACHE", "1"))
-            stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))
-        for switch in platform.switches(vllm_config):
-            stack.enter_context(switch)
-        _fallback = stack.enter_context(eager.invariant(options, platform.device))
-        _prepared.push(stack.pop_all())
+def _check_mode(vllm_config: Any, platform: platforms.Platform) -> None:
+    """Refuse what was not tried, and a compiler that runs no pass over its graphs."""
+    from vllm.config import CompilationMode
+
+    compilation, executor = vllm_config.compilation_config, vllm_config.parallel_config.distributed_executor_backend
+    if executor == "ray":
+        raise HostError(
+            'distributed_executor_backend="ray" was not tried: its workers run the model past the methods that bi_compile hooks; write '
+            '"mp", or start one engine on each machine'
+        )
+    if compilation.mode == CompilationMode.NONE:
+        return  # everything runs uncompiled and is judged there
+    if platform.make_pass is VllmPass and compilation.backend != "inductor":
+        raise HostError(
+            f"compilation_config sets backend={compilation.backend!r}, which runs no pass over its graphs, so nothing in them can be "
+            "replaced or judged: remove that line, or write enforce_eager=True"
+        )
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        raise HostError(
+            "TORCHDYNAMO_DISABLE=1 is set, so nothing is compiled although the configuration says so: unset it, or write enforce_eager=True"
+        )
 
 
-@atexit.register  # at the very end, modules that it needs are gone
-def release() -> None:
-    """Undo what `prepare_worker` did in this process: after an error, or when another engine starts without the key."""
-    global _fallback
-    _fallback = None
-    _prepared.close()
+def _plain_ir(vllm_config: Any, platform: platforms.Platform) -> None:
+    """vLLM's IR runs its PyTorch code (on CUDA without a compiler it would run kernels of its own)."""
+    priority = getattr(vllm_config.kernel_config, "ir_op_priority", None)
+    if priority is None or platform.own_operators_in_table:
+        return
+    for field in dataclasses.fields(priority):
+        setattr(priority, field.name, ["native"])
 
 
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
-
-
-def check_model(vllm_config: Any) -> None:
-    """What can only be checked once a worker's model is there.
-
-    Raises:
-        HostError: what is wrong, and what to write instead.
-    """
-    platforms.current().check_model(vllm_config)
-
-
-def report(vllm_config: Any) -> None:
-    """One log line for the engine."""
+def nested_compilation(vllm_config: Any) -> dict[str, Any]:
+    """Inductor's settings for what vLLM compiles beside the model in a worker of this engine."""
+    from torch._inductor import config
     from vllm.platforms import current_platform
 
-    found = vllm_config.compilation_config.inductor_compile_config.get(current_platform.pass_key)
-    summary = getattr(getattr(found, "pipeline", None), "summary", None)
-    if summary is None or not summary.graphs:
-        compiled = "no graph was compiled here: eager mode, or graphs from the cache of an earlier start with the same passes and settings"
-    else:
-        compiled = summary.line()
-    say = log.warning if summary is not None and summary.left else log.info
-    say("bi_compile: %s; %d operators replaced in eager code", compiled, len(_fallback.operators) if _fallback else 0)
+    ours = vllm_config.compilation_config.inductor_compile_config[current_platform.pass_key]
+    theirs = config.post_grad_custom_post_pass
+    return {**get_target(_target()).inductor, "post_grad_custom_post_pass": ours.nested(theirs)}

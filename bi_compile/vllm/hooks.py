@@ -124,41 +124,19 @@ def _wrap_ascend_compiler(module: ModuleType) -> None:
 
 
 def _wrap_worker(module: ModuleType) -> None:
-    def init_device(plain: Callable[[], None], self: Any) -> None:
-        if _asked_for(self.vllm_config):
-            from .engine import prepare_worker
-
-            prepare_worker(self.vllm_config)
-        elif f"{__package__}.engine" in sys.modules:
-            # an engine before this one, in the same process, had the key
-            from .engine import release
-
-            release()
-        _guarded(plain, self)
-
-    def compile_or_warm_up_model(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = _guarded(plain, self, *args, **kwargs)
-        if _asked_for(self.vllm_config):
-            from .engine import report
-
-            report(self.vllm_config)
-        return result
-
-    def load_model(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = _guarded(plain, self, *args, **kwargs)
-        if _asked_for(self.vllm_config):
-            from .engine import check_model
-
-            _guarded(check_model, self, self.vllm_config)
-        return result
-
     wrapper = module.WorkerWrapperBase
-    _wrap(wrapper, "init_device", init_device)
-    for method, around in {
-        "load_model": load_model,
-        "determine_available_memory": _guarded,
-        "compile_or_warm_up_model": compile_or_warm_up_model,
-    }.items():
+    calls: dict[str, Callable[..., Any]] = {
+        "init_worker": _in_turn,
+        "init_device": _init_device,
+        "load_model": _load_model,
+        "determine_available_memory": _warm_up,
+        "compile_or_warm_up_model": _compile_or_warm_up_model,
+        "execute_model": _by_worker("execute_model"),
+        "sample_tokens": _by_worker("sample_tokens"),
+        "execute_dummy_batch": _in_turn,
+        "shutdown": _shutdown,
+    }
+    for method, around in calls.items():
         if method not in vars(wrapper):
             # the wrapper hands every other method on to its worker
             setattr(wrapper, method, _to_worker(method))
@@ -169,13 +147,74 @@ def _to_worker(method: str) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: getattr(self.worker, method)(*args, **kwargs)
 
 
-def _guarded(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Where an engine does not come up, nothing of ours stays in the process."""
-    try:
-        return plain(*args, **kwargs)
-    except BaseException:
-        if _asked_for(self.vllm_config):
-            from .engine import release
+def _worker() -> ModuleType | None:
+    """`bi_compile.vllm.worker`, if an engine in this process had the key so far."""
+    return sys.modules.get(f"{__package__}.worker")
 
-            release()
+
+def _by_worker(function: str) -> Callable[..., Any]:
+    """Around a method: `worker.function(plain, self, ...)`, or the method itself where no engine had the key."""
+
+    def around(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        worker = _worker()
+        return plain(*args, **kwargs) if worker is None else getattr(worker, function)(plain, self, *args, **kwargs)
+
+    return around
+
+
+_in_turn = _by_worker("in_turn")
+
+
+def _guarded(
+    plain: Callable[..., Any], self: Any, *args: Any, around: Callable[..., Any] = _in_turn, **kwargs: Any
+) -> Any:
+    """Where an engine does not come up, nothing of it stays in the process."""
+    try:
+        return around(plain, self, *args, **kwargs)
+    except BaseException:
+        _release(self)
         raise
+
+
+_warm_up = functools.partial(_guarded, around=_by_worker("warm_up"))
+
+
+def _release(self: Any) -> None:
+    worker = _worker()
+    if worker is not None:
+        worker.release(self)
+
+
+def _init_device(plain: Callable[[], None], self: Any) -> None:
+    if _asked_for(self.vllm_config):
+        from . import worker
+
+        worker.prepare(self)
+    elif (others := _worker()) is not None:
+        others.beside_others()
+    _guarded(plain, self)
+
+
+def _load_model(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = _guarded(plain, self, *args, around=_by_worker("load_model"), **kwargs)
+    if _asked_for(self.vllm_config):
+        from . import worker
+
+        _guarded(worker.check_model, self, self)
+    return result
+
+
+def _compile_or_warm_up_model(plain: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = _warm_up(plain, self, *args, **kwargs)
+    if _asked_for(self.vllm_config):
+        from . import worker
+
+        _guarded(worker.report, self, self)
+    return result
+
+
+def _shutdown(plain: Callable[..., Any], self: Any) -> None:
+    try:
+        _in_turn(plain, self)
+    finally:
+        _release(self)

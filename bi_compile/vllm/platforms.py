@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,8 +31,10 @@ class Platform:
     """Environment variables that the guarantee needs: value, and why."""
     before_config: Callable[[Any], None] = _nothing
     """What has to be settled before the platform reads the configuration."""
-    switches: Callable[[Any], Sequence[Switch]] = lambda vllm_config: ()
-    """What is switched in a worker process before the model loads, and taken back when the engine is gone."""
+    prepare: Callable[[Any], None] = _nothing
+    """What is checked and loaded for each worker, before its model loads."""
+    switches: Sequence[Callable[[], Switch]] = ()
+    """What is switched in a process before the first such worker's model loads, and taken back with the last worker."""
     check_model: Callable[[Any], None] = _nothing
     """What can only be checked in a worker once its model is there."""
     make_pass: Callable[[Options, Any], VllmPass] = VllmPass
@@ -71,14 +72,3 @@ def attention_layers(vllm_config: Any) -> Iterator[tuple[str, Any]]:
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if isinstance(layer, AttentionLayerBase):
             yield name, getattr(layer, "impl", None)
-
-
-@contextlib.contextmanager
-def attribute(module: types.ModuleType, name: str, value: object) -> Iterator[None]:
-    """`module.name` is `value`."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
