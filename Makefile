@@ -1,7 +1,7 @@
 # make demo    what varies without the pass, and what does with it: real vLLM and torch.compile on this CPU
 # make test    the tests, then those for Ascend in an environment of their own (no NPU needed)
 # make bench   what invariance costs on this CPU: products, vLLM end to end, compilation
-# make lint    ruff check, ruff format --check and mypy
+# make lint    ruff check, ruff format --check, mypy, import contracts
 # make docs    docs/reference/operators.md from the passes' tables; make npu-operators: docs/reference/npu-operators.md from torch_npu's registry
 #
 # Each of them first makes .venv, once. vLLM for the CPU needs Python 3.11 to 3.14: name one with PYTHON=python3.12. The tests for
@@ -51,6 +51,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(READY)
 	$(BIN)/bi-compile passes --markdown > docs/reference/operators.md

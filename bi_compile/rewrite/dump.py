@@ -31,12 +31,14 @@ _PROGRAM = '''\
 
 Runs by itself: `python {name}`. Inputs are random, of the sizes that the compiler saw (a symbolic one by its hint).{needs}
 """
+import importlib
+
 import torch
 import torch.fx._pytree as fx_pytree
 from math import inf, nan
 from torch import device
 import bi_compile.ops
-
+{imports}
 
 def forward({parameters}):
 {body}
@@ -50,6 +52,14 @@ if __name__ == "__main__":
     for i, out in enumerate(torch.utils._pytree.tree_leaves(forward(*(make() for make in INPUTS)))):
         print(i, tuple(out.shape) if isinstance(out, torch.Tensor) else out, getattr(out, "dtype", ""))
 '''
+
+
+#: namespace of operators -> the module that registers them when it is imported
+_REGISTERED_BY = {
+    "vllm_ir": "vllm.ir.ops",
+    "_C": "vllm._custom_ops",
+    "vllm": "vllm.model_executor.layers.attention",
+}
 
 
 class Dump:
@@ -137,6 +147,10 @@ def program(graph: fx.Graph, title: str, name: str) -> str:
     }
     foreign = sorted(ns for ns in namespaces if not ns.startswith(("<", "_")) and hasattr(torch.ops, ns))
     constants = [n for n in graph.nodes if n.op == "get_attr"]
+    called = [n.target for n in graph.nodes if n.op == "call_function"]
+    called += [a for n in graph.nodes for a in n.args if isinstance(a, torch._ops.OpOverload)]
+    spaces = {t.namespace for t in called if isinstance(t, torch._ops.OpOverload)}
+    imports = [f"import {module}\n" for space, module in _REGISTERED_BY.items() if space in spaces]
     needs = f" It needs the operators of {', '.join(foreign)} registered." if foreign else ""
     if constants:
         needs += f" Constants of the program ({', '.join(str(n.target) for n in constants)}) are made anew, at random."
@@ -144,6 +158,7 @@ def program(graph: fx.Graph, title: str, name: str) -> str:
         title=title,
         name=name,
         needs=needs,
+        imports="".join(imports),
         parameters=", ".join(n.name for n in inputs),
         body=_constants(constants) + body.rstrip(),
         inputs="\n".join(f"    lambda: {_make(n)},  # {n.name} {_type(n)}" for n in inputs),
@@ -167,6 +182,8 @@ def _hint(x: Any) -> int:
 
 def _type(node: fx.Node) -> str:
     v = node.meta.get("val")
+    if hasattr(v, "real_obj"):
+        return type(v.real_obj).__name__  # without the address of the object
     return f"{v.dtype} {[str(n) for n in v.shape]}" if isinstance(v, Tensor) else str(v)
 
 
@@ -176,5 +193,11 @@ def _make(node: fx.Node) -> str:
         size, stride = [_hint(n) for n in v.shape], [_hint(n) for n in v.stride()]
         fill = ".normal_(std=0.1)" if v.is_floating_point() else ".zero_()"
         return f"torch.empty_strided({size}, {stride}, dtype={v.dtype}, device={str(v.device)!r}){fill}"
+    real = getattr(v, "real_obj", None)  # a FakeScriptObject: an opaque value, vLLM's name of a layer for one
+    if hasattr(type(real), "__fx_repr__"):
+        text, used = real.__fx_repr__()
+        for name, cls in used.items():
+            text = text.replace(name, f"importlib.import_module({cls.__module__!r}).{cls.__qualname__}", 1)
+        return str(text)
     leaves = pytree.tree_leaves(v)
     return str(_hint(leaves[0])) if leaves and isinstance(leaves[0], (int, SymInt)) else repr(v)

@@ -213,3 +213,21 @@ def test_a_later_process_counts_on(tmp_path: Path) -> None:
     ran(pipeline(dump_dir=str(tmp_path)))
     python(TWO, str(tmp_path), HERE)
     assert [p.name[:9] for p in sorted(tmp_path.iterdir())] == [f"graph_{i:03d}" for i in range(4)]
+
+
+def test_a_program_with_vllms_operators_and_an_opaque_input(tmp_path: Path) -> None:
+    """vLLM's name of a layer is an opaque object: it is made anew, and what registers the operators is imported."""
+    pytest.importorskip("vllm.ir.ops")
+    from torch._library.fake_class_registry import FakeScriptObject
+    from vllm.utils.torch_utils import LayerName
+
+    gm = traced(lambda x, w: torch.ops.vllm_ir.rms_norm.default(x, w, 1e-6), rand(3, 8), rand(8))
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_before(first):
+        name = gm.graph.placeholder("layer")
+    name.meta["val"] = FakeScriptObject(LayerName("model.layers.0"), "LayerName", LayerName("model.layers.0"))
+    path = tmp_path / "p.py"
+    path.write_text(program(gm.graph, "A title.", "p.py"))
+    assert "0x" not in path.read_text() and "LayerName('model.layers.0')" in path.read_text()
+    done = run(path)
+    assert done.returncode == 0 and "0 (3, 8) torch.float32" in done.stdout, done.stdout + done.stderr
