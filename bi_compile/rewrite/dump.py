@@ -193,7 +193,7 @@ def _make(node: fx.Node) -> str:
         size, stride = [_hint(n) for n in v.shape], [_hint(n) for n in v.stride()]
         fill = ".normal_(std=0.1)" if v.is_floating_point() else ".zero_()"
         return f"torch.empty_strided({size}, {stride}, dtype={v.dtype}, device={str(v.device)!r}){fill}"
-    real = getattr(v, "real_obj", None)  # a FakeScriptObject: an opaque value, vLLM's name of a layer for one
+    real: Any = getattr(v, "real_obj", None)  # a FakeScriptObject: an opaque value, vLLM's name of a layer for one
     if hasattr(type(real), "__fx_repr__"):
         text, used = real.__fx_repr__()
         for name, cls in used.items():
