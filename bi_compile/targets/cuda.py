@@ -21,4 +21,4 @@ def _here(compiled: bool) -> Target:
     return TARGET
 
 
-DEVICE = Device("cuda", "CUDA", "bi_compile.kernels.triton", (TARGET,), _here)
+DEVICE = Device("cuda", "CUDA", "bi_compile.kernels.cuda", (TARGET,), _here)

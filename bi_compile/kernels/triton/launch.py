@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Any
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -126,6 +129,29 @@ def index_type(*tensors: Tensor | None) -> Any:
 # ---- the launch ----
 
 
+class Launched(NamedTuple):
+    """One launch: the kernel, what was compiled for it, its arguments and its constants."""
+
+    kernel: Any
+    compiled: Any
+    args: tuple[Any, ...]
+    meta: Mapping[str, Any]
+
+
+_watched = threading.local()
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Launched]]:
+    """A list of what this thread launches inside."""
+    seen: list[Launched] = []
+    _watched.seen = seen
+    try:
+        yield seen
+    finally:
+        _watched.seen = None
+
+
 def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **meta: Any) -> None:
     """Run `programs` programs of the kernel on x's device; none if there are none."""
     if programs == 0:
@@ -134,4 +160,6 @@ def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **meta: Any) -> No
         meta = {name: value for name, value in meta.items() if name not in GPU_OPTIONS}
     guard = torch.npu.device(x.device) if x.device.type == "npu" else torch.cuda.device_of(x)
     with guard:
-        kernel[(programs,)](*args, **meta)
+        compiled = kernel[(programs,)](*args, **meta)
+    if getattr(_watched, "seen", None) is not None:
+        _watched.seen.append(Launched(kernel, compiled, args, meta))

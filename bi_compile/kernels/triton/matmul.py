@@ -210,7 +210,7 @@ def product(
     return out
 
 
-def _matrix(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, beta: float = 1, alpha: float = 1) -> Tensor:
+def matrix(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, beta: float = 1, alpha: float = 1) -> Tensor:
     """`product` of single matrices, through tensor memory descriptors where these can read the operands: the same bits."""
     layout = matmul_tma.tma_layout(a, b)
     if layout is None:
@@ -225,18 +225,18 @@ def _batch(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, beta: 
     """`product`; a batch of one is a single matrix."""
     if out.shape[0] != 1:
         return product(out, a, b, bias, beta, alpha)
-    _matrix(out[0], a[0], b[0], None if bias is None else bias.expand(out.shape)[0], beta, alpha)
+    matrix(out[0], a[0], b[0], None if bias is None else bias.expand(out.shape)[0], beta, alpha)
     return out
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """See `bi_compile.ops.mm`; the order of the sum: `product`."""
-    return _matrix(ops.mm.meta(a, b), a, b)
+    return matrix(ops.mm.meta(a, b), a, b)
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """See `bi_compile.ops.addmm`; the order of the sum: `product`."""
-    return _matrix(ops.addmm.meta(bias, a, b), a, b, bias, beta, alpha)
+    return matrix(ops.addmm.meta(bias, a, b), a, b, bias, beta, alpha)
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""The kernels for CUDA: Triton's, and native ones in C++ where they are proven to have the same order.
+
+- mm and addmm run in cuBLASLt, by algorithms whose bits were compared with the Triton kernel's (`proof`, `product.cpp`).
+- rms_norm, add_rms_norm, softmax, log_softmax, sum and mean launch Triton's own kernels from C++ (`launches`, `rows.cpp`).
+- The other operators, and what the C++ cannot take, run in `bi_compile.kernels.triton`: the same order, so the same bits.
+
+The C++ is compiled at the first call on a machine. Where that cannot be done the Triton kernels compute everything, which
+costs the host more time, and a warning says why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .. import triton
+from . import build
+
+log = logging.getLogger("bi_compile")
+
+DISPATCH_KEY = "CUDA"
+NATIVE: tuple[str, ...] = ("mm", "addmm", "rms_norm", "add_rms_norm", "softmax", "log_softmax", "sum", "mean")
+"""The operators that `product.cpp` and `rows.cpp` implement."""
+_library: torch.library.Library | None = None
+_why_not = ""
+
+
+def _load_native() -> None:
+    """Load the C++ and give its operators what they call in Python.
+
+    Raises:
+        RuntimeError: it cannot be compiled here.
+    """
+    global _library
+    build.load()
+    from . import launches, proof  # the kernels that they tell the C++ about
+
+    functions: dict[str, Callable[..., Any]] = {
+        "prove": proof.prove_and_pin,
+        "triton_mm": triton.IMPLEMENTATIONS["mm"],
+        "triton_addmm": triton.IMPLEMENTATIONS["addmm"],
+        **launches.IMPLEMENTATIONS,
+    }
+    _library = torch.library.Library("bi_compile_cuda", "IMPL")
+    for name, function in functions.items():
+        _library.impl(name, function, DISPATCH_KEY)
+
+
+def register(library: torch.library.Library) -> None:
+    """Give every operator its kernel for CUDA, compiling the C++ if this machine has not done so yet."""
+    global _why_not
+    native = NATIVE
+    try:
+        _load_native()
+    except (RuntimeError, OSError) as error:
+        native, _why_not = (), " ".join(str(error).split())[-600:]
+        log.warning(
+            "bi_compile: the native kernels for CUDA cannot be compiled, so Triton kernels compute everything, with the same bits and "
+            "more of the host's time: %s", _why_not,
+        )  # fmt: skip
+    for name, function in triton.IMPLEMENTATIONS.items():
+        if name not in native:
+            library.impl(name, function, DISPATCH_KEY)
+
+
+def state() -> Iterator[tuple[bool, str, str]]:
+    """What `bi-compile doctor` shows once the kernels are loaded: (good, what, found)."""
+    if _library is None:
+        yield False, "native kernels", f"not compiled, Triton computes everything: {_why_not}"
+        return
+    from . import proof
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    facts = ", ".join(f"{name} {value}" for name, value in proof.circumstances(device).items())
+    yield True, "native kernels", f"loaded; proofs hold for {facts}"
+    for problem, choices in proof.read(proof.path_of(device)).items():
+        native = sum(bool(c.algorithm) for c in choices)
+        refused = sum(len(c.refused) for c in choices)
+        yield True, problem, f"cuBLASLt in {native} of {len(choices)} ranges of heights, {refused} algorithms refused"

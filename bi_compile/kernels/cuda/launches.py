@@ -1,0 +1,113 @@
+"""What a function in Triton launched, told to the C++ operators of `rows.cpp`, which launch it from then on.
+
+A Triton kernel is compiled for dtypes, alignment and strides; of what it is given, pointers and the number of rows alone
+change with the batch. So the kernel that one call has compiled is the one for every call of the same layout, and C++ can
+launch its binary: the same kernel, so the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..triton import norm, reduce
+from ..triton.launch import Launched, watching
+
+log = logging.getLogger("bi_compile")
+SLOT, ROWS, CONSTANT = range(3)
+_SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u32": 4, "u64": 8}
+
+
+def arguments(launched: Launched, slots: Sequence[Tensor | None]) -> tuple[list[int], list[int], list[int]]:
+    """Kind, value and bytes of each argument of the compiled kernel, as `learn` in rows.cpp takes them.
+
+    slots: the tensors that C++ will pass, in the order of the kernel's first arguments.
+
+    Raises:
+        ValueError: the kernel was given another tensor, a copy, or has an argument of a type that is not known here.
+    """
+    found: list[tuple[int, int, int]] = []
+    for index, (name, given) in enumerate(zip(launched.kernel.arg_names, launched.args, strict=False)):
+        kind = str(launched.compiled.src.signature[name])
+        if kind == "constexpr":  # compiled in
+            continue
+        if kind.startswith("*"):
+            slot = slots[index] if index < len(slots) else None
+            if slot is None or given.data_ptr() != slot.data_ptr():
+                raise ValueError(f"{name} is not what the operator was given")
+            found.append((SLOT, index, 8))
+        elif kind not in _SIZES:
+            raise ValueError(f"{name} has Triton's type {kind}")
+        elif name in launched.kernel.do_not_specialize:
+            found.append((ROWS, 0, _SIZES[kind]))
+        else:
+            found.append((CONSTANT, int(given), _SIZES[kind]))
+    return [f[0] for f in found], [f[1] for f in found], [f[2] for f in found]
+
+
+def _learn(key: Sequence[int], seen: Sequence[Launched], slots: Sequence[Tensor | None]) -> None:
+    """Tell C++ what this call launched, where that is one plain kernel over the tensors themselves."""
+    if not key or len(seen) != 1:
+        return
+    launched = seen[0]
+    plan = launched.compiled.metadata
+    if plan.num_ctas != 1 or plan.launch_cooperative_grid or plan.launch_pdl or plan.global_scratch_size:
+        return
+    try:
+        kinds, values, sizes = arguments(launched, slots)
+    except ValueError as error:
+        log.debug("bi_compile: %s keeps its launch in Python: %s", launched.kernel.__name__, error)
+        return
+    torch.ops.bi_compile_cuda.learn(
+        list(key), launched.compiled.function, 32 * plan.num_warps, plan.shared, launched.meta["BLOCK_R"], kinds, values, sizes
+    )  # fmt: skip
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, key: Sequence[int]) -> tuple[Tensor, Tensor]:
+    with watching() as seen:
+        y, rstd = norm.rms_norm(x, weight, eps)
+    _learn(key, seen, [x, None, weight, y, rstd, None])
+    return y, rstd
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, key: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    with watching() as seen:
+        y, rstd, s = norm.add_rms_norm(x, residual, weight, eps)
+    _learn(key, seen, [x, residual, weight, y, rstd, s])
+    return y, rstd, s
+
+
+def _along(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor, dim: int, dtype: torch.dtype | None, key: Sequence[int]) -> Tensor:
+        with watching() as seen:
+            out = function(x, dim, dtype=dtype)
+        _learn(key, seen, [x, out])
+        return out
+
+    return run
+
+
+def _over(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(x: Tensor, dim: Sequence[int], keepdim: bool, dtype: torch.dtype | None, key: Sequence[int]) -> Tensor:
+        with watching() as seen:
+            out = function(x, dim, keepdim, dtype=dtype)
+        _learn(key, seen, [x, out])
+        return out
+
+    return run
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "triton_rms_norm": rms_norm,
+    "triton_add_rms_norm": add_rms_norm,
+    "triton_softmax": _along(reduce.softmax),
+    "triton_log_softmax": _along(reduce.log_softmax),
+    "triton_sum": _over(reduce.sum),
+    "triton_mean": _over(reduce.mean),
+}
