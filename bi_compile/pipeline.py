@@ -188,6 +188,7 @@ class Pipeline:
             source=cache_key.source_digest(),
             trust=known.trust,
             batch=self.options.batch,
+            native=known.target.native(),
         )
 
     def _warn(self, finding: Finding) -> None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import OptionError
@@ -41,15 +42,20 @@ def versions() -> dict[str, str]:
 
 
 def make(
-    report: Report, *, passes: Mapping[str, str], source: str, trust: Mapping[str, str], batch: Mapping[str, int] | None
-) -> dict[str, Any]:
-    """The certificate of a report. passes: name -> digest of its source, in order; source: the digest of this package."""
+    report: Report, *, passes: Mapping[str, str], source: str, trust: Mapping[str, str], batch: Mapping[str, int] | None,
+    native: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
+    """The certificate of a report.
+
+    passes: name -> digest of its source, in order; source: the digest of this package; native: what the target's kernels rest
+    on, which counts among the versions.
+    """
     judged = report.to_json()
     return {
         "format": FORMAT,
         "graph": _graph_hash(judged["nodes"]),
         "invariant": not report.objections,
-        "versions": versions(),
+        "versions": versions() | dict(native),
         "source": source,
         "passes": [{"name": name, "uuid": uuid} for name, uuid in passes.items()],
         "trust": dict(trust),

@@ -91,6 +91,16 @@ def kernels() -> Iterator[Line]:
             yield Line(MISSING, f"kernels: {device}", "cannot be loaded", " ".join(str(error).split())[-600:])
         else:
             yield Line(OK, f"kernels: {device}", "built and loaded" if device == "cpu" else "loaded")
+            if device == "cuda":
+                yield from native_kernels()
+
+
+def native_kernels() -> Iterator[Line]:
+    """CUDA's native kernels, and the proofs that admit them."""
+    from ..kernels import cuda
+
+    for good, what, found in cuda.state():
+        yield Line(OK if good else NOTE, what, found, "" if good else "needed for speed alone: the bits are the same")
 
 
 def plugins() -> Iterator[Line]:

@@ -1,11 +1,25 @@
 """CUDA devices, with Inductor's Triton as the compiler."""
 
+from collections.abc import Mapping
+
 from .inductor_cpp import one_code
 from .target import ROUND_EVERY_OPERATOR, Device, Target
+
+
+def _native() -> Mapping[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    from ..kernels import cuda
+
+    return cuda.rests_on()
+
 
 TARGET = Target(
     name="cuda",
     device="cuda",
+    native=_native,
     inductor=ROUND_EVERY_OPERATOR,
     before_codegen=one_code,  # a graph may hold tensors of the host
     trusted={

@@ -28,6 +28,8 @@ class Target:
     """Native operators (`ns::packet`) of which nothing is known, each with what would be needed."""
     inductor: Mapping[str, object] = dataclasses.field(default_factory=dict)
     """Settings of Inductor (`torch._inductor.config`) that the guarantee needs."""
+    native: Callable[[], Mapping[str, str]] = dict
+    """What its kernels rest on besides this package, and by what proof, for certificates."""
     before_codegen: Callable[[fx.Graph], None] | None = None
     """Called with each graph that Inductor is about to generate code for."""
 

@@ -63,7 +63,7 @@ def stand_in_proof(
 
     monkeypatch.setattr(proof, "reference", one_part)
     monkeypatch.setattr(proof, "HIGHEST", 20)
-    problem = proof.Problem(12, 32, dtype, torch.device("cpu"), form != 1, form)
+    problem = proof.Problem(48, 64, dtype, torch.device("cpu"), form != 1, form)
     return proof.prove(problem, HEIGHTS, StandIn(offered))
 
 

@@ -66,6 +66,22 @@ def register(library: torch.library.Library) -> None:
             library.impl(name, function, DISPATCH_KEY)
 
 
+def rests_on() -> dict[str, str]:
+    """What the native kernels' proofs hold for, for a certificate; loads the kernels."""
+    from bi_compile import ops
+
+    ops.load_kernels("cuda")
+    if _library is None:
+        return {"native kernels": "none, Triton computes everything"}
+    from . import proof
+
+    facts = proof.circumstances(torch.device("cuda", torch.cuda.current_device()))
+    return {
+        "cuBLASLt": f"{facts['cuBLASLt']}, its algorithms without split-K, where a proof found the Triton kernel's bits",
+        "proof of cuBLASLt": f"{facts['source']} on {facts['device']}, driver {facts['driver']}",
+    }
+
+
 def state() -> Iterator[tuple[bool, str, str]]:
     """What `bi-compile doctor` shows once the kernels are loaded: (good, what, found)."""
     if _library is None:

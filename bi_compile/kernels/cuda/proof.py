@@ -180,7 +180,7 @@ def operands(problem: Problem, kind: str, m: int, copies: int = 1) -> tuple[Tens
     if problem.form == 0:
         return a, bs, None
     # no larger than the rounding errors, which it would hide
-    scale = 1e-4 if kind == "cancelling" else 1.0
+    scale = 64 * k**0.5 * 2.0**-24 if kind == "cancelling" else 1.0
     bias = draw(1, n, scale)[0] if problem.form == 1 else _padded(m, n, lambda r, c: draw(r, c, scale))
     return a, bs, bias
 
