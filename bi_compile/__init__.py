@@ -15,6 +15,7 @@ from .pipeline import Pipeline
 from .table import Pass, Pattern, refuse, replaces
 
 if TYPE_CHECKING:
+    from .backend import compile
     from .measure.verify import verify
 
 try:
@@ -24,12 +25,16 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "AuditError", "BiCompileError", "HostError", "MeasureError", "OptionError", "Options", "Pass", "Pattern", "Pipeline",
-    "RewriteError", "TableError", "install", "invariant", "refuse", "replaces", "verify",
+    "RewriteError", "TableError", "compile", "install", "invariant", "refuse", "replaces", "verify",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    # what is needed to measure is imported when it is used
+    # what is needed to measure and to compile is imported when it is used
+    if name == "compile":
+        from .backend import compile
+
+        return compile
     if name == "verify":
         from .measure.verify import verify
 

@@ -7,19 +7,29 @@ of a training step goes to the inner compiler untouched.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from functorch.compile import make_boxed_func
 from torch import fx
+from torch._dynamo import eval_frame
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from . import ops
+from .eager_audit import away, place
+from .errors import HostError, OptionError
 from .options import read_options
 from .pipeline import Pipeline
 from .targets import Target
+from .uncompiled import Scope, in_scope, say_if_switched_off
 
 Compiled = Callable[..., Any]
 
@@ -67,8 +77,18 @@ def bi_ascend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) 
     Raises:
         OptionError, TableError, RewriteError, AuditError: see `bi_compile.errors`.
     """
-    pipeline = Pipeline(read_options(kwargs.get("options")))
-    return compile_graph(pipeline, gm, example_inputs)
+    options = kwargs.pop("options", None)
+    if kwargs:
+        raise OptionError(
+            f"torch.compile({', '.join(f'{k}={v!r}' for k, v in kwargs.items())}) chooses kernels by measuring them or changes what Inductor "
+            "does, and the backend bi_ascend has no such mode: leave it out"
+        )
+    if not in_scope():
+        raise HostError(
+            "the backend bi_ascend was called by another backend, so what runs outside of its graphs cannot be seen: use "
+            'bi_compile.compile(model), or torch.compile(model, backend="bi_ascend")'
+        )
+    return away(compile_graph(Pipeline(read_options(options)), gm, example_inputs))
 
 
 def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -113,3 +133,100 @@ def _plain_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
 def _other(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target) -> Compiled:
     pipeline.audit(gm.graph, target=target)
     return lookup_backend(pipeline.options.inner)(gm, inputs)
+
+
+# -- around each call -------------------------------------------------------------------------------------------------
+
+
+def compile(model: Any = None, *, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+    """`torch.compile(model, backend="bi_ascend", options=options, **kwargs)`.
+
+    What is not compiled in a call (around a graph break, in a hook, all of it where torch.compile is switched off) runs under
+    the eager fallback, and is refused if it is not known to be invariant.
+
+    Args:
+        model: a module or a function; None: a decorator.
+        options: see `bi_compile.options.Options`.
+        kwargs: torch.compile's `dynamic`, `fullgraph` and so on.
+
+    Raises:
+        OptionError: a malformed option, or a `backend`.
+    """
+    if "backend" in kwargs:
+        raise OptionError(
+            f"backend={kwargs['backend']!r}: bi_compile.compile is the backend bi_ascend; what compiles below it is the option inner"
+        )
+    if model is None:
+        return functools.partial(compile, options=options, **kwargs)
+    return torch.compile(model, backend="bi_ascend", options=dict(options) if options else None, **kwargs)
+
+
+def _guard(compiled: Any, scope: Scope) -> Any:
+    """What torch.compile gave for a module or a function, with `scope` around each call."""
+    if not isinstance(compiled, torch.nn.Module):
+        return _around(compiled, scope)
+    if not isinstance(compiled, eval_frame.OptimizedModule):  # the module itself, where torch.compile is switched off
+        compiled = eval_frame.OptimizedModule(compiled, eval_frame.DisableContext())
+    kind = type(compiled)
+    # a hook on the compiled module runs in its __call__
+    compiled.__class__ = type(kind.__name__, (kind,), {"__call__": _around(kind.__call__, scope)})
+    return compiled
+
+
+def _around(function: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with scope():
+            try:
+                return function(*args, **kwargs)
+            except FailOnRecompileLimitHit as error:
+                raise HostError(
+                    f"torch.compile's recompile limit is reached{_function(error)}, called at {place()}, beyond which it would run some batches uncompiled, with "
+                    "other bits: compile with dynamic=True, or raise torch._dynamo.config.recompile_limit (TORCH_LOGS=recompiles says why)"
+                ) from error
+
+    # an outer torch.compile with another backend would otherwise compile what is in it
+    run.__dict__.pop("_torchdynamo_inline", None)
+    return torch._dynamo.disable(run)
+
+
+def _function(error: BaseException) -> str:
+    """` in NAME (FILE, line N)` of the function that Dynamo was to compile."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_locals.get("code")
+        if frame.f_code.co_name == "_compile" and isinstance(code, types.CodeType):
+            return f" in {code.co_name} ({code.co_filename}, line {code.co_firstlineno})"
+    return ""
+
+
+def _ours(backend: Any) -> tuple[bool, Mapping[str, Any] | None]:
+    """Whether a backend, as torch.compile hands it to Dynamo, is bi_ascend; its options."""
+    options = getattr(backend, "kwargs", {}).get("options")
+    backend = getattr(backend, "compiler_fn", backend)
+    while isinstance(backend, functools.partial):
+        options = backend.keywords.get("options", options)
+        backend = backend.func
+    return backend is bi_ascend or (isinstance(backend, str) and backend == "bi_ascend"), options
+
+
+def _hold_on_to_torch_compile() -> None:
+    """torch.compile imports this module when it looks up the backend, and then calls `torch._dynamo.optimize`."""
+    plain = torch._dynamo.optimize
+    isolates = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+    @functools.wraps(plain)
+    def optimize(*args: Any, **kwargs: Any) -> Any:
+        ours, options = _ours(kwargs.get("backend", args[0] if args else None))
+        if not ours:
+            return plain(*args, **kwargs)
+        scope = Scope(read_options(options))
+        say_if_switched_off()
+        if isolates:  # layers that share their code, each compiled by itself, do not share a recompile limit
+            kwargs["isolate_recompiles"] = True
+        decorate = plain(*args, **kwargs)
+        return lambda model: _guard(decorate(model), scope)
+
+    torch._dynamo.optimize = optimize
+
+
+_hold_on_to_torch_compile()

@@ -91,6 +91,8 @@ class _Active(threading.local):
     def __init__(self) -> None:
         self.operators: set[OpOverload] = set()
         """Those within whose replacement this thread is."""
+        self.fallbacks: tuple[EagerFallback, ...] = ()
+        """Those that are installed for this thread alone (`held`)."""
 
 
 _active = _Active()
@@ -142,9 +144,7 @@ class EagerFallback:
 
     def refuse(self, op: OpOverload, args: Any) -> None:
         """Raise AuditError, or say it once, that `op` varies; not so for integers, nor in a backward pass."""
-        leaves = [x for x in pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
-        exact = not any(x.is_floating_point() or x.is_complex() for x in leaves)
-        if exact or torch._C._current_graph_task_id() != -1:
+        if exact(op, *args) or torch._C._current_graph_task_id() != -1:
             return
         from .eager_audit import place
 
@@ -156,6 +156,18 @@ class EagerFallback:
             self._warned.add(op)
             log.warning("bi_compile: %s", message)
             warnings.warn(f"bi_compile: {message}", stacklevel=2)
+
+
+def exact(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator of `REFUSED` comes out the same in every order: of integers, or where it is told not to add up."""
+    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if not any(x.is_floating_point() or x.is_complex() for x in leaves):
+        return True
+    names = [a.name for a in op._schema.arguments]
+    if "accumulate" not in names:
+        return False
+    i = names.index("accumulate")
+    return not (args[i] if len(args) > i else kwargs.get("accumulate", False))
 
 
 def _has_kernel(op: OpOverload, key: str) -> bool:
@@ -193,7 +205,8 @@ def _put_in(op: OpOverload, device: str) -> None:
 
 def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        fallbacks = _installed
+        mine = _active.fallbacks
+        fallbacks = _installed + mine if mine else _installed
         if fallbacks:
             inside = _active.operators
             # a replacement that calls its own operator means the native one
@@ -230,7 +243,7 @@ def _numbers_as_tensors(op: OpOverload, args: tuple[Any, ...]) -> Iterator[Any]:
 
 def replaced_by(op: Any, device: str) -> Entry | None:
     """The entry of the table by which an installed fallback replaces `op` on `device` now."""
-    found = _replacement(_installed, op, device)
+    found = _replacement(_installed + _active.fallbacks, op, device)
     return None if found is None else found[0]
 
 
@@ -245,13 +258,36 @@ def install(options: Options | None = None, device: str = "cpu") -> EagerFallbac
         OptionError, TableError, RuntimeError: as `resolve`, `Table` and `load_kernels` do; then nothing is installed.
     """
     global _installed
-    fallback = EagerFallback(options or Options(), device)
+    fallback = prepare(options or Options(), device)
+    with _lock:
+        _installed = (*_installed, fallback)
+    return fallback
+
+
+def prepare(options: Options, device: str) -> EagerFallback:
+    """A fallback whose kernels are in their place, and which is not installed. Raises as `install` does."""
+    fallback = EagerFallback(options, device)
     with _lock:
         load_kernels(device)
         for op in (*fallback.replaced, *fallback.refused):
             _put_in(op, device)
-        _installed = (*_installed, fallback)
     return fallback
+
+
+@contextlib.contextmanager
+def held(*fallbacks: EagerFallback) -> Iterator[None]:
+    """Install prepared fallbacks for this thread alone, and those that it may `hold` within the block."""
+    before = _active.fallbacks
+    _active.fallbacks = (*before, *fallbacks)
+    try:
+        yield
+    finally:
+        _active.fallbacks = before
+
+
+def hold(fallback: EagerFallback) -> None:
+    """One more for the `held` that this thread is in."""
+    _active.fallbacks = (*_active.fallbacks, fallback)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ After the with-block nothing is left that costs anything.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -25,14 +26,14 @@ import threading
 import types
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
 
 from . import eager
 from .audit.report import Finding, Report
@@ -109,6 +110,8 @@ class Observer(TorchDispatchMode):
         self.device = device
         self.seen = seen or Observed(for_device(device, compiled=False).name)
         self._warned: set[str] = set()
+        self._settled: dict[Any, str] = {}
+        """Operators that are allowed whatever their arguments and device are -> their names."""
         self.knowledge = functools.cache(self._knowledge)
         self.knowledge(device)
 
@@ -121,22 +124,22 @@ class Observer(TorchDispatchMode):
         return True
 
     def _knowledge(self, device: str) -> Knowledge:
-        target = self.options.target if device == self.device else None
-        name = target or for_device(device, compiled=False).name
-        return Knowledge(
-            for_device(device, compiled=False),
-            Table(self.passes, name),
-            Table(PASSES, name),
-            self.options.trust,
-        )
+        target = for_device(device, compiled=False)
+        return Knowledge(target, Table(self.passes, target.name), Table(PASSES, target.name), self.options.trust)
+
+    def belongs_to_a_graph(self) -> bool:
+        """Whether the call comes from a compiled graph, which has an audit of its own."""
+        return _in_a_compiled_graph()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _thread.depth or _in_backward() or _compiling() or _is_compiled_graph(func) or _in_a_compiled_graph():
-            with inside():
-                return func(*args, **kwargs)
+        if _thread.depth or _in_backward() or _compiling() or _is_compiled_graph(func) or self.belongs_to_a_graph():
+            return _inside(func, args, kwargs)
+        if func in self._settled:
+            self.seen.calls[self._settled[func]] += 1
+            return _inside(func, args, kwargs)
         call = Call(func, args, kwargs)
         verdict, reason = self.judge(call)
         if verdict not in ALLOWED:
@@ -146,17 +149,39 @@ class Observer(TorchDispatchMode):
                 with self:  # under inference_mode it arrives whole; its parts are what runs
                     return func.decompose(*args, **kwargs)
         self.note(call.name, verdict, reason)
-        with inside():
-            return func(*args, **kwargs)
+        if verdict is Verdict.ROW_LOCAL and self.always_row_local(func):
+            self._settled[func] = call.name
+        return _inside(func, args, kwargs)
+
+    def always_row_local(self, func: Any) -> bool:
+        """Whatever its arguments are, and on the CPU too."""
+        if not isinstance(func, OpOverload) or any(a.name == "accumulate" for a in func._schema.arguments):
+            return False
+        call = Call(func, (), {}, complete=False)
+        cpu = self.knowledge("cpu")
+        return judge(call, cpu)[0] is self.judge(call)[0] is Verdict.ROW_LOCAL
 
     def judge(self, call: Call) -> tuple[Verdict, str]:
         device = self.device_of(call)
         entry = eager.replaced_by(call.target, device)
         if entry is not None:
+            if not call.complete:
+                return Verdict.VARIANT, entry.why
             if entry.stays(*call.args, **call.kwargs):
                 return Verdict.ROW_LOCAL, "exact for these arguments in every order"
             return Verdict.REPLACED, f"by the pass {entry.pass_name!r} at the dispatcher"
-        return judge(call, self.knowledge(device))
+        known = self.knowledge(device)
+        found = judge(call, known)
+        if found[0] is not Verdict.UNPROVEN or not isinstance(call.target, OpOverload):
+            return found
+        for functional in _functional(call.target):
+            found = judge(dataclasses.replace(call, target=functional), known)
+        for packet in (call.target._schema.name, call.target._schema.name.removesuffix("_")):
+            if packet in eager.REFUSED and call.complete:
+                if eager.exact(call.target, call.args, dict(call.kwargs)):
+                    return Verdict.ROW_LOCAL, "exact for these arguments in every order"
+                return Verdict.VARIANT, f"{eager.REFUSED[packet]}; {found[1]}"
+        return found
 
     def device_of(self, call: Call) -> str:
         """Where it runs: on an accelerator if one of its tensors lies there."""
@@ -189,6 +214,15 @@ class Observer(TorchDispatchMode):
         self.note(name, *judge(Call(name, (), {}), self.knowledge(self.device)))
 
 
+def _inside(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call within which nothing is judged: it belongs to an operator that was."""
+    _thread.depth += 1
+    try:
+        return func(*args, **kwargs)
+    finally:
+        _thread.depth -= 1
+
+
 @contextlib.contextmanager
 def inside() -> Iterator[None]:
     """What runs in this thread within the block is not judged: it belongs to an operator or a graph that was."""
@@ -197,6 +231,51 @@ def inside() -> Iterator[None]:
         yield
     finally:
         _thread.depth -= 1
+
+
+def observers() -> tuple[Observer, ...]:
+    """Those that watch this thread, the innermost last."""
+    return _thread.observers
+
+
+def current() -> Observer | None:
+    """The innermost that watches this thread."""
+    return _thread.observers[-1] if _thread.observers else None
+
+
+def away(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled graph that has an audit of its own: no one watches within, and no operator costs more."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        observer = current()
+        if observer is None or _thread.depth:
+            return function(*args, **kwargs)
+        if _get_current_dispatch_mode() is not observer:  # a mode of the user's lies above
+            return _inside(function, args, kwargs)
+        _pop_mode()
+        _count_hook(-1)
+        try:
+            return _inside(function, args, kwargs)
+        finally:
+            _count_hook(1)
+            _push_mode(observer)
+
+    return run
+
+
+@contextlib.contextmanager
+def watching(observer: Observer) -> Iterator[None]:
+    """`observer` judges what this thread calls within the block."""
+    before = _thread.observers
+    _thread.observers = (*before, observer)
+    _count_hook(1)
+    try:
+        with observer:
+            yield
+    finally:
+        _count_hook(-1)
+        _thread.observers = before
 
 
 @contextlib.contextmanager
@@ -215,13 +294,8 @@ def judged(options: Options | None = None, device: str = "cpu", seen: Observed |
         AuditError: an operator that is not known to be invariant; the message names it, the place of its call and the remedy.
     """
     observer = Observer(options or Options(), device, seen)
-    before = _thread.observers
-    _thread.observers = (*before, observer)
-    try:
-        with _launch_hook(), observer:
-            yield observer.seen
-    finally:
-        _thread.observers = before
+    with watching(observer):
+        yield observer.seen
 
 
 def place() -> str:
@@ -263,6 +337,18 @@ def _in_a_compiled_graph() -> bool:
     return False
 
 
+def _functional(op: OpOverload) -> Iterator[OpOverload]:
+    """The operator that an in-place form (`op_`) computes; none for another."""
+    schema = op._schema
+    if schema.name.endswith("_") and schema.is_mutable:
+        packet = getattr(getattr(torch.ops, op.namespace), schema.name.partition("::")[2].removesuffix("_"), None)
+        types = [a.type for a in schema.arguments]
+        for overload in packet.overloads() if packet is not None else ():
+            found = getattr(packet, overload)
+            if [a.type for a in found._schema.arguments] == types and not found._schema.is_mutable:
+                yield found
+
+
 def _is_composite(func: Any) -> bool:
     return isinstance(func, OpOverload) and func._can_decompose() and not func.name().startswith("bi_compile::")
 
@@ -275,26 +361,18 @@ _hook_users = 0
 
 def _on_launch(metadata: Any, *_: Any) -> None:
     observers = _thread.observers
-    if not observers or _thread.depth or _in_backward() or _in_a_compiled_graph():
+    if not observers or _thread.depth or _in_backward() or observers[-1].belongs_to_a_graph():
         return
     observers[-1].launched(str(metadata.get()["name"]))
 
 
-@contextlib.contextmanager
-def _launch_hook() -> Iterator[None]:
-    """Triton calls `_on_launch` before each kernel, as long as anyone is in the block; nothing happens without Triton."""
+def _count_hook(by: int) -> None:
+    """Triton calls `_on_launch` before each kernel as long as there are users; nothing happens without Triton."""
     global _hook_users
     with _hook_lock:
-        _hook_users += 1
-        if _hook_users == 1:
-            _set_hook(True)
-    try:
-        yield
-    finally:
-        with _hook_lock:
-            _hook_users -= 1
-            if _hook_users == 0:
-                _set_hook(False)
+        before, _hook_users = _hook_users, _hook_users + by
+        if bool(before) != bool(_hook_users):
+            _set_hook(_hook_users > 0)
 
 
 def _set_hook(on: bool) -> None:

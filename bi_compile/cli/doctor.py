@@ -182,6 +182,15 @@ def _vllm_plugins() -> Line:
     return Line(MISSING, "VLLM_PLUGINS", repr(given), f"it leaves bi_compile out: set VLLM_PLUGINS={wanted}")
 
 
+def compiler() -> Iterator[Line]:
+    """Does something switch torch.compile off?"""
+    from ..uncompiled import switched_off
+
+    setting = switched_off()
+    remedy = "nothing is compiled then: the passes and their audit never run, the eager fallback does; unset it"
+    yield Line(MISSING if setting else OK, "torch.compile", setting or "not switched off", remedy if setting else "")
+
+
 def passes() -> Iterator[Line]:
     from ..resolve import pass_names
 
@@ -204,7 +213,7 @@ def probe(file: Path) -> Iterator[Line]:
 
 
 #: in the order of the table
-CHECKS: tuple[Callable[[], Iterator[Line]], ...] = (versions, kernels, plugins, vllm, passes)
+CHECKS: tuple[Callable[[], Iterator[Line]], ...] = (versions, kernels, compiler, plugins, vllm, passes)
 
 
 def show(console: Any, probe_file: Path | None = None) -> bool:
