@@ -140,14 +140,13 @@ class Observer(TorchDispatchMode):
         if func in self._settled:
             self.seen.calls[self._settled[func]] += 1
             return _inside(func, args, kwargs)
+        if _is_fake(args, kwargs):
+            return _inside(func, args, kwargs)
         call = Call(func, args, kwargs)
         verdict, reason = self.judge(call)
-        if verdict not in ALLOWED:
-            if any(isinstance(x, FakeTensor) for x in pytree.tree_leaves((args, kwargs))):
-                return func(*args, **kwargs)  # a compiler that looks ahead
-            if _is_composite(func):
-                with self:  # under inference_mode it arrives whole; its parts are what runs
-                    return func.decompose(*args, **kwargs)
+        if verdict not in ALLOWED and _is_composite(func):
+            with self:  # under inference_mode it arrives whole; its parts are what runs
+                return func.decompose(*args, **kwargs)
         self.note(call.name, verdict, reason)
         if verdict is Verdict.ROW_LOCAL and self.always_row_local(func):
             self._settled[func] = call.name
@@ -320,6 +319,11 @@ def _in_backward() -> bool:
 def _compiling() -> bool:
     """Whether torch.compile is at work: Inductor traces its patterns with real tensors when it is first asked to compile."""
     return torch._guards.CompileContext.current_compile_id() is not None
+
+
+def _is_fake(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A compiler looks ahead. A rule must not see this: where it compares a symbolic size, the graph is compiled for that size alone."""
+    return any(isinstance(x, (FakeTensor, torch.SymInt)) for x in pytree.tree_leaves((args, kwargs)))
 
 
 def _is_compiled_graph(func: Any) -> bool:

@@ -68,7 +68,11 @@ class Entry:
 
     def stays(self, *args: Any, **kwargs: Any) -> bool:
         """Whether the operator is exact for these arguments, and is left as it is."""
-        return self.unless is not None and self.unless(*args, **kwargs)
+        if self.unless is None:
+            return False
+        names = {a.name for a in self.op._schema.arguments} if self.op is not None else kwargs.keys()
+        # an overload that says where the result goes asks by the arguments that it has in common with the operator
+        return self.unless(*args, **{k: v for k, v in kwargs.items() if k in names})
 
     def overloads(self) -> Iterator[tuple[OpOverload, Replacement]]:
         """The operator with its replacement, and the overloads that only say where the result goes (`.out`, in place)."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 from torch._ops import OpOverload
 
 from ..ops import BATCH, NAMESPACE, batch
@@ -332,7 +332,11 @@ def _normalised(start: Callable[[Node, int], int]) -> Rule:
     """Statistics over the dimensions from `start` on: the result, then the statistics."""
 
     def rule(n: Node) -> Result:
-        added = [x for x in n.tensors if x.meta["val"].shape == n.first.meta["val"].shape]  # x, and its residual
+        # compared as expressions: symbolic sizes that are compared become a guard
+        exact = {
+            x: [m.node.expr if isinstance(m, SymInt) else m for m in x.meta["val"].shape] for x in (n.first, *n.tensors)
+        }
+        added = [x for x in n.tensors if exact[x] == exact[n.first]]  # x, and its residual
         layout = _aligned(n, added, [size_of(m) for m in n.first.meta["val"].shape])
         at = start(n, len(layout)) % max(len(layout), 1)
         outs = []

@@ -19,6 +19,7 @@ from torch import fx
 from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
 from vllm.logger import init_logger
 
+from .. import eager_audit
 from ..errors import HostError
 from ..options import Options
 from ..targets import ascend
@@ -159,6 +160,22 @@ def variant_custom_ops_off() -> Switch:
 
 
 @contextlib.contextmanager
+def atb_warm_up_not_judged() -> Iterator[None]:
+    """`_npu_matmul_add_fp32`, by which vllm-ascend loads the ATB library with numbers that it makes up, is no part of the model's work."""
+    from vllm_ascend.worker.worker import NPUWorker
+
+    plain = NPUWorker._warm_up_atb
+
+    @functools.wraps(plain)
+    def warm_up_atb(self: Any) -> None:
+        with eager_audit.inside():
+            plain(self)
+
+    with attribute(NPUWorker, "_warm_up_atb", warm_up_atb):
+        yield
+
+
+@contextlib.contextmanager
 def deterministic_algorithms() -> Iterator[None]:
     """torch.use_deterministic_algorithms(True): some operators of an Ascend 950 are deterministic only if asked for."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -217,7 +234,7 @@ PLATFORM = Platform(
     environment=ascend.ENVIRONMENT,
     before_config=before_config,
     prepare=load_custom_ops,
-    switches=(variant_custom_ops_off, deterministic_algorithms, own_mode_off),
+    switches=(variant_custom_ops_off, atb_warm_up_not_judged, deterministic_algorithms, own_mode_off),
     check_model=check_model,
     make_pass=AscendPass,
     own_operators_in_table=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import logging
 import sys
 from collections.abc import Callable
@@ -12,10 +13,13 @@ from typing import Any
 
 import wrapt
 
-from .keys import KEY
+from ..errors import HostError
+from .keys import HOOKED, KEY, NEWEST, OLDEST
 
 log = logging.getLogger("bi_compile")
 _installed = False
+#: `module.name` that this vLLM does not have -> nothing of ours works, and the key is refused
+_missing: list[str] = []
 
 
 def install() -> None:
@@ -24,27 +28,99 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    wrapt.register_post_import_hook(_wrap_config, "vllm.config.utils")
+    wrapt.register_post_import_hook(_wrap_is_init_field, "vllm.config.utils")
+    _when_imported("vllm.config.utils", _wrap_config)
     half_imported = sys.modules.get("vllm.config.compilation")
     if half_imported is not None and "config" in vars(half_imported):
         # it reads the platform, which is what called us, between its imports and its class
         vars(half_imported)["config"] = sys.modules["vllm.config.utils"].config  # type: ignore[attr-defined]
-    wrapt.register_post_import_hook(_wrap_vllm_config, "vllm.config.vllm")
-    wrapt.register_post_import_hook(_wrap_worker, "vllm.v1.worker.worker_base")
-    wrapt.register_post_import_hook(_wrap_ascend_compiler, "vllm_ascend.compilation.compiler_interface")
+    _when_imported("vllm.config.vllm", _wrap_vllm_config)
+    _when_imported("vllm.v1.worker.worker_base", _wrap_worker)
+    _when_imported("vllm_ascend.compilation.compiler_interface", _wrap_ascend_compiler)
+
+
+def _when_imported(name: str, wrap: Callable[[ModuleType], None]) -> None:
+    """`wrap(module)`, once the module of that name is imported and has what is wrapped in it; where it has not, vLLM is left alone."""
+
+    def hook(module: ModuleType) -> None:
+        absent = _absent(module)
+        if absent:
+            _missing.extend(absent)
+            log.error("bi_compile: %s", _does_not_fit())
+        else:
+            wrap(module)
+
+    wrapt.register_post_import_hook(hook, name)
+
+
+def _absent(module: ModuleType) -> list[str]:
+    name = module.__name__
+    return [f"{name}.{what}" for what in HOOKED.get(name, ()) if not _has(module, what)]
+
+
+def _has(module: ModuleType, what: str) -> bool:
+    found: Any = module
+    for part in what.split("."):
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+def _does_not_fit() -> str:
+    return (
+        f"this vLLM does not have {', '.join(_missing)}, which bi_compile hooks: {KEY} cannot be used with it. Supported are {OLDEST} up "
+        f"to, without, {NEWEST}; without the key nothing changes"
+    )
+
+
+def refuse_if_missing() -> None:
+    """Called where the key is used.
+
+    Raises:
+        HostError: this vLLM lacks something that is hooked.
+    """
+    for name in HOOKED:
+        try:
+            absent = _absent(importlib.import_module(name))
+        except ImportError:
+            absent = [name]
+        _missing.extend(what for what in absent if what not in _missing)
+    if _missing:
+        raise HostError(_does_not_fit())
+
+
+_MADE_TOO_EARLY = (
+    f"vLLM made its CompilationConfig before bi_compile's platform plugin was called, so the key {KEY!r} is not known and "
+    "LLM(compilation_config={...}) would drop it. Leave VLLM_TARGET_DEVICE unset, and name bi_compile in VLLM_PLUGINS if you set that."
+)
 
 
 def check() -> None:
     """Say so if the configuration class was made before the hooks were there."""
-    module = sys.modules.get("vllm.config.compilation")
-    made = getattr(module, "CompilationConfig", None)
-    if made is not None and KEY not in {f.name for f in dataclasses.fields(made)}:
-        log.error(
-            "bi_compile: vLLM made its CompilationConfig before bi_compile's platform plugin was called, so the key %r is not "
-            "known and LLM(compilation_config={...}) drops it. Leave VLLM_TARGET_DEVICE unset, and name bi_compile in "
-            "VLLM_PLUGINS if you set that.",
-            KEY,
-        )
+    if not _missing and not _key_is_known():
+        log.error("bi_compile: %s", _MADE_TOO_EARLY)
+
+
+def _key_is_known() -> bool:
+    """Also where the class is not made yet."""
+    made = getattr(sys.modules.get("vllm.config.compilation"), "CompilationConfig", None)
+    return made is None or KEY in {f.name for f in dataclasses.fields(made)}
+
+
+def _wrap_is_init_field(module: ModuleType) -> None:
+    """By it `LLM` finds the keys that `CompilationConfig` does not have, which it drops without a word; not ours."""
+    plain: Callable[[type, str], bool] | None = getattr(module, "is_init_field", None)
+    if plain is None:
+        return
+
+    @functools.wraps(plain)
+    def is_init_field(cls: type, name: str) -> bool:
+        if name == KEY and not _key_is_known():
+            raise HostError(_does_not_fit() if _missing else _MADE_TOO_EARLY)
+        return plain(cls, name)
+
+    module.is_init_field = is_init_field  # type: ignore[attr-defined]
 
 
 def _wrap_config(module: ModuleType) -> None:
@@ -65,12 +141,13 @@ def _wrap_config(module: ModuleType) -> None:
 def _add_key(cls: type) -> None:
     cls.__annotations__[KEY] = list[str]
     setattr(cls, KEY, dataclasses.field(default_factory=list))
-    before = cls.__post_init__  # type: ignore[attr-defined]
+    before: Callable[[Any], None] = getattr(cls, "__post_init__", lambda self: None)
 
     @functools.wraps(before)
     def __post_init__(self: Any) -> None:
         before(self)
         if getattr(self, KEY):
+            refuse_if_missing()
             from .engine import check_names
 
             check_names(getattr(self, KEY))

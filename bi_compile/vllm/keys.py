@@ -21,3 +21,46 @@ RANDOM_SAMPLING = dict.fromkeys(
     "(docs/use/vllm.md)",
 )
 """Trusted in what vLLM runs beside the model's graph."""
+
+HOOKED: dict[str, tuple[str, ...]] = {
+    "vllm.config.utils": ("config",),
+    "vllm.config.compilation": ("CompilationConfig",),
+    "vllm.config.vllm": ("VllmConfig.__post_init__",),
+    "vllm.v1.worker.worker_base": (
+        "WorkerWrapperBase.init_worker",
+        "WorkerWrapperBase.init_device",
+        "WorkerWrapperBase.execute_model",
+        "WorkerWrapperBase.shutdown",
+        "WorkerBase.load_model",
+        "WorkerBase.compile_or_warm_up_model",
+        "WorkerBase.sample_tokens",
+    ),
+}
+"""Module of vLLM -> what is wrapped in it (`hooks`). tests/vllm/names_by_version.py looks for these names, and for those that the
+other modules here use, in releases of vLLM."""
+USED: dict[str, tuple[str, ...]] = {
+    "vllm.envs": ("disable_envs_cache", "environment_variables"),
+    "vllm.ir": ("set_default_torch_wrap",),
+    "vllm.config.kernel": ("IrOpPriorityConfig.set_default",),
+    "vllm.compilation.passes.inductor_pass": ("InductorPass.uuid",),
+    "vllm.compilation.passes.vllm_inductor_pass": ("VllmInductorPass",),
+    "vllm.compilation.wrapper": ("TorchCompileWithNoGuardsWrapper",),
+    "vllm.model_executor.layers.utils": ("dispatch_cpu_unquantized_gemm",),
+    "vllm.model_executor.layers.rotary_embedding": ("_ROPE_DICT",),
+    "vllm.model_executor.layers.activation": ("_ACTIVATION_REGISTRY", "_ACTIVATION_AND_MUL_REGISTRY"),
+    "vllm.model_executor.layers.attention_layer_base": ("AttentionLayerBase",),
+    "vllm.v1.attention.backends.flash_attn": ("flash_attn_varlen_func", "get_scheduler_metadata"),
+    "vllm.v1.attention.backends.triton_attn": ("unified_attention",),
+    "vllm.v1.worker.gpu_worker": ("Worker.determine_available_memory", "Worker.execute_dummy_batch"),
+    "vllm.v1.core.sched.output": (
+        "SchedulerOutput.scheduled_new_reqs",
+        "SchedulerOutput.num_scheduled_tokens",
+        "SchedulerOutput.total_num_scheduled_tokens",
+        "SchedulerOutput.finished_req_ids",
+        "NewRequestData.sampling_params",
+        "NewRequestData.pooling_params",
+        "NewRequestData.mm_features",
+        "NewRequestData.prompt_embeds",
+    ),
+}
+"""Module of vLLM -> what `bi_compile.vllm` uses of it."""
