@@ -27,7 +27,7 @@ from . import ops
 from .eager_audit import away, place
 from .errors import HostError, OptionError
 from .options import read_options
-from .pipeline import Pipeline
+from .pipeline import Pipeline, devices_of
 from .targets import Target
 from .uncompiled import Scope, in_scope, say_if_switched_off
 
@@ -97,6 +97,7 @@ def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequen
 
     def forward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         target = pipeline.target_of(graph.graph)
+        _check_device(target, graph.graph)
         ops.load_kernels(target.device)
         pipeline.rewrite(graph.graph, "captured", target=target)
         graph.recompile()
@@ -108,10 +109,24 @@ def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequen
     return aot_autograd(fw_compiler=forward, bw_compiler=backward, inference_compiler=forward)(gm, example_inputs)
 
 
+def _check_device(target: Target, graph: fx.Graph) -> None:
+    found = devices_of(graph)
+    if found and target.device not in found:
+        raise OptionError(
+            f"target={target.name!r} is a target of the device {target.device!r}, and this graph's tensors lie on {', '.join(sorted(found))}: "
+            "leave target out, or move the model"
+        )
+
+
 def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target) -> Compiled:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
+    if config.cpp_wrapper and any(isinstance(i, torch.SymInt) for i in inputs):
+        raise HostError(
+            "torch._inductor.config.cpp_wrapper=True takes the symbolic sizes that this graph is given for tensors: set it to False, or "
+            "compile with dynamic=False"
+        )
     return compile_fx(
         gm,
         inputs,

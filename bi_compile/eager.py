@@ -22,7 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch._ops import OpOverload
 
-from .errors import AuditError
+from .errors import AuditError, OptionError
 from .ops import KERNELS, load_kernels
 from .options import Options
 from .resolve import resolve
@@ -104,7 +104,12 @@ class EagerFallback:
     def __init__(self, options: Options, device: str) -> None:
         self.options = options
         self.device = device
-        self.table = Table(resolve(options).passes, for_device(device, compiled=False).name)
+        resolved = resolve(options)
+        if resolved.target is not None and resolved.target.device != device:
+            raise OptionError(
+                f"target={options.target!r} is a target of {resolved.target.device!r}, not of the device {device!r}"
+            )
+        self.table = Table(resolved.passes, for_device(device, compiled=False).name)
         key = KERNELS[device][0] if device in KERNELS else ""
         self.replaced: dict[OpOverload, tuple[Entry, Replacement]] = {
             op: found for op, found in self.table.by_overload.items() if found[0].eager and _has_kernel(op, key)

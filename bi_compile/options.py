@@ -44,6 +44,12 @@ class Options:
     def __post_init__(self) -> None:
         if self.on_unproven not in ON_UNPROVEN:
             raise OptionError(f"on_unproven={self.on_unproven!r}: it is {' or '.join(map(repr, ON_UNPROVEN))}")
+        if self.target is not None and not isinstance(self.target, str):
+            raise OptionError(f"target={self.target!r}: it is the name of a target, as a str")
+        for key, kind in (("dump_dir", "folder"), ("probe", "file")):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, str) or not value or "\0" in value):
+                raise OptionError(f"{key}={value!r}: it is the name of a {kind}")
         if not isinstance(self.trust, Mapping) or not all(
             isinstance(s, str) and s for item in self.trust.items() for s in item
         ):

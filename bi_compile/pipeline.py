@@ -27,7 +27,7 @@ from .audit.spec import Knowledge
 from .errors import OptionError
 from .options import Options
 from .passes import PASSES
-from .resolve import resolve
+from .resolve import check_trust, resolve
 from .rewrite.dump import Dump
 from .rewrite.fx_utils import held_graphs
 from .rewrite.splice import Change, Decompositions, rewrite
@@ -63,6 +63,16 @@ class Summary:
         )
 
 
+def devices_of(graph: fx.Graph) -> Counter[str]:
+    """How many tensors of a graph lie on each type of device."""
+    return Counter(
+        leaf.device.type
+        for node in graph.nodes
+        for leaf in pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(leaf, torch.Tensor)
+    )
+
+
 class Pipeline:
     """Passes, audit and dump with one set of options; use it for every graph of one compilation.
 
@@ -89,12 +99,7 @@ class Pipeline:
         """The target of the options, or that of the device on which the graph's tensors lie."""
         if self.resolved.target is not None:
             return self.resolved.target
-        devices = Counter(
-            leaf.device.type
-            for node in graph.nodes
-            for leaf in pytree.tree_leaves(node.meta.get("val"))
-            if isinstance(leaf, torch.Tensor)
-        )
+        devices = devices_of(graph)
         # a graph for an accelerator may hold a few tensors of the host
         found = [d for d, _ in devices.most_common() if d != "cpu"] or ["cpu"]
         return for_device(found[0], compiled=self.options.inner == "inductor")
@@ -151,6 +156,7 @@ class Pipeline:
             AuditError: something is left, and on_unproven is "error".
         """
         start = time.perf_counter()
+        check_trust(self.options.trust)
         known = self.knowledge((target or self.target_of(graph)).name)
         if extra_trust:
             known = dataclasses.replace(known, trust={**extra_trust, **known.trust})

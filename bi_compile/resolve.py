@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .audit import measured
 from .errors import OptionError
 from .options import ALL, Options
@@ -44,6 +46,32 @@ def resolve(options: Options) -> Resolved:
     if options.dump_dir is not None:
         _check_writable(Path(options.dump_dir))
     return Resolved(options, passes, target, probe)
+
+
+def check_trust(trust: Mapping[str, str]) -> None:
+    """To be called when the operators of a program are registered.
+
+    Raises:
+        OptionError: an entry names an operator that nobody registered.
+    """
+    unknown = [name for name in trust if not _is_registered(name)]
+    if unknown:
+        raise OptionError(
+            f"trust names {', '.join(map(repr, unknown))}, which nobody registered: correct it, or import what registers it first"
+        )
+
+
+def _is_registered(name: str) -> bool:
+    """An operator as `ns::packet`, `ns::packet.overload` or `ns.packet.overload`, or a higher-order one; of a Triton kernel
+    nobody knows before it is launched."""
+    ns, _, packet = name.replace("::", ".", 1).partition(".")
+    if ns == "triton":
+        return True
+    if not packet:
+        return hasattr(torch.ops.higher_order, ns)
+    packet, _, overload = packet.partition(".")
+    found = getattr(getattr(torch.ops, ns), packet, None)
+    return found is not None and (not overload or overload in found.overloads())
 
 
 def pass_names() -> list[str]:

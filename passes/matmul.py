@@ -50,6 +50,13 @@ def baddbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, al
     return ops.baddbmm(self, batch1, batch2, beta=beta, alpha=alpha)
 
 
+@Matmul.replaces(aten.addbmm.default, unless=_exact)
+def addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    # the products of a batch, added up, are one product over batch and K
+    wide, tall = batch1.permute(1, 0, 2).flatten(1), batch2.flatten(0, 1)
+    return ops.addmm(self, wide, tall, beta=beta, alpha=alpha)
+
+
 @Matmul.replaces(aten.mv.default, unless=_exact)
 def mv(self: Tensor, vec: Tensor) -> Tensor:
     return ops.mm(self, vec.unsqueeze(1)).squeeze(1)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from support import close, python, rand, rows_equal, same_bits
 from torch import Tensor, fx, nn
 
-import bi_compile  # noqa: F401 - its operators
-from bi_compile import AuditError, OptionError
+import bi_compile
+from bi_compile import AuditError, OptionError, Options
 
 WIDTH = 256
 BATCHES = (1, 2, 3, 5, 17)
@@ -324,8 +324,61 @@ def test_caches(tmp_path: Path) -> None:
     """
     environ = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
     every: dict[str, Any] = {}
-    other, some = {"trust": {"a::b": "a reason"}}, {"passes": ["layer_norm"], "on_unproven": "warn"}
+    other, some = {"trust": {"aten::prod": "a reason"}}, {"passes": ["layer_norm"], "on_unproven": "warn"}
     (cold,) = json.loads(python(CACHED, json.dumps([every]), **environ).splitlines()[-1])
     found = json.loads(python(CACHED, json.dumps([every, other, some]), **environ).splitlines()[-1])
     assert [cold[1:], *(counts for _, *counts in found)] == [[0, 1], [1, 0], [0, 1], [0, 0]]
     assert [bits == cold[0] for bits, *_ in found] == [True, True, False]
+
+
+# -- what does not go together ----------------------------------------------------------------------------------------
+
+
+def test_the_target_is_of_the_graphs_device() -> None:
+    with pytest.raises(
+        Exception, match=r"target='cuda' is a target of the device 'cuda', and this graph's tensors lie on cpu"
+    ):
+        compiled(torch.sin, target="cuda", inner="eager")(rand(4, 2))
+    with pytest.raises(OptionError, match="not of the device 'cpu'"), bi_compile.invariant(Options(target="cuda")):
+        pass
+
+
+def test_trust_in_an_operator_that_nobody_registered() -> None:
+    with pytest.raises(
+        Exception, match=r"trust names 'aten::cumprodd', 'no::such', 'aten::prod.no', which nobody registered"
+    ):
+        trust = dict.fromkeys(
+            ("aten::cumprodd", "aten::prod", "no::such", "aten::prod.no", "aten.prod.dim_int", "cond"), "a test"
+        )
+        compiled(torch.sin, trust=trust, inner="eager")(rand(4, 2))
+
+
+def test_cpp_wrapper_with_symbolic_sizes_is_refused() -> None:
+    from torch._inductor import config
+
+    linear = nn.Linear(64, 32)
+    with config.patch(cpp_wrapper=True), torch.no_grad():
+        assert rows_equal(compiled(linear, dynamic=False), rand(2, 64), (2,))
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"cpp_wrapper=True .*dynamic=False"):
+            compiled(linear, dynamic=True)(rand(17, 64))
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_addbmm(inner: str) -> None:
+    """It adds up over its first dimension, which is no batch here."""
+    torch._dynamo.reset()
+    a, b, bias = rand(5, 17, 600), rand(5, 600, 40, seed=1), rand(17, 40, seed=2)
+    f = no_grad(compiled(lambda x, bias: torch.addbmm(bias, x, b, beta=0.5, alpha=2), dynamic=False, inner=inner))
+    torch.testing.assert_close(f(a, bias), torch.addbmm(bias, a, b, beta=0.5, alpha=2), rtol=1e-3, atol=1e-3)
+    assert same_bits(f(a[:, :1], bias[:1]), f(a, bias)[:1])
+
+
+def test_one_hot_of_a_symbolic_batch() -> None:
+    """It asserts that every class is below the number of classes: a test over all rows, which is in no result."""
+    torch._dynamo.reset()
+    f = compiled(lambda i: F.one_hot(i, 10) * 2, dynamic=True, inner="aot_eager")
+    for n in (2, 3, 17):
+        assert torch.equal(f(torch.arange(n) % 10), F.one_hot(torch.arange(n) % 10, 10) * 2)
+    with pytest.raises(Exception, match=r"(?i)class"):
+        f(torch.full((3,), 10))

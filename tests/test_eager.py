@@ -271,6 +271,8 @@ CALLS: dict[str, Function] = {
     "addmm of integers with floats": lambda: torch.addmm(X[0, :, :5], INTEGERS[0], INTEGERS[1].t()),
     "bmm": lambda: torch.bmm(X, X.mT),
     "baddbmm": lambda: torch.baddbmm(X[:, :, :5], X, X.mT),
+    "addbmm": lambda: torch.addbmm(X[0, :, :5], X, X.mT, beta=2, alpha=0.5),
+    "addbmm of integers": lambda: torch.addbmm(INTEGERS[0, :, :5], INTEGERS, INTEGERS.mT),
     "mv": lambda: torch.mv(X[0], X[1, 0]),
     "addmv": lambda: torch.addmv(X[0, :, 0], X[0], X[1, 0]),
     "dot": lambda: torch.dot(X[0, 0], X[1, 0]),
@@ -439,7 +441,6 @@ WITHOUT: dict[str, Function] = {
     "index_add": lambda: torch.zeros(2, 6).index_add(0, torch.tensor([0, 0, 1, 1, 1, 0]), SQUARE[0]),
     "index_add in place": lambda: torch.zeros(2, 6).index_add_(0, torch.tensor([0, 0, 1, 1, 1, 0]), SQUARE[0]),
     "scatter_add": lambda: torch.zeros(6, 6).scatter_add(0, torch.zeros(6, 6, dtype=torch.int64), SQUARE[0]),
-    "addbmm": lambda: torch.addbmm(SQUARE[0], SQUARE, SQUARE),
     "embedding_bag": lambda: F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), SQUARE[0]),
 }  # fmt: skip
 

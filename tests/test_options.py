@@ -46,6 +46,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "on_unproven a number": ({"on_unproven": 1}, r"on_unproven=1: it is"),
     "target": ({"target": "tpu"}, r"unknown target 'tpu': known are ascend-950.*cpu.*cuda"),
     "target a number": ({"target": 1}, r"(unknown target 1|target=1: it is)"),
+    "target a list": ({"target": ["cpu"]}, r"target=\['cpu'\]: it is the name of a target"),
+    "dump_dir of a NUL": ({"dump_dir": "a\0b"}, r"dump_dir='a\\x00b': it is the name of a folder"),
+    "dump_dir empty": ({"dump_dir": ""}, r"dump_dir='': it is the name of a folder"),
+    "probe empty": ({"probe": ""}, r"probe='': it is the name of a file"),
     "inner a number": ({"inner": 1}, r"inner=1: it is a str"),
     "inner unknown": ({"inner": "inductr"}, r"inner='inductr': known are inductor"),
     "trust a list": (

@@ -246,6 +246,7 @@ OUT: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "aten.addmm.out": ((rand(5), rand(6, 8), rand(8, 5)), {"beta": 0.5, "alpha": 2}),
     "aten.bmm.out": ((rand(2, 6, 8), rand(2, 8, 5)), {}),
     "aten.baddbmm.out": ((rand(2, 6, 5), rand(2, 6, 8), rand(2, 8, 5)), {"beta": 0.5}),
+    "aten.addbmm.out": ((rand(6, 5), rand(2, 6, 8), rand(2, 8, 5)), {"beta": 0.5}),
     "aten.mv.out": ((rand(6, 8), rand(8)), {}),
     "aten.addmv.out": ((rand(6), rand(6, 8), rand(8)), {"alpha": 2}),
     "aten.dot.out": ((rand(8), rand(8, seed=1)), {}),
@@ -274,6 +275,7 @@ OUT: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 IN_PLACE: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "aten.addmm_.default": ((rand(6, 5), rand(6, 8), rand(8, 5)), {"beta": 0.5, "alpha": 2}),
     "aten.baddbmm_.default": ((rand(2, 6, 5), rand(2, 6, 8), rand(2, 8, 5)), {}),
+    "aten.addbmm_.default": ((rand(6, 5), rand(2, 6, 8), rand(2, 8, 5)), {}),
     "aten.addmv_.default": ((rand(6), rand(6, 8), rand(8)), {"beta": 2}),
     "aten.cumsum_.default": ((rand(6, 8), 1), {}),
 }

@@ -108,6 +108,8 @@ def _judge_node(node: fx.Node, known: Knowledge, found: batch_dims.Analysis) -> 
     if node.op in ("placeholder", "get_attr", "output"):
         return Verdict.ROW_LOCAL, "an input, a constant or the output"
     if node in found.mixed:
+        if _only_asserted(node):
+            return Verdict.ROW_LOCAL, "asserted and nothing else: no row's result holds it"
         return Verdict.MIXES_ROWS, found.mixed[node]
     if node in found.grouped:
         return Verdict.ROW_LOCAL, found.grouped[node]
@@ -119,6 +121,17 @@ def _judge_node(node: fx.Node, known: Knowledge, found: batch_dims.Analysis) -> 
     if found.subgraphs.get(node):
         return Verdict.ROW_LOCAL, "the graphs that it holds are judged with it"
     return judge(call_of(node), known)
+
+
+def _only_asserted(node: fx.Node) -> bool:
+    """Whether all that is made of a node's value is a test that stops the program."""
+    todo = [node]
+    while todo:
+        users = list(todo.pop().users)
+        if not users:
+            return False
+        todo += [u for u in users if not str(u.target).startswith(("aten._assert", "aten._functional_assert"))]
+    return True
 
 
 def call_of(node: fx.Node) -> Call:

@@ -186,6 +186,10 @@ def products(dtype: torch.dtype, n: int) -> Iterator[Case]:
         columns = rand(3, 16, 8, dtype=dtype).transpose(1, 2)
         yield "aten._grouped_mm.default", (rand(n, 8, dtype=dtype), columns, ends), {"out_dtype": dtype}
         yield "aten._grouped_mm.default", (rand(n, 5, 8, dtype=dtype), rand(n, 8, 16, dtype=dtype)), {}
+    if dtype != torch.bfloat16:  # PyTorch rounds to it after each product of the batch
+        yield "aten.addbmm.default", (r[0], p, q), {}
+        yield "aten.addbmm.default", (r[0, 0], p, q), {"beta": 0.5, "alpha": 2}
+        yield "aten.addbmm.default", (r[0], rand(0, 3, 7, dtype=dtype), rand(0, 7, 6, dtype=dtype)), {}
     yield "aten.mv.default", (a, v), {}
     yield "aten.mv.default", (rand(0, 7, dtype=dtype), v), {}
     yield "aten.addmv.default", (w, a, v), {}
