@@ -262,8 +262,12 @@ class Table:
 
     def __init__(self, passes: Iterable[type[Pass]], target: str) -> None:
         self.by_overload: dict[OpOverload, tuple[Entry, Replacement]] = {}
-        for entry in (e for p in passes for e in p.entries if e.targets is None or target in e.targets):
+        entries = [e for p in passes for e in p.entries if e.targets is None or target in e.targets]
+        named = {(e.pass_name, e.op) for e in entries}
+        for entry in entries:
             for op, replacement in entry.overloads():
+                if op != entry.op and (entry.pass_name, op) in named:
+                    continue  # a form in place that its pass replaces by a function of its own
                 other = self.by_overload.get(op)
                 if other is not None:
                     raise TableError(

@@ -10,6 +10,8 @@ matmul_allreduce  products fused with a collective, and the collectives that add
 matmul            products
 npu_attention     Ascend's attention operator
 npu_moe           Ascend's operators for mixtures of experts and for quantised models
+ties              sorts, selections and maxima where elements are equal
+writes            writes at indices, where several go to one place
 pointwise         functions that a CPU computes differently by an element's place in memory
 """
 
@@ -24,9 +26,11 @@ from .pointwise import Pointwise
 from .reductions import Reductions
 from .rms_norm import RmsNorm
 from .softmax import Softmax
+from .ties import Ties
+from .writes import Writes
 
 PASSES = (
-    AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, NpuAttention, NpuMoe, Pointwise,
+    AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, NpuAttention, NpuMoe, Ties, Writes, Pointwise,
 )  # fmt: skip
 
 __all__ = ["PASSES", *(p.__name__ for p in PASSES)]

@@ -271,6 +271,16 @@ OUT: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "aten._log_softmax.out": ((x(), 0, False), {}),
     "aten.native_layer_norm.out": ((x(), [8], rand(8), None, 1e-5), {}),
     "aten.native_group_norm.out": ((x(), None, None, 6, 8, 1, 2, 1e-5), {}),
+    "aten.sort.values": ((x(), 0), {}),
+    "aten.sort.values_stable": ((x(),), {"stable": False, "dim": 1}),
+    "aten.argsort.stable_out": ((x(),), {"stable": True, "dim": 0}),
+    "aten.topk.values": ((x(), 3), {}),
+    "aten.kthvalue.values": ((x(), 2, 1, True), {}),
+    "aten.median.dim_values": ((x(), 1), {}),
+    "aten.nanmedian.dim_values": ((x(), 0, True), {}),
+    "aten.mode.values": ((x(), 1), {}),
+    "aten.index_put.out": ((x(), [torch.tensor([1, 0])], rand(2, 8)), {}),
+    "aten.index_copy.out": ((x(), 0, torch.tensor([3, 1]), rand(2, 8)), {}),
 }
 IN_PLACE: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "aten.addmm_.default": ((rand(6, 5), rand(6, 8), rand(8, 5)), {"beta": 0.5, "alpha": 2}),
@@ -278,6 +288,8 @@ IN_PLACE: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "aten.addbmm_.default": ((rand(6, 5), rand(2, 6, 8), rand(2, 8, 5)), {}),
     "aten.addmv_.default": ((rand(6), rand(6, 8), rand(8)), {"beta": 2}),
     "aten.cumsum_.default": ((rand(6, 8), 1), {}),
+    "aten.index_put_.default": ((rand(6, 8), [torch.tensor([1, 0])], rand(2, 8)), {}),
+    "aten.index_copy_.default": ((rand(6, 8), 0, torch.tensor([3, 1]), rand(2, 8)), {}),
 }
 #: those whose arguments no CPU takes
 NOT_TRIED = {"aten._scaled_mm.out", "_c10d_functional.all_reduce_.default"}
@@ -304,11 +316,17 @@ def test_out_is_written_resized_and_returned(name: str) -> None:
     assert op is not None
     _, replacement = table().by_overload[op]
     outs = len([a for a in op._schema.arguments if a.is_out])
-    dtype = kwargs.get("dtype", torch.float32)
-    want = [torch.empty(0, dtype=dtype) for _ in range(outs)]
+    empty = [
+        torch.empty(
+            0, dtype=torch.int64 if a.name == "indices" or "argsort" in name else kwargs.get("dtype", torch.float32)
+        )
+        for a in op._schema.arguments
+        if a.is_out
+    ]
+    want = [e.clone() for e in empty]
     op(*args, **kwargs, **into(name, want))
     turned = [torch.empty(w.shape[::-1], dtype=w.dtype).permute(tuple(range(w.dim()))[::-1]) for w in want]
-    for mine in ([torch.empty(0, dtype=dtype) for _ in range(outs)], [torch.empty_like(w) for w in want], turned):
+    for mine in ([e.clone() for e in empty], [torch.empty_like(w) for w in want], turned):
         strides = [m.stride() for m in mine]
         returned = replacement(*args, **kwargs, **into(name, mine))
         assert all(a is b for a, b in zip([returned] if outs == 1 else returned, mine, strict=True))

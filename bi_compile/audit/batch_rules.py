@@ -441,6 +441,7 @@ DECLARED: dict[type, Callable[[Any], Rule]] = {
     batch.Attention: lambda said: functools.partial(_attention, query=said.query, key=said.key, value=said.value),
     batch.Normalises: lambda said: _normalised(lambda n, rank: said.start),
     batch.Resizes: lambda said: _resized,
+    batch.BySize: lambda said: _by_size,
 }
 
 

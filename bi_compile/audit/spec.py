@@ -117,9 +117,8 @@ MOVES = Row(
         "empty empty_like empty_strided empty_permuted new_empty new_empty_strided full full_like new_full zeros zeros_like "
         "new_zeros ones ones_like new_ones arange scalar_tensor lift_fresh_copy eye tril_indices triu_indices linspace "
         "clone copy copy_ _to_copy contiguous constant_pad_nd cat stack hstack vstack repeat tile roll flip fill fill_ "
-        "embedding index index_select gather take take_along_dim masked_scatter index_copy index_copy_ "
-        "index_fill scatter scatter_ slice_scatter select_scatter diagonal_scatter as_strided_scatter "
-        "index_put index_put_ _unsafe_index _unsafe_index_put _unsafe_masked_index narrow_copy unfold_copy "
+        "embedding index index_select gather take take_along_dim masked_scatter "
+        "index_fill slice_scatter select_scatter diagonal_scatter _unsafe_index _unsafe_masked_index narrow_copy unfold_copy "
         "reshape flatten _reshape_copy _unsafe_view view_copy permute_copy expand_copy split_with_sizes_copy unbind_copy "
         "sym_size sym_stride sym_numel sym_storage_offset tril triu one_hot _local_scalar_dense item "
         "_assert_async _assert_scalar _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size detach alias "
@@ -127,6 +126,8 @@ MOVES = Row(
         "zero zero_ resize resize_ set set_ lift unsafe_split unsafe_split_with_sizes squeeze_copy unsqueeze_copy t_copy "
         "transpose_copy slice_copy select_copy detach_copy alias_copy as_strided_copy diagonal_copy split_copy"
     )
+    # one value, whoever writes it
+    | {"aten.scatter.value", "aten.scatter_.value"}
     | default(
         "prims",
         "iota convert_element_type broadcast_in_dim device_put full full_like fill empty empty_permuted empty_strided "
@@ -138,12 +139,9 @@ MOVES = Row(
     Verdict.ROW_LOCAL,
     "makes or moves elements",
 )
-#: a maximum, a count or a test
+#: a maximum, a count or a test; of equal elements the first
 ORDER_FREE = Row(
-    aten(
-        "amax amin aminmax max min argmax argmin any all count_nonzero cummax cummin topk sort argsort kthvalue searchsorted "
-        "bucketize isin"
-    )
+    aten("amax amin aminmax max min argmax argmin any all count_nonzero cummax cummin searchsorted bucketize isin")
     | default("prims", "amax amin xor_sum"),
     Verdict.ROW_LOCAL,
     "the same in every order",
@@ -223,12 +221,12 @@ def _pointwise(call: Call, known: Knowledge) -> Found:
 SPEC: tuple[Rule, ...] = (
     _ours,
     _trusted,
+    _accumulates,
     _in_a_table,
     _row_local_on_the_target,
     _unproven_on_the_target,
     _random,
     RANDOM,
-    _accumulates,
     DATA_DEPENDENT,
     MOVES,
     _view,

@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: wide enough for several threads to share a row
 WIDE = 70_000
 #: pointwise, or on two halves of a row, though PyTorch does not tag them so
-UNTAGGED = ("glu.default", "log_sigmoid_forward.default", "hardswish.default", "floor_divide.default", "prelu.default")
+UNTAGGED = ("glu.default", "log_sigmoid_forward.default", "hardswish.default", "floor_divide.default")
 #: what no float operand has, or what does not compute
 _PASSED_OVER = "bitwise_ shift__ __xor__ clone conj_physical gcd lcm ldexp native_dropout_backward positive where.self masked_fill".split()
 #: argument -> its number, where it is not 1.5

@@ -9,8 +9,10 @@ from .collective import REDUCE_OPS, all_reduce, reduce_scatter
 from .declare import BATCH, KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .matmul import addmm, baddbmm, bmm, grouped_mm, mm
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
+from .order import amax, amin, topk
 from .pointwise import pointwise
 from .reduce import cumsum, log_softmax, logsumexp, mean, softmax, sum, var_mean
+from .write import index_copy, index_put, scatter
 
 __all__ = [
     "BATCH",
@@ -21,11 +23,15 @@ __all__ = [
     "add_rms_norm",
     "addmm",
     "all_reduce",
+    "amax",
+    "amin",
     "baddbmm",
     "bmm",
     "cumsum",
     "group_norm",
     "grouped_mm",
+    "index_copy",
+    "index_put",
     "layer_norm",
     "load_kernels",
     "log_softmax",
@@ -36,7 +42,9 @@ __all__ = [
     "reduce_scatter",
     "rms_norm",
     "scaled_dot_product_attention",
+    "scatter",
     "softmax",
     "sum",
+    "topk",
     "var_mean",
 ]  # fmt: skip

@@ -65,4 +65,9 @@ class Resizes:
     """The first tensor's dimensions in their order, some of another size; nothing is combined."""
 
 
-Batch = Pointwise | Reduces | Along | Product | GroupedProduct | Attention | Normalises | Resizes
+@dataclasses.dataclass(frozen=True)
+class BySize:
+    """A dimension of any of the tensors stays where the result has its size; nothing is combined."""
+
+
+Batch = Pointwise | Reduces | Along | Product | GroupedProduct | Attention | Normalises | Resizes | BySize

@@ -18,7 +18,15 @@ TARGET = Target(
 )
 
 #: the same device without a compiler: PyTorch's own kernels run one by one
-EAGER = Target(name="cpu_eager", device="cpu", trusted=TARGET.trusted)
+EAGER = Target(
+    name="cpu_eager",
+    device="cpu",
+    trusted=TARGET.trusted,
+    row_local={
+        "aten::scatter.src": "one thread writes all that goes to one place, in the order of the indices "
+        "(aten/src/ATen/native/cpu/ScatterGatherKernel.cpp)",
+    },
+)
 
 
 def _here(compiled: bool) -> Target:

@@ -7,6 +7,7 @@ so a row's bits would follow its neighbours. Here both codes compute such a func
 
 - scalar code calls the vector routine on one lane. So for every function that has vector code of its own and is not exact
   by IEEE 754 (`EXACT`), also for those that a later torch adds. Vector code, where nearly all the time is spent, stays.
+  So are maximum, minimum and relu, whose scalar code may give another of two zeros.
 - sin, cos and tan are libm in vector code too, lane by lane: Sleef reduces the arguments of a whole vector by another
   method where one of them is large, so a lane's bits follow the lanes beside it (measured, torch 2.13, AVX-512: sin of
   680 and cos of 910 of 16384 float32 differ among others of up to 1000).
@@ -31,8 +32,8 @@ from ..errors import OptionError
 #: functions of vector code whose result IEEE 754 or their meaning fixes to the bit, so scalar code gives the same
 EXACT = frozenset(
     (
-        "add sub mul truediv abs sqrt eq ne lt gt le ge and_ round floor ceil trunc neg square sign relu reciprocal "
-        "minimum maximum where copysign nextafter frexp fma "
+        "add sub mul truediv abs sqrt eq ne lt gt le ge and_ round floor ceil trunc neg square sign reciprocal "
+        "where copysign nextafter frexp fma "
         "logical_and logical_not logical_or logical_xor bitwise_and bitwise_not bitwise_or bitwise_xor "
         "bitwise_left_shift bitwise_right_shift truncdiv floordiv to_dtype to_dtype_bitcast round_to_int masked index_expr value_expr "
         "load_seed rand randn randint64 rand_eager"

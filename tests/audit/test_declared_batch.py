@@ -39,6 +39,12 @@ CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
     "softmax": ((X(M, K), -1), {K}, set()),
     "log_softmax": ((X(M, K), 0), {M}, set()),
     "cumsum": ((X(M, K), 1), {K}, set()),
+    "topk": ((X(M, K), 3), {K}, set()),
+    "amax": ((X(M, K, N), [1]), {K}, set()),
+    "amin": ((X(M, K), []), {M, K}, set()),
+    "index_put": ((X(M, K), [torch.zeros(M, dtype=torch.int64)], X(M, K)), set(), set()),
+    "index_copy": ((X(M, K), 0, torch.zeros(M, dtype=torch.int64), X(M, K)), set(), set()),
+    "scatter": ((X(M, K), 1, torch.zeros(M, K, dtype=torch.int64), X(M, K)), set(), set()),
     "all_reduce": ((X(M, K), "sum", "group"), set(), set()),
     "reduce_scatter": ((X(M, K), "sum", 1, "group"), set(), set()),
 }
