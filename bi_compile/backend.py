@@ -104,7 +104,7 @@ def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequen
         return make_boxed_func(inner(graph, inputs, pipeline, target))
 
     def backward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        return make_boxed_func(plain(graph, inputs))
+        return make_boxed_func(plain(graph, list(inputs)))
 
     return aot_autograd(fw_compiler=forward, bw_compiler=backward, inference_compiler=forward)(gm, example_inputs)
 
@@ -127,7 +127,7 @@ def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, tar
             "torch._inductor.config.cpp_wrapper=True takes the symbolic sizes that this graph is given for tensors: set it to False, or "
             "compile with dynamic=False"
         )
-    return compile_fx(
+    compiled: Any = compile_fx(  # of a GraphModule it makes a callable
         gm,
         inputs,
         config_patches={
@@ -137,17 +137,19 @@ def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, tar
             "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass, target),
         },
     )
+    return compiled
 
 
 def _plain_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, inputs)
+    compiled: Any = compile_fx(gm, inputs)
+    return compiled
 
 
 def _other(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target) -> Compiled:
     pipeline.audit(gm.graph, target=target)
-    return lookup_backend(pipeline.options.inner)(gm, inputs)
+    return lookup_backend(pipeline.options.inner)(gm, list(inputs))
 
 
 # -- around each call -------------------------------------------------------------------------------------------------

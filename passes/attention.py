@@ -115,4 +115,4 @@ def overrideable(
     return_debug_mask: bool = False, *, scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int, Tensor, Tensor, Tensor | None]:  # fmt: skip
     out, lse, *rest = cudnn(query, key, value, attn_bias, True, dropout_p, is_causal, return_debug_mask, scale=scale)
-    return out, lse.squeeze(-1), *rest
+    return out, lse.squeeze(-1), *rest  # type: ignore[return-value]

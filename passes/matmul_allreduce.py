@@ -32,7 +32,7 @@ def _hccl_group(hcom: str) -> str:
     Raises:
         RuntimeError: no group of this process has it.
     """
-    dist = torch.distributed.distributed_c10d
+    dist: Any = torch.distributed.distributed_c10d  # HCCL's backend has more than PyTorch's
     for group in dist._world.pg_map:
         backend = group._get_backend(torch.device("npu"))
         if backend.get_hccl_comm_name(dist.get_rank()) == hcom:
@@ -78,7 +78,7 @@ def vllm_reduce_scatter(tensor: Tensor, dim: int, world_size: int, group_name: s
 )
 def fused_matmul_reduce_scatter(A: Tensor, B: Tensor, reduce_op: str, scatter_dim: int, group_name: str) -> Tensor:
     y = ops.mm(A.reshape(-1, A.shape[-1]), B).view(*A.shape[:-1], B.shape[1]).movedim(scatter_dim, 0).contiguous()
-    size = torch.distributed.distributed_c10d._resolve_process_group(group_name).size()
+    size = ops.ranks(group_name)
     return ops.reduce_scatter(y, reduce_op, size, group_name).movedim(0, scatter_dim)
 
 
@@ -90,7 +90,7 @@ def fused_matmul_reduce_scatter(A: Tensor, B: Tensor, reduce_op: str, scatter_di
 def fused_all_gather_matmul(
     A: Tensor, Bs: list[Tensor], gather_dim: int, group_name: str, *, return_A: bool = True
 ) -> tuple[Tensor | None, list[Tensor]]:
-    size = torch.distributed.distributed_c10d._resolve_process_group(group_name).size()
+    size = ops.ranks(group_name)
     gathered = collectives.all_gather_into_tensor(A.movedim(gather_dim, 0).contiguous(), size, group_name)
     whole = collectives.wait_tensor(gathered).movedim(0, gather_dim)
     products = [ops.mm(whole.reshape(-1, whole.shape[-1]), B).view(*whole.shape[:-1], B.shape[1]) for B in Bs]

@@ -89,9 +89,9 @@ def batch_symbols(graph: fx.Graph) -> set[Any]:
     for node in graph.nodes:
         value = node.meta.get("val") if node.op == "placeholder" else None
         if isinstance(value, Tensor):
-            sizes = [n.node.expr.free_symbols if isinstance(n, SymInt) else n for n in value.shape]
+            sizes: list[Any] = [n.node.expr.free_symbols if isinstance(n, SymInt) else n for n in value.shape]
             symbols = [n for n in sizes if isinstance(n, (set, frozenset)) and n]
-            leading = symbols[0] if symbols and 1 not in sizes[: sizes.index(symbols[0])] else set()
+            leading: Any = symbols[0] if symbols and 1 not in sizes[: sizes.index(symbols[0])] else set()
             first |= leading
             later |= set().union(*(symbols[1:] if leading else symbols))
     return first - later

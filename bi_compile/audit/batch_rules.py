@@ -16,7 +16,7 @@ from torch import SymInt, Tensor, fx
 from torch._ops import OpOverload
 
 from ..ops import BATCH, NAMESPACE, batch
-from ..rewrite.fx_utils import packet_of
+from ..rewrite.fx_utils import as_list, packet_of
 from .layout import Dim, Factor, Layout, as_one, carries, size_of, split, union
 from .pointwise import is_pointwise
 
@@ -30,7 +30,7 @@ class Node:
     def __init__(self, node: fx.Node, layouts: Mapping[fx.Node, Any]) -> None:
         self.node = node
         self.layouts = layouts
-        self.value = node.meta.get("val")
+        self.value: Any = node.meta.get("val")
         self.packet = packet_of(node)
 
     def arg(self, name: str, default: Any = None) -> Any:
@@ -54,7 +54,7 @@ class Node:
     @property
     def shape(self) -> list[int]:
         """The size of the (first) result."""
-        value = self.value if isinstance(self.value, Tensor) else next(v for v in self.value if isinstance(v, Tensor))
+        value = next(v for v in as_list(self.value) if isinstance(v, Tensor))
         return [size_of(n) for n in value.shape]
 
 

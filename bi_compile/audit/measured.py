@@ -50,7 +50,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise OptionError(
             f"probe={str(path)!r} is no file of this version's `bi-compile probe` ({error}): make it again"
         ) from None
-    return data  # type: ignore[no-any-return]
+    return data
 
 
 def stale(data: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import SymInt, Tensor, fx
 
-from ..rewrite.fx_utils import has_tensor, packet_of
+from ..rewrite.fx_utils import as_list, has_tensor, packet_of
 from .batch_rules import Node
 from .layout import Dim, Layout, carries
 from .pointwise import is_pointwise
@@ -121,7 +121,7 @@ class Sorts:
         if node.target is operator.getitem and first:
             i = node.args[1]
             pairs = {("sort", 0): "keys", ("sort", 1): "order", ("resort", 1): "back", ("parts", i): "rows"}
-            return pairs.get((first.name, i))  # type: ignore[arg-type]
+            return pairs.get((first.name, i))
         if name in ("empty_like", "new_empty", "empty", "zeros_like", "new_zeros", "full_like"):
             return "blank"
         if name in _CASTS and len(given) == 1:
@@ -131,7 +131,7 @@ class Sorts:
         if roles == {"order"}:
             return self._from_order(n)
         by = _one_index(node) if name in _GATHERS else None
-        if by in given:
+        if by is not None and by in given:
             index = given[by].name
             if index == "source" and first is None:
                 return "rows"
@@ -172,7 +172,7 @@ class Sorts:
         """Pointwise operators, and views that leave dimension 0 alone."""
         node, name, value = n.node, n.packet, n.value
         several = isinstance(value, (tuple, list))
-        shapes = [v.shape for v in (value if several else [value])]
+        shapes = [v.shape for v in as_list(value)]
         # dimension 0 stays dimension 0
         if any(len(s) == 0 or not _same(s[0], x.meta["val"].shape[0]) for s in shapes for x in given):
             return None
@@ -216,7 +216,8 @@ def _not_negative(x: Any) -> bool:
     if not isinstance(x, fx.Node):
         return False
     if x.target is operator.getitem:
-        return packet_of(x.args[0]) in ("topk", "sort", "max", "min") and x.args[1] == 1  # type: ignore[arg-type]
+        made: Any = x.args[0]
+        return packet_of(made) in ("topk", "sort", "max", "min") and bool(x.args[1] == 1)
     if packet_of(x) == "remainder":
         return isinstance(x.args[1], int) and x.args[1] > 0
     return packet_of(x) in ("argmax", "argmin", "argsort", "arange", "abs")

@@ -132,7 +132,7 @@ class _Keep:
     def __call__(self, graph: fx.Graph) -> None:
         if self.theirs is not None:
             self.theirs(graph)
-        self.graph = fx.GraphModule(graph.owning_module, copy.deepcopy(graph))
+        self.graph = fx.GraphModule(graph.owning_module or {}, copy.deepcopy(graph))
         raise _Kept
 
     def uuid(self) -> None:

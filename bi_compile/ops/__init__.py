@@ -5,7 +5,7 @@ inside a CUDA graph. The order of each sum is a function of the reduced length, 
 """
 
 from .attention import scaled_dot_product_attention
-from .collective import REDUCE_OPS, all_reduce, reduce_scatter
+from .collective import REDUCE_OPS, all_reduce, ranks, reduce_scatter
 from .declare import BATCH, KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .matmul import addmm, baddbmm, bmm, grouped_mm, mm
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
@@ -39,6 +39,7 @@ __all__ = [
     "mean",
     "mm",
     "pointwise",
+    "ranks",
     "reduce_scatter",
     "rms_norm",
     "scaled_dot_product_attention",

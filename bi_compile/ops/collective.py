@@ -8,6 +8,8 @@ of an element in the tensor can matter.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers _c10d_functional
@@ -17,6 +19,12 @@ from .batch import Pointwise, Resizes
 from .declare import check, composite, operator
 
 REDUCE_OPS = ("sum", "avg")
+
+
+def ranks(group_name: str) -> int:
+    """How many ranks the process group has."""
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # its parameter is a NewType of str
+    return int(resolve(group_name).size())
 
 
 def _check(name: str, reduce_op: str) -> None:
@@ -58,7 +66,7 @@ def _in_rank_order(parts: Tensor, reduce_op: str) -> Tensor:
 @composite("all_reduce")
 def _all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     _check("all_reduce", reduce_op)
-    size = dist.distributed_c10d._resolve_process_group(group_name).size()
+    size = ranks(group_name)
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.reshape(1, -1), size, group_name)
     return _in_rank_order(torch.ops._c10d_functional.wait_tensor(gathered).view(size, *x.shape), reduce_op)
 

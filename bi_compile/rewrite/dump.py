@@ -182,7 +182,7 @@ def _hint(x: Any) -> int:
 
 def _type(node: fx.Node) -> str:
     v = node.meta.get("val")
-    if hasattr(v, "real_obj"):
+    if v is not None and hasattr(v, "real_obj"):
         return type(v.real_obj).__name__  # without the address of the object
     return f"{v.dtype} {[str(n) for n in v.shape]}" if isinstance(v, Tensor) else str(v)
 

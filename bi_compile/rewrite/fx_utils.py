@@ -50,7 +50,7 @@ def value_of(node: fx.Node) -> Any:
 
 def values_of(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The node's arguments with each node in them replaced by its fake value."""
-    return fx.map_arg((node.args, node.kwargs), value_of)  # type: ignore[return-value]
+    return fx.map_arg((node.args, node.kwargs), value_of)
 
 
 def packet_of(node: fx.Node) -> str:
@@ -92,7 +92,7 @@ def subgraphs(node: fx.Node) -> list[tuple[str, fx.GraphModule, list[Any], list[
     owner = node.graph.owning_module
     found = []
     for body, operands, sliced in find(node) if find and node.args and owner is not None else ():
-        graph = getattr(owner, body.target, None) if isinstance(body, fx.Node) and body.op == "get_attr" else None
+        graph = getattr(owner, str(body.target), None) if isinstance(body, fx.Node) and body.op == "get_attr" else None
         if not isinstance(graph, fx.GraphModule):
             return []
         found.append((str(body.target), graph, operands, sliced))

@@ -88,7 +88,7 @@ def replace(graph: fx.Graph, p: type[Pass], stage: str) -> list[Change]:
     matcher = PatternMatcherPass(pass_name=f"bi_compile_{p.name}_{stage}")
     tracer = Tracer(fake_mode_of(graph), {})
     for pattern, form in _forms(p, stage):  # type: ignore[arg-type]  # a class is hashable
-        register_graph_pattern(form, extra_check=_keywords_match, pass_dict=matcher)(  # type: ignore[arg-type]
+        register_graph_pattern(form, extra_check=_keywords_match, pass_dict=matcher)(
             functools.partial(_replace_match, pattern, p, tracer, changes)
         )
     if matcher.apply(graph):

@@ -257,7 +257,9 @@ def _restride(graph: fx.Graph, node: fx.Node, entry: Entry, g: fx.Node, want: Te
         (torch.ops.aten.clone.default, ()),
         (torch.ops.aten.permute.default, (back,)),
     ):
-        kwargs = {"memory_format": torch.contiguous_format} if target is torch.ops.aten.clone.default else {}
+        kwargs: dict[str, Any] = (
+            {"memory_format": torch.contiguous_format} if target is torch.ops.aten.clone.default else {}
+        )
         g = graph.call_function(target, (g, *args), kwargs)
         g.meta = _inherited(node, entry)
         g.meta["val"] = _run_fake(g, mode)
@@ -272,7 +274,7 @@ def _replace_uses(graph: fx.Graph, node: fx.Node, result: Any) -> None:
     if isinstance(result, (tuple, list)):
         for user in list(node.users):
             if user.target is operator.getitem:
-                user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index,arg-type]
+                user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
                 graph.erase_node(user)
     if node.users:
         raise RewriteError(

@@ -112,7 +112,7 @@ def of_this_machine() -> Target:
         HostError: torch_npu or CANN is missing, they do not fit, or the chip is not supported.
     """
     check_torch_npu()
-    return of_chip(torch.npu.get_device_name(0))
+    return of_chip(torch.get_device_module("npu").get_device_name(0))
 
 
 def _here(compiled: bool) -> Target:
@@ -159,4 +159,4 @@ def is_capturing() -> bool:
     """Whether an ACL graph is being captured: numbers that are read on the host would stay in it for ever."""
     if "torch_npu" not in sys.modules:
         return False
-    return bool(torch.npu.is_current_stream_capturing())
+    return bool(torch.get_device_module("npu").is_current_stream_capturing())

@@ -66,11 +66,12 @@ def _wanted() -> bool:
     """Whether the graph for which code is generated now, or one that holds it, was marked."""
     from torch._inductor.virtualized import V
 
-    graph = V.graph
+    graph: Any = V.graph
     while isinstance(graph, torch.fx.Interpreter):
-        if graph.module.meta.get(_MARK):  # type: ignore[union-attr]
+        module: Any = graph.module
+        if module.meta.get(_MARK):
             return True
-        graph = getattr(graph, "parent", None)  # type: ignore[assignment]
+        graph = getattr(graph, "parent", None)
     return False
 
 

@@ -18,7 +18,7 @@ def _plain_linear() -> Switch:
 
     packed: Callable[..., None] = utils.dispatch_cpu_unquantized_gemm
 
-    def dispatch_cpu_unquantized_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
         if layer.weight.ndim != 2:
             packed(layer, remove_weight)
         else:

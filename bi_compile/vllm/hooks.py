@@ -33,7 +33,7 @@ def install() -> None:
     half_imported = sys.modules.get("vllm.config.compilation")
     if half_imported is not None and "config" in vars(half_imported):
         # it reads the platform, which is what called us, between its imports and its class
-        vars(half_imported)["config"] = sys.modules["vllm.config.utils"].config  # type: ignore[attr-defined]
+        vars(half_imported)["config"] = sys.modules["vllm.config.utils"].config
     _when_imported("vllm.config.vllm", _wrap_vllm_config)
     _when_imported("vllm.v1.worker.worker_base", _wrap_worker)
     _when_imported("vllm_ascend.compilation.compiler_interface", _wrap_ascend_compiler)

@@ -119,7 +119,7 @@ def _environment(name: str, value: str, why: str) -> contextlib.AbstractContextM
 
 
 def _caches_off() -> contextlib.AbstractContextManager[None]:
-    return torch.compiler.config.patch(force_disable_caches=True)  # type: ignore[no-any-return]
+    return torch.compiler.config.patch(force_disable_caches=True)  # type: ignore[attr-defined]
 
 
 def _settings_of_nested_graphs() -> dict[str, Any]:

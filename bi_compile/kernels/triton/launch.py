@@ -158,7 +158,8 @@ def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **meta: Any) -> No
         return
     if target(x) == "npu":
         meta = {name: value for name, value in meta.items() if name not in GPU_OPTIONS}
-    guard = torch.npu.device(x.device) if x.device.type == "npu" else torch.cuda.device_of(x)
+    npu: Any = getattr(torch, "npu", None)  # torch_npu's
+    guard = npu.device(x.device) if x.device.type == "npu" else torch.cuda.device_of(x)
     with guard:
         compiled = kernel[(programs,)](*args, **meta)
     if getattr(_watched, "seen", None) is not None:
