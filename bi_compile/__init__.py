@@ -8,7 +8,8 @@ with bi_compile.invariant(): ...        # code that is not compiled
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from .eager import install, invariant
+from .eager import install
+from .eager_audit import invariant
 from .errors import AuditError, BiCompileError, HostError, MeasureError, OptionError, RewriteError, TableError
 from .options import Options
 from .pipeline import Pipeline

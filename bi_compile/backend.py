@@ -24,12 +24,13 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from . import ops
-from .eager_audit import away, place
+from .eager_audit import away
 from .errors import HostError, OptionError
 from .options import read_options
 from .pipeline import Pipeline, devices_of
 from .targets import Target
 from .uncompiled import Scope, in_scope, say_if_switched_off
+from .user_code import place
 
 Compiled = Callable[..., Any]
 

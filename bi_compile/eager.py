@@ -28,6 +28,7 @@ from .options import Options
 from .resolve import resolve
 from .table import Entry, Replacement, Table
 from .targets import for_device
+from .user_code import place
 
 if TYPE_CHECKING:
     from .eager_audit import Observed
@@ -151,8 +152,6 @@ class EagerFallback:
         """Raise AuditError, or say it once, that `op` varies; not so for integers, nor in a backward pass."""
         if exact(op, *args) or torch._C._current_graph_task_id() != -1:
             return
-        from .eager_audit import place
-
         message = f"{op} is not batch-invariant and has no replacement: {self.refused[op]} — {place()}"
         if self.options.on_unproven == "error":
             name = op.name().removesuffix(".default")
@@ -293,26 +292,3 @@ def held(*fallbacks: EagerFallback) -> Iterator[None]:
 def hold(fallback: EagerFallback) -> None:
     """One more for the `held` that this thread is in."""
     _active.fallbacks = (*_active.fallbacks, fallback)
-
-
-@contextlib.contextmanager
-def invariant(options: Options | None = None, device: str = "cpu", audit: bool = False) -> Iterator[EagerFallback]:
-    """`install` for the length of a with-block.
-
-    Args:
-        audit: judge every operator that this thread calls in the block (`eager_audit.judged`); `.seen` holds what it saw.
-
-    Raises:
-        AuditError: an operator of `REFUSED` is called; with `audit`, any that is not known to be invariant.
-    """
-    fallback = install(options, device)
-    try:
-        if not audit:
-            yield fallback
-            return
-        from .eager_audit import judged
-
-        with judged(options, device) as fallback.seen:
-            yield fallback
-    finally:
-        fallback.remove()

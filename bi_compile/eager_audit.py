@@ -44,11 +44,10 @@ from .passes import PASSES
 from .resolve import resolve
 from .table import Table
 from .targets import for_device
+from .user_code import place, triton_files
 
 log = logging.getLogger("bi_compile")
 
-#: what stands here is no place in a user's program
-_OURS_AND_TORCHS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
 #: the operator as which Inductor may call a whole compiled graph, and the function in which it calls one
 _COMPILED_GRAPH = "inductor_compiled_code"
 _COMPILED_CALL = (os.path.join("_inductor", "output_code.py"), "__call__")
@@ -297,12 +296,27 @@ def judged(options: Options | None = None, device: str = "cpu", seen: Observed |
         yield observer.seen
 
 
-def place() -> str:
-    """`file, line N, in function` of the innermost frame that is neither torch's nor ours nor generated."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_OURS_AND_TORCHS + _triton_files()):
-        frame = frame.f_back
-    return "" if frame is None else f"{frame.f_code.co_filename}, line {frame.f_lineno}, in {frame.f_code.co_name}"
+@contextlib.contextmanager
+def invariant(
+    options: Options | None = None, device: str = "cpu", audit: bool = False
+) -> Iterator[eager.EagerFallback]:
+    """`eager.install` for the length of a with-block.
+
+    Args:
+        audit: judge every operator that this thread calls in the block (`judged`); `.seen` holds what it saw.
+
+    Raises:
+        AuditError: an operator of `eager.REFUSED` is called; with `audit`, any that is not known to be invariant.
+    """
+    fallback = eager.install(options, device)
+    try:
+        if not audit:
+            yield fallback
+            return
+        with judged(options, device) as fallback.seen:
+            yield fallback
+    finally:
+        fallback.remove()
 
 
 @functools.cache
@@ -380,7 +394,7 @@ def _count_hook(by: int) -> None:
 
 
 def _set_hook(on: bool) -> None:
-    if not _triton_files():
+    if not triton_files():
         return
     owner, name = _triton_hook()
     chain = getattr(owner, name)
@@ -412,11 +426,3 @@ def _triton_hook() -> tuple[Any, str]:
     knobs = getattr(triton, "knobs", None)
     owner = knobs.runtime if knobs is not None else triton.compiler.CompiledKernel  # before Triton 3.4
     return owner, "launch_enter_hook"
-
-
-@functools.cache
-def _triton_files() -> tuple[str, ...]:
-    import importlib.util
-
-    spec = importlib.util.find_spec("triton")
-    return tuple(p + os.sep for p in (spec.submodule_search_locations or ())) if spec else ()

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 import bi_compile
 from bi_compile import AuditError, OptionError, Options
 from bi_compile.audit.report import Verdict
-from bi_compile.eager import invariant
-from bi_compile.eager_audit import judged
+from bi_compile.eager_audit import invariant, judged
 
 X = rand(5, 64)
 

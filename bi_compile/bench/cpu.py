@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import Benchmark, Measured, geometric_mean, interleaved
+from .measured import Benchmark, Measured, geometric_mean, interleaved
 
 
 def product() -> Measured:

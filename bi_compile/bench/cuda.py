@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from . import Benchmark, Measured, geometric_mean
+from .measured import Benchmark, Measured, geometric_mean
 
 #: model -> {product: (N, K)}
 PRODUCTS = {
