@@ -325,13 +325,13 @@ def test_out_is_written_resized_and_returned(name: str) -> None:
     ]
     want = [e.clone() for e in empty]
     op(*args, **kwargs, **into(name, want))
-    turned = [torch.empty(w.shape[::-1], dtype=w.dtype).permute(tuple(range(w.dim()))[::-1]) for w in want]
-    for mine in ([e.clone() for e in empty], [torch.empty_like(w) for w in want], turned):
+    transposed = [torch.empty(w.shape[::-1], dtype=w.dtype).permute(tuple(range(w.dim()))[::-1]) for w in want]
+    for mine in ([e.clone() for e in empty], [torch.empty_like(w) for w in want], transposed):
         strides = [m.stride() for m in mine]
         returned = replacement(*args, **kwargs, **into(name, mine))
         assert all(a is b for a, b in zip([returned] if outs == 1 else returned, mine, strict=True))
         close(mine, want)
-        assert mine[0].numel() == 0 or mine is not turned or [m.stride() for m in mine] == strides
+        assert mine[0].numel() == 0 or mine is not transposed or [m.stride() for m in mine] == strides
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -343,9 +343,9 @@ def test_in_place_is_written_into_the_first_argument(name: str) -> None:
     op(want, *rest, **kwargs)
     assert replacement(mine, *rest, **kwargs) is mine
     close(mine, want)
-    turned = self.clone().mT.contiguous().mT if self.dim() > 1 else self.repeat_interleave(2)[::2]
-    replacement(turned, *rest, **kwargs)
-    assert same_bits(turned, mine)
+    transposed = self.clone().mT.contiguous().mT if self.dim() > 1 else self.repeat_interleave(2)[::2]
+    replacement(transposed, *rest, **kwargs)
+    assert same_bits(transposed, mine)
 
 
 def test_out_of_another_dtype_is_as_pytorchs() -> None:

@@ -2,7 +2,7 @@
 
     with Adversary() as device:
         together, alone = graph(x), graph(x[:1])
-    device.lied        # the operators that varied, with how often
+    device.perturbed   # the operators that varied, with how often
 
 Proven is what `audit.SPEC` calls row-local, and our own operators; both run as they are. What is merely trusted is not
 proven. Sums and products are taken in one of several orders, chosen for each result from the seed, the full sizes and the
@@ -38,8 +38,8 @@ class Adversary(TorchDispatchMode):
     """The device, while the mode is on.
 
     Args:
-        seed: another seed, other lies.
-        share: how many of the unproven operators lie, from 0 to 1; which ones, the seed decides.
+        seed: another seed, other bits.
+        share: how many of the unproven operators vary, from 0 to 1; which ones, the seed decides.
         target: whose tables say what varies.
         trust: operators (`ns::name`) that are believed, each with a reason; a target's own trust is not.
 
@@ -59,7 +59,7 @@ class Adversary(TorchDispatchMode):
         table = Table(PASSES, target)
         # what the target trusts is not proven
         self.known = Knowledge(Target(named.name, named.device), table, table, trust or {})
-        self.lied: Counter[str] = Counter()
+        self.perturbed: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -69,9 +69,9 @@ class Adversary(TorchDispatchMode):
             return self.run_held(func, args, kwargs)
         call = Call(func, tuple(args), kwargs)
         compute = REFERENCES.get(call.name, func)
-        if judge(call, self.known)[0] in ALLOWED or not self.lies(call.name):
+        if judge(call, self.known)[0] in ALLOWED or not self.perturbs(call.name):
             return compute(*args, **kwargs)
-        self.lied[call.name] += 1
+        self.perturbed[call.name] += 1
         sizes = [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         key = self.key(call.name, str(sizes))
         other_order = ORDERED.get(call.name)
@@ -84,7 +84,7 @@ class Adversary(TorchDispatchMode):
     def key(self, *what: str) -> int:
         return int.from_bytes(hashlib.sha256("|".join((str(self.seed), *what)).encode()).digest()[:4], "big")
 
-    def lies(self, name: str) -> bool:
+    def perturbs(self, name: str) -> bool:
         return self.key("share", name) < self.share * 2**32
 
     def run_held(self, func: HigherOrderOperator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -95,7 +95,7 @@ class Adversary(TorchDispatchMode):
             return run(*args, **kwargs)
 
 
-# -- how it lies ------------------------------------------------------------------------------------------------------
+# -- how it perturbs --------------------------------------------------------------------------------------------------
 
 
 def _noise(shape: Sequence[int], key: int, choices: int) -> Tensor:
@@ -249,7 +249,7 @@ def _npu_swiglu(x: Tensor, dim: int = -1) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-#: operator without a CPU kernel -> what computes it here, in plain PyTorch; it then lies like any other
+#: operator without a CPU kernel -> what computes it here, in plain PyTorch; it then varies like any other
 REFERENCES: dict[str, Callable[..., Any]] = {
     "npu.npu_rms_norm.default": _npu_rms_norm,
     "npu.npu_add_rms_norm.default": _npu_add_rms_norm,

@@ -4,7 +4,7 @@
 
 Prints one line `RESULT {json}`: for each batch size, of how many requests the logprobs and the tokens differ from those
 that the request got alone, and the tokens per second (the median of "rounds"); with "bits" a digest of what the requests
-got alone; with "turns" each round waits for its turn (see `processes.take_turns`). Prefix caching is off unless asked for:
+got alone; with "turns" each round waits for its turn (see `process.take_turns`). Prefix caching is off unless asked for:
 with it on, the second run would read the first one's keys and values.
 """
 

@@ -27,7 +27,7 @@ _HOST = {
     "vllm::maybe_all_gather_and_maybe_unpad": "joins the ranks' rows (vllm_ascend/ops/register_custom_ops.py)",
     "vllm::muls_add": "x * scale + y, pointwise (vllm_ascend/ops/triton/muls_add.py)",
     "vllm::quantize": "each element by itself (npu_quantize)",
-    "vllm::npu_rotary_embedding": "each row is turned by its own angle (vllm_ascend/ops/rotary_embedding.py)",
+    "vllm::npu_rotary_embedding": "each row is rotated by its own angle (vllm_ascend/ops/rotary_embedding.py)",
     "vllm::maybe_all_reduce_tensor_model_parallel": "sums over ranks in HCCL, whose order HCCL_DETERMINISTIC=strict keeps (it is set)",
     "vllm::maybe_pad_and_reduce": "sums over ranks in HCCL, whose order HCCL_DETERMINISTIC=strict keeps (it is set)",
     "vllm::prefetch_preprocess": "moves weights into the cache",

@@ -21,7 +21,7 @@ ROW_LOCAL = _named({
     "pointwise": """_npu_dtype_cast npu_dtype_cast npu_dtype_cast_ fast_gelu npu_fast_gelu npu_gelu npu_gelu_mul npu_silu npu_silu_
         npu_mish npu_swiglu npu_clipped_swiglu npu_geglu one_ npu_masked_fill_range""",
     "each element is scaled and rounded by itself": "npu_quantize npu_anti_quant npu_anti_mx_quant npu_group_quant npu_trans_quant_param",
-    "each row is turned by its own angle": "npu_rotary_mul npu_apply_rotary_pos_emb npu_interleave_rope npu_mrope",
+    "each row is rotated by its own angle": "npu_rotary_mul npu_apply_rotary_pos_emb npu_interleave_rope npu_mrope",
     "a maximum or an order comes out the same in every order of work": "npu_max.dim npu_min.dim npu_sort_v2 npu_sort_v2.out",
     "makes or moves elements": """_npu_format_cast _npu_format_cast.aclnn _npu_format_cast.input_dtype npu_format_cast
         npu_format_cast.Tensor npu_format_cast_ npu_format_cast_.acl_format npu_transpose npu_transpose.out npu_reshape npu_reshape.out

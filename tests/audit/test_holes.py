@@ -95,7 +95,7 @@ def device_names(hole: Hole) -> Adversary:
 
 def test_what_is_in_no_graph_is_named_by_the_device() -> None:
     (hole,) = (hole for hole in HOLES.values() if hole.how == "eager")
-    assert list(device_names(hole).lied) == ["aten.mm.default"]
+    assert list(device_names(hole).perturbed) == ["aten.mm.default"]
 
 
 def on_the_device(f: Function) -> tuple[Any, Any]:

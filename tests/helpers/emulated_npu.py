@@ -220,8 +220,8 @@ def rotate(positions: Tensor, query: Tensor, key: Tensor, head_size: int, cos_si
         x = t.float().reshape(t.shape[0], -1, head_size)
         a, b = x[..., :width].chunk(2, -1) if is_neox else (x[..., 0:width:2], x[..., 1:width:2])
         pair = [a * cos - b * sin, b * cos + a * sin]
-        turned = torch.cat(pair, -1) if is_neox else torch.stack(pair, -1).flatten(-2)
-        t.copy_(torch.cat([turned, x[..., width:]], -1).reshape(t.shape))
+        rotated = torch.cat(pair, -1) if is_neox else torch.stack(pair, -1).flatten(-2)
+        t.copy_(torch.cat([rotated, x[..., width:]], -1).reshape(t.shape))
 
 
 def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_indices: Tensor) -> None:

@@ -68,7 +68,7 @@ def test_what_is_proven_runs_as_it_is(f: Callable[[Tensor], Tensor]) -> None:
     assert not varies(f)
     with Adversary() as device:
         assert same_bits(f(X), f(X))
-    assert not device.lied
+    assert not device.perturbed
 
 
 def test_ordered_operators_exist_and_are_right() -> None:
@@ -83,7 +83,7 @@ def test_ordered_operators_exist_and_are_right() -> None:
 def test_the_dial_and_the_seed() -> None:
     with Adversary(share=0.0) as device:
         honest = X @ W
-    assert torch.equal(honest, X @ W) and not device.lied
+    assert torch.equal(honest, X @ W) and not device.perturbed
     with Adversary(0):
         a = X @ W
     with Adversary(1):
@@ -94,7 +94,7 @@ def test_the_dial_and_the_seed() -> None:
 def test_trust_is_no_proof_unless_it_is_given() -> None:
     with Adversary(trust={"aten::mm": "a wager"}) as device:
         believed = X @ W
-    assert torch.equal(believed, X @ W) and not device.lied
+    assert torch.equal(believed, X @ W) and not device.perturbed
 
 
 def test_moved_keeps_what_has_no_neighbour() -> None:
@@ -105,7 +105,7 @@ def test_moved_keeps_what_has_no_neighbour() -> None:
 
 
 def test_graphs_within_graphs_run() -> None:
-    """Each with an operator in it that lies."""
+    """Each with an operator in it that the device perturbs."""
     f = {
         "cond": lambda x: torch.ops.higher_order.cond(W.amax() > 0, lambda y: y @ W, lambda y: y @ W * 2, (x,)),
         "invoke_subgraph": lambda x: HELD["invoke_subgraph"](lambda y: y @ W, "name", x),
@@ -117,7 +117,7 @@ def test_graphs_within_graphs_run() -> None:
         with Adversary() as device:
             found = run(X)
         with torch.no_grad():
-            assert device.lied and torch.allclose(found, run(X), rtol=1e-3, atol=1e-3)
+            assert device.perturbed and torch.allclose(found, run(X), rtol=1e-3, atol=1e-3)
     with Adversary(), pytest.raises(AuditError, match="cannot run associative_scan: it knows cond"):
         torch.ops.higher_order.associative_scan(lambda a, b: a + b, [X], ())
 
@@ -175,4 +175,4 @@ def test_qwen3_keeps_its_rows_only_when_rewritten(tmp_path: Path) -> None:
     for gm, equal in ((before, False), (after, True)):
         with torch.no_grad(), Adversary() as device:
             together, alone = (gm(*args)[0] for args in calls)
-        assert same_bits(together[SOME], alone) is equal and bool(device.lied) is not equal, device.lied
+        assert same_bits(together[SOME], alone) is equal and bool(device.perturbed) is not equal, device.perturbed

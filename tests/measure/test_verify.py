@@ -52,7 +52,7 @@ def invariant_product(x: Tensor) -> Tensor:
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_one_bit_is_one_element(dtype: torch.dtype, data: st.DataObject) -> None:
-    """Equal bits are no difference, and one bit that is turned over is one element, NaN or not."""
+    """Equal bits are no difference, and one bit that is flipped is one element, NaN or not."""
     size = torch.finfo(dtype).bits
     integers = {16: torch.int16, 32: torch.int32, 64: torch.int64}[size]
     limits = torch.iinfo(integers)

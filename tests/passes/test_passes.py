@@ -44,7 +44,7 @@ def dims_of(rank: int) -> list[Any]:
 
 def reductions(dtype: torch.dtype, n: int) -> Iterator[Case]:
     x = rand(n, 7, 6, dtype=dtype)
-    turned = rand(6, 7, n, dtype=dtype).permute(2, 1, 0)
+    permuted = rand(6, 7, n, dtype=dtype).permute(2, 1, 0)
     scalar, empty, hollow = rand(dtype=dtype), rand(0, 6, dtype=dtype), rand(n, 0, dtype=dtype)
     wider = torch.float64 if dtype == torch.float32 else torch.float32
     for name in ("sum", "mean"):
@@ -55,7 +55,7 @@ def reductions(dtype: torch.dtype, n: int) -> Iterator[Case]:
         overload = {"sum": "aten.sum.dim_IntList", "mean": "aten.mean.dim"}[name]
         for dim in dims_of(3):
             yield overload, (x, dim if dim is None or isinstance(dim, list) else [dim]), {}
-            yield overload, (turned, dim if dim is None or isinstance(dim, list) else [dim], True), {}
+            yield overload, (permuted, dim if dim is None or isinstance(dim, list) else [dim], True), {}
         yield overload, (x, [1], False), {"dtype": wider}
         yield overload, (x, [-2, 2], True), {"dtype": torch.float64}
         for tensor, dim in (
@@ -80,13 +80,13 @@ def reductions(dtype: torch.dtype, n: int) -> Iterator[Case]:
         for dim in dims_of(3):
             yield op, (x, dim if dim is None or isinstance(dim, list) else [dim]), {"keepdim": dim in ([0], None)}
         for correction in (0, 1, 2, 0.5, None):
-            yield op, (turned, [1]), {"correction": correction}
+            yield op, (permuted, [1]), {"correction": correction}
         yield op, (rand(4, 1, dtype=dtype), [1]), {"correction": 0}
         yield op, (scalar, None), {"correction": 0}
         yield op, (empty, [1]), {}
     for p in (2, 1, 0, 3, 0.5, -1, float("inf"), float("-inf")):
         yield "aten.linalg_vector_norm.default", (x, p, [-1]), {}
-        yield "aten.linalg_vector_norm.default", (turned, p, [0, 2], True), {}
+        yield "aten.linalg_vector_norm.default", (permuted, p, [0, 2], True), {}
         yield "aten.linalg_vector_norm.default", (x, p, None), {}
         yield "aten.norm.ScalarOpt_dim", (x, p, [1], True), {}
         yield "aten.norm.Scalar", (x, p), {}
@@ -104,13 +104,13 @@ def reductions(dtype: torch.dtype, n: int) -> Iterator[Case]:
         yield "aten.norm.ScalarOpt_dim_dtype", (x, None, [-1, 0], True), {"dtype": wider}
     for dim in ([0], [-1], [1, 2], [-1, 0]):
         yield "aten.logsumexp.default", (x, dim), {}
-        yield "aten.logsumexp.default", (turned, dim, True), {}
+        yield "aten.logsumexp.default", (permuted, dim, True), {}
     yield "aten.logsumexp.default", (torch.full((3, 4), -torch.inf, dtype=dtype), [1]), {}
     yield "aten.logsumexp.default", (scalar, [0]), {}
     yield "aten.logsumexp.default", (empty, [1]), {}
     for dim in (0, 1, -1):
         yield "aten.cumsum.default", (x, dim), {}
-        yield "aten.cumsum.default", (turned, dim), {}
+        yield "aten.cumsum.default", (permuted, dim), {}
     yield "aten.cumsum.default", (x, 1), {"dtype": wider}
     yield "aten.cumsum.default", (scalar, 0), {}
     yield "aten.cumsum.default", (empty, 0), {}
@@ -118,12 +118,12 @@ def reductions(dtype: torch.dtype, n: int) -> Iterator[Case]:
 
 def softmaxes(dtype: torch.dtype, n: int) -> Iterator[Case]:
     x = rand(n, 7, 6, dtype=dtype)
-    turned = rand(6, 7, n, dtype=dtype).permute(2, 1, 0)
+    permuted = rand(6, 7, n, dtype=dtype).permute(2, 1, 0)
     dead = torch.where(torch.arange(6) < 9, -torch.inf, x)
     for name in ("_softmax", "_log_softmax"):
         for dim in (0, 1, 2, -1, -3):
             yield f"aten.{name}.default", (x, dim, False), {}
-        yield f"aten.{name}.default", (turned, 1, False), {}
+        yield f"aten.{name}.default", (permuted, 1, False), {}
         yield f"aten.{name}.default", (rand(dtype=dtype), 0, False), {}
         yield f"aten.{name}.default", (rand(dtype=dtype), -1, False), {}
         yield f"aten.{name}.default", (rand(0, 4, dtype=dtype), 1, False), {}
@@ -137,16 +137,16 @@ def softmaxes(dtype: torch.dtype, n: int) -> Iterator[Case]:
 
 def norms(dtype: torch.dtype, n: int) -> Iterator[Case]:
     x = rand(n, 7, 6, dtype=dtype)
-    turned = rand(6, 7, n, dtype=dtype).permute(2, 1, 0)
+    permuted = rand(6, 7, n, dtype=dtype).permute(2, 1, 0)
     for shape in ([6], [7, 6], [n, 7, 6]):
         w, b = rand(*shape, dtype=dtype, seed=1), rand(*shape, dtype=dtype, seed=2)
         for weight, bias in ((w, b), (w, None), (None, b), (None, None)):
             yield "aten.native_layer_norm.default", (x, shape, weight, bias, 1e-5), {}
         yield "aten._fused_rms_norm.default", (x, shape, w, 1e-5), {}
         yield "aten._fused_rms_norm.default", (x, shape, None, None), {}
-    yield "aten.native_layer_norm.default", (turned, [6], None, None, 1e-5), {}
+    yield "aten.native_layer_norm.default", (permuted, [6], None, None, 1e-5), {}
     yield "aten.native_layer_norm.default", (rand(0, 6, dtype=dtype), [6], None, None, 1e-5), {}
-    yield "aten._fused_rms_norm.default", (turned, [6], None, 1e-5), {}
+    yield "aten._fused_rms_norm.default", (permuted, [6], None, 1e-5), {}
     image = rand(n, 8, 3, 2, dtype=dtype)
     w, b = rand(8, dtype=dtype, seed=1), rand(8, dtype=dtype, seed=2)
     for groups in (1, 2, 8):

@@ -172,9 +172,9 @@ def operands(problem: Problem, kind: str, m: int, copies: int = 1) -> tuple[Tens
     if problem.by_column:
         bs = [weight.t() if i == 0 else _padded(n, k, lambda r, c: draw(r, c, small)).t() for i in range(copies)]
     else:
-        turned = weight.t()
+        transposed = weight.t()
         bs = [
-            _padded(k, n, lambda r, c: torch.empty(r, c, dtype=dtype, device=device)).copy_(turned)
+            _padded(k, n, lambda r, c: torch.empty(r, c, dtype=dtype, device=device)).copy_(transposed)
             for _ in range(copies)
         ]
     if problem.form == 0:
