@@ -16,6 +16,18 @@ def _native() -> Mapping[str, str]:
     return cuda.rests_on()
 
 
+#: kernels of vLLM's model runner (vllm/v1/worker/gpu and block_table.py of 0.23), which it launches around the model
+_RUNNERS_KERNELS = (
+    "prepare_prefill_inputs prepare_pos_seq_lens combine_sampled_and_draft_tokens get_num_sampled_and_rejected post_update "
+    "post_update_num_computed_tokens expand_idx_mapping gather_block_tables compute_slot_mappings compute_slot_mapping apply_write "
+    "temperature gumbel_sample topk_log_softmax ranks fill_logprob_token_ids min_p penalties bincount bias bad_words "
+    "prompt_logprobs_token_ids"
+).split()
+_RUNNERS_REASON = (
+    "vLLM's model runner: each program reads and writes one request's tokens, pages or logits, in blocks of one size; what it adds up "
+    "atomically are integers"
+)
+
 TARGET = Target(
     name="cuda",
     device="cuda",
@@ -27,6 +39,7 @@ TARGET = Target(
         "ascending or descending tiles of one size, once they are told the same lengths for every batch (bi_compile/vllm/cuda.py, which "
         "refuses other attention)",
         "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
+        **{f"triton._{name}_kernel": _RUNNERS_REASON for name in _RUNNERS_KERNELS},
     },
 )
 
