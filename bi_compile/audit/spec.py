@@ -122,7 +122,7 @@ MOVES = Row(
         "reshape flatten _reshape_copy _unsafe_view view_copy permute_copy expand_copy split_with_sizes_copy unbind_copy "
         "sym_size sym_stride sym_numel sym_storage_offset tril triu one_hot _local_scalar_dense item "
         "_assert_async _assert_scalar _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size detach alias "
-        "detach_ squeeze_ unsqueeze_ t_ transpose_ "
+        "detach_ squeeze_ unsqueeze_ t_ transpose_ _pin_memory is_pinned record_stream "
         "zero zero_ resize resize_ set set_ lift unsafe_split unsafe_split_with_sizes squeeze_copy unsqueeze_copy t_copy "
         "transpose_copy slice_copy select_copy detach_copy alias_copy as_strided_copy diagonal_copy split_copy"
     )

@@ -217,6 +217,7 @@ def test_operands_that_cublaslt_cannot_read_and_a_replaced_weight() -> None:
 
 @cuda
 def test_a_product_without_a_proof_inside_a_graph_is_the_triton_kernels() -> None:
+    ops.load_kernels("cuda")
     a, weight = draw(16, 1536), draw(2048, 1536)
     want = triton("mm")(a, weight.t())
     torch.ops.bi_compile_cuda.forget_products()
