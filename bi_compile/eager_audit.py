@@ -141,7 +141,7 @@ class Observer(TorchDispatchMode):
             return _inside(func, args, kwargs)
         if _is_fake(args, kwargs):
             return _inside(func, args, kwargs)
-        call = Call(func, args, kwargs)
+        call = _call(func, args, kwargs)
         verdict, reason = self.judge(call)
         if verdict not in ALLOWED and _is_composite(func):
             with self:  # under inference_mode it arrives whole; its parts are what runs
@@ -328,6 +328,13 @@ def _devices() -> tuple[str, ...]:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A mutable operator that a compiler made functional, and that no compiler lowered, goes by its own name."""
+    if isinstance(func, HigherOrderOperator) and func.name().startswith("auto_functionalized"):
+        return Call(args[0], args[1:], kwargs, complete=False)
+    return Call(func, args, kwargs)
 
 
 def _compiling() -> bool:

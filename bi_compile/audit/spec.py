@@ -111,6 +111,13 @@ DATA_DEPENDENT = Row(
     Verdict.UNPROVEN,
     "how many elements it gives, and where, follows the values of all rows",
 )
+#: what a profiler shows
+MARKS = Row(
+    default("profiler", "_record_function_enter _record_function_enter_new _record_function_exit")
+    | {str(torch.ops.profiler._record_function_exit._RecordFunction)},
+    Verdict.ROW_LOCAL,
+    "marks a stretch of time",
+)
 #: nothing is added up
 MOVES = Row(
     aten(
@@ -228,6 +235,7 @@ SPEC: tuple[Rule, ...] = (
     _random,
     RANDOM,
     DATA_DEPENDENT,
+    MARKS,
     MOVES,
     _view,
     _pointwise,

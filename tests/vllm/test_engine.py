@@ -37,7 +37,7 @@ def test_eager_mode(model: Model, tmp_path: Path) -> None:
     """The eager fallback alone (no graph is compiled)."""
     result, said = requests(model("qwen3"), tmp_path, dtype="bfloat16", enforce_eager=True, **PASS, **LONG)
     assert differing(result) == 0, result
-    assert "no graph was compiled here" in said
+    assert "no graph was compiled here; " in said and "operators judged uncompiled" in said
 
 
 def test_prefix_caching_and_a_start_from_warm_caches_change_no_bit(model: Model, tmp_path: Path) -> None:
@@ -55,23 +55,39 @@ lib.define("mystery(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 lib.impl("mystery", lambda x: x * 2, "CPU")
 torch.library.register_fake("testlib::mystery", lambda x: torch.empty_like(x), lib=lib)
 from vllm.model_executor.models import llama
-plain = llama.LlamaMLP.forward
-def forward(self, x):
-    return plain(self, torch.ops.testlib.mystery(x))  # the line to find
-llama.LlamaMLP.forward = forward
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+on_unproven, place, eager = sys.argv[2:]
+owner, at = {"model": (llama.LlamaMLP, 0), "logits": (LogitsProcessor, 1)}[place]
+plain = owner.forward
+def forward(self, *args, **kwargs):
+    args = list(args)
+    args[at] = torch.ops.testlib.mystery(args[at])  # the line to find
+    return plain(self, *args, **kwargs)
+owner.forward = forward
 import bi_compile.measure.requests as r
-print("RESULT", r.run({"model": sys.argv[1], "dtype": "bfloat16", "requests": 2, "batches": [2], "tokens": 2,
-      "compilation_config": {"custom_passes": ["bi_ascend"]}, "additional_config": {"bi_compile": {"on_unproven": sys.argv[2]}}}))
+print("RESULT", r.run({"model": sys.argv[1], "dtype": "bfloat16", "requests": 2, "batches": [2], "tokens": 2, "enforce_eager": eager == "eager",
+      "compilation_config": {"custom_passes": ["bi_ascend"]}, "additional_config": {"bi_compile": {"on_unproven": on_unproven}}}))
 """
 
 
-@pytest.mark.parametrize("on_unproven", ["error", "warn"])
-def test_an_operator_that_nobody_knows(model: Model, tmp_path: Path, on_unproven: str) -> None:
-    """ "error" stops before any request, with the operator, the source line and what to do; "warn" runs and says so."""
+@pytest.mark.parametrize(
+    ("on_unproven", "place", "mode"),
+    [
+        ("error", "model", "compiled"),
+        ("warn", "model", "compiled"),
+        ("error", "model", "eager"),
+        ("error", "logits", "compiled"),
+    ],
+)
+def test_an_operator_that_nobody_knows(model: Model, tmp_path: Path, on_unproven: str, place: str, mode: str) -> None:
+    """ "error" stops before any request, with the operator, the source line and what to do; "warn" runs and says so.
+
+    Logits are computed outside of the compiled graphs.
+    """
     program = tmp_path / "mystery.py"
     program.write_text(MYSTERY)
     for _ in range(2 if on_unproven == "warn" else 1):  # with warm caches too
-        run = python([str(program), str(model("llama")), on_unproven], VLLM_CACHE_ROOT=str(tmp_path))
+        run = python([str(program), str(model("llama")), on_unproven, place, mode], VLLM_CACHE_ROOT=str(tmp_path))
         said = run.stdout
         assert "testlib.mystery.default" in said, said[-3000:]
         assert "mystery.py" in said and 'trust={"testlib::mystery"' in said
