@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from engines import python
+from vllm_names import absent
 
 #: what a newer vLLM may call otherwise -> (how its source is changed, what the sentence names)
 RENAMED = {
@@ -61,3 +63,9 @@ def test_a_renamed_hook_harms_nobody_without_the_key(model: Callable[[str], Path
     assert said[0] == "SAID VllmConfig", done.stdout[-4000:]
     sentence = f"this vLLM does not have {missing}, which bi_compile hooks: custom_passes cannot be used with it"
     assert len(said) == 2 and sentence in done.stdout.rpartition(said[0])[2], done.stdout[-4000:]
+
+
+def test_the_installed_vllm_has_every_name() -> None:
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.submodule_search_locations is not None
+    assert absent(Path(spec.submodule_search_locations[0])) == []
