@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bi_compile import ops
+from bi_compile.kernels.ascend import ascendc
 from bi_compile.table import Pass, given, refuse
 from bi_compile.targets.ascend import is_capturing
 
@@ -15,17 +16,20 @@ FUSION = "torch_npu takes scaled_dot_product_attention apart into it; what its k
 READ = ("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "block_table", "num_heads", "scale", "input_layout",
         "num_key_value_heads", "sparse_mode", "block_size", "softmax_lse_flag", "inner_precise", "workspace")  # fmt: skip
 DEFAULTS = {"pre_tokens": 2147483647, "next_tokens": 2147483647}
+#: sparse_mode -> the arguments that name how far a query sees to both sides of its own position, which is that of the last
+#: query at the last key (torch_npu's documentation); under a causal mask next_tokens has no effect
+SEES: dict[int, dict[str, str]] = {0: {}, 3: {}, 4: {"left": "pre_tokens", "right": "next_tokens"}}
 
 
 def _check(arguments: dict[str, Any]) -> None:
     """Refuses what `_attention` does not compute."""
     layout, sparse_mode = arguments.get("input_layout", "BSH"), arguments.get("sparse_mode", 0)
-    # under a causal mask no query sees later keys, so next_tokens has no effect
-    plain = DEFAULTS | ({"next_tokens": arguments.get("next_tokens")} if sparse_mode == 3 else {})
+    free = {3: ("next_tokens",), 4: ("pre_tokens", "next_tokens")}.get(sparse_mode, ())
+    plain = DEFAULTS | {name: arguments.get(name) for name in free}
     named = given({name: value for name, value in arguments.items() if name not in READ}, plain)
     if layout != "TND":
         named.append(f"input_layout={layout!r}")
-    if sparse_mode not in (0, 3):
+    if sparse_mode not in SEES:
         named.append(f"sparse_mode={sparse_mode}")
     if sparse_mode == 0 and arguments.get("atten_mask") is not None:
         named.append("an atten_mask of its own")
@@ -34,7 +38,7 @@ def _check(arguments: dict[str, Any]) -> None:
             "npu_fused_infer_attention_score",
             named,
             "it has one for the layout TND without quantisation, rotation, shared prefix or padding, and with sparse_mode 0 (no "
-            "mask) or 3 (causal)",
+            "mask), 3 (causal) or 4 (a band)",
         )
     if is_capturing():
         refuse(
@@ -44,49 +48,62 @@ def _check(arguments: dict[str, Any]) -> None:
         )
 
 
-def _requests(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, end) of each request, from their ends in the concatenated tokens."""
-    return list(zip([0, *lengths[:-1]], lengths, strict=True))
+def _wrong(what: str) -> None:
+    raise ValueError(f"npu_fused_infer_attention_score: {what}")
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """Each request by itself: its shapes, and so its bits, are those that it has alone."""
+def _on_device(query: Tensor, ends: Sequence[int], keys: Sequence[int]) -> Tensor:
+    """The lengths, [2, requests], in one copy that the host does not wait for."""
+    npu = query.device.type == "npu"
+    lengths = torch.tensor([ends, keys], dtype=torch.int32, pin_memory=npu)
+    return lengths.to(query.device, non_blocking=npu)
+
+
+def _in_pages(name: str, cache: Tensor, kv_heads: int, block_size: int) -> Tensor:
+    """[pages, block_size, kv_heads, head] of a cache [pages, block_size, H] or [pages, kv_heads, block_size, head]."""
+    if cache.dim() == 3 and cache.shape[1] == block_size and cache.shape[2] % kv_heads == 0:
+        return cache.unflatten(2, (kv_heads, -1))
+    if cache.dim() != 4 or cache.shape[1:3] != (kv_heads, block_size):
+        _wrong(
+            f"{name} is {list(cache.shape)}, and a cache with block_size={block_size} and {kv_heads} key heads is [blocks, "
+            "block_size, H] or [blocks, key heads, block_size, D]"
+        )
+    return cache.transpose(1, 2)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, *, out: Sequence[Tensor] | None = None, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """All requests in one launch, and one copy of their lengths; AscendC's operator where its package is installed."""
     _check(arguments)
+    ends, keys = list(arguments["actual_seq_lengths"]), list(arguments["actual_seq_lengths_kv"])
+    table, block_size = arguments.get("block_table"), arguments.get("block_size", 0)
+    if len(ends) != len(keys) or (table is not None and table.shape[0] < len(ends)):
+        rows = "" if table is None else f", and block_table {table.shape[0]} rows"
+        _wrong(f"actual_seq_lengths names {len(ends)} requests, actual_seq_lengths_kv {len(keys)}{rows}")
+    if ends and (ends[-1] > query.shape[0] or min(ends) < 0 or min(keys) < 0):
+        _wrong(f"lengths are negative, or more than the {query.shape[0]} tokens of query")
+    if table is not None and max(keys, default=0) > table.shape[1] * block_size:
+        _wrong(f"a request has {max(keys)} keys, and block_table names {table.shape[1]} pages of {block_size} for each")
+    theirs = ascendc.attention()
+    if theirs is not None and query.device.type == "npu":
+        return ascendc.each_phase(theirs, query, key, value, out, **arguments)
     heads = arguments.get("num_heads", 1)
     kv_heads = arguments.get("num_key_value_heads", 0) or heads
-    table, ends_kv = arguments.get("block_table"), list(arguments["actual_seq_lengths_kv"])
-    # with a block table actual_seq_lengths_kv holds the length of each request, without one the ends
-    keys = [(0, n) for n in ends_kv] if table is not None else _requests(ends_kv)
-    head = query.shape[-1]
-    # key and value are then [blocks, block_size, kv_heads * head] or [blocks, block_size, kv_heads, head]
-    width = value.shape[-1] if table is None else value.numel() // (value.shape[0] * arguments["block_size"] * kv_heads)
-    out = query.new_zeros(query.shape[0], heads, width)
-    lse = query.new_full((query.shape[0], heads, 1), float("inf"), dtype=torch.float32)
-    for i, (start, end) in enumerate(_requests(list(arguments["actual_seq_lengths"]))):
-        first, last = keys[i]
-        length, count = end - start, last - first
-        if length <= 0 or count <= 0:
-            continue
-        if table is None:
-            k, v = key[first:last], value[first:last]
-        else:
-            blocks = table[i, : -(-count // arguments["block_size"])].long()
-            k, v = (
-                cache[blocks].reshape(
-                    -1, kv_heads, cache.numel() // (cache.shape[0] * arguments["block_size"] * kv_heads)
-                )[:count]
-                for cache in (key, value)
-            )
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query[start:end].reshape(length, heads, head), k, v))
-        mask = None
-        if arguments.get("sparse_mode", 0) == 3:
-            # the last query sees every key
-            seen = torch.arange(count - length, count, device=query.device)
-            mask = torch.arange(count, device=query.device)[None, :] <= seen[:, None]
-        y, part = ops.scaled_dot_product_attention(q, k, v, mask, scale=arguments.get("scale", 1.0))
-        out[start:end] = y[0].transpose(0, 1)
-        lse[start:end, :, 0] = part[0].transpose(0, 1).float()
-    return out, lse if arguments.get("softmax_lse_flag") else lse.new_zeros(1)
+    if table is not None:
+        key, value = _in_pages("key", key, kv_heads, block_size), _in_pages("value", value, kv_heads, block_size)
+        table = table[: len(ends)]
+    mode = arguments.get("sparse_mode", 0)
+    sees = {side: arguments.get(name, DEFAULTS[name]) for side, name in SEES[mode].items()} or {
+        "right": 0 if mode else None
+    }
+    query, lengths = query.reshape(query.shape[0], heads, -1), _on_device(query, ends, keys)
+    y, lse = ops.paged_attention(query, key, value, lengths, table, scale=arguments.get("scale", 1.0), **sees)
+    if not arguments.get("softmax_lse_flag"):
+        lse = lse.new_zeros(1) if out is None else out[1]
+    else:
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(2)
+    return (y, lse) if out is None else ascendc.into(out, y, lse)
 
 
 #: layout -> (from it to [B, N, S, D], and back); H is N * D
@@ -147,7 +164,7 @@ def _fusion_attention(
 
 
 class NpuAttention(Pass):
-    """Ascend's attention: a server's is computed request by request, that of PyTorch's models in one call."""
+    """Ascend's attention, that of a server and that of PyTorch's models."""
 
     name = "npu_attention"
     why = "how the keys are split over cores follows the batch, and the parts' sums follow the split"
@@ -163,11 +180,7 @@ def fused_infer_attention_score(query: Tensor, key: Tensor, value: Tensor, **arg
 def fused_infer_attention_score_out(
     query: Tensor, key: Tensor, value: Tensor, *, out: Sequence[Tensor], **arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    attention, lse = _attention(query, key, value, **arguments)
-    out[0].copy_(attention.reshape(out[0].shape))
-    if arguments.get("softmax_lse_flag"):
-        out[1].copy_(lse.reshape(out[1].shape))
-    return out[0], out[1]
+    return _attention(query, key, value, out=out, **arguments)
 
 
 @NpuAttention.replaces("npu.npu_fusion_attention.default", source=FUSION)

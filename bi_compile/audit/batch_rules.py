@@ -328,6 +328,14 @@ def _attention(n: Node, query: str = "query", key: str = "key", value: str = "va
     return tuple(tuple(out[: v.dim()]) if isinstance(v, Tensor) else () for v in n.value), combined
 
 
+def _paged_attention(n: Node, query: str) -> Result:
+    """[T, H, D]: each token by itself; what else there is, belongs to requests, whose tokens are told from it."""
+    q = n.arg(query)
+    others = [(x, i) for x in n.tensors if x is not q for i in range(len(n.layout(x)))]
+    rows = n.layout(q)[:2]
+    return ((*rows, (Factor(n.shape[-1], False),)), rows), [(q, 2), *others]
+
+
 def _normalised(start: Callable[[Node, int], int]) -> Rule:
     """Statistics over the dimensions from `start` on: the result, then the statistics."""
 
@@ -439,6 +447,7 @@ DECLARED: dict[type, Callable[[Any], Rule]] = {
     batch.Product: lambda said: _product(said.a, said.b),
     batch.GroupedProduct: lambda said: functools.partial(_grouped, a=said.a, b=said.b),
     batch.Attention: lambda said: functools.partial(_attention, query=said.query, key=said.key, value=said.value),
+    batch.PagedAttention: lambda said: functools.partial(_paged_attention, query=said.query),
     batch.Normalises: lambda said: _normalised(lambda n, rank: said.start),
     batch.Resizes: lambda said: _resized,
     batch.BySize: lambda said: _by_size,

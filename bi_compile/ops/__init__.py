@@ -4,7 +4,7 @@ Each is opaque to the compilers above it, mutates nothing, and gives the same bi
 inside a CUDA graph. The order of each sum is a function of the reduced length, the dtype and the device.
 """
 
-from .attention import scaled_dot_product_attention
+from .attention import paged_attention, scaled_dot_product_attention
 from .collective import REDUCE_OPS, all_reduce, ranks, reduce_scatter
 from .declare import BATCH, KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .matmul import addmm, baddbmm, bmm, grouped_mm, mm
@@ -38,6 +38,7 @@ __all__ = [
     "logsumexp",
     "mean",
     "mm",
+    "paged_attention",
     "pointwise",
     "ranks",
     "reduce_scatter",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import Attention
+from .batch import Attention, PagedAttention
 from .declare import check, operator
 from .reduce import _float
 
@@ -49,6 +49,77 @@ def scaled_dot_product_attention(
         lambda: (
             f"bi_compile::scaled_dot_product_attention: {query.shape[1]} query heads are no multiple of {key.shape[1]} key heads"
         ),
+    )
+    stat = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty([*query.shape[:-1], value.shape[-1]]), query.new_empty(query.shape[:-1], dtype=stat)
+
+
+@operator(
+    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? block_table=None, *, float? scale=None, "
+    "int? left=None, int? right=None) -> (Tensor, Tensor)",
+    batch=PagedAttention("query"),
+)
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    left: int | None = None,
+    right: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of R requests whose tokens lie one behind the other (the layout TND), prefill and decode alike, in one launch.
+
+    query [T, Hq, D], Hq a multiple of Hkv. lengths [2, R], int32, contiguous, on query's device: the ends of the requests'
+    tokens in T, ascending, and how many keys each has. With a block_table [R, P], int32: key [pages, page_size, Hkv, D],
+    value [pages, page_size, Hkv, Dv]; key n of request r is number n % page_size of the page block_table[r, n // page_size].
+    Without one: key [S, Hkv, D], value [S, Hkv, Dv], the requests' keys one behind the other, and lengths[1] their ends.
+
+    The last query of a request stands at its last key: query i of L is at position p = keys - L + i, and sees the keys
+    from p - left to p + right (both in it; None: no limit). right=0 is causal. scale: 1/sqrt(D) unless given.
+
+    Returns the output [T, Hq, Dv], contiguous, in query's dtype, and the logsumexp of the scaled scores [T, Hq] in float32
+    (float64 for float64). A token that sees no key, or lies behind the last request's end, gives 0 (and -inf).
+
+    The sums are those of `scaled_dot_product_attention` for the request alone with its keys in one piece: ascending over the
+    request's keys from its key 0, in blocks that depend on dtype and device alone. Where the pages lie, how long they are
+    and which other requests there are does not change the bits. Numbers in lengths and block_table are read on the device
+    and are not checked there: a page beyond the cache is read as whatever lies in memory (on a CPU: an IndexError).
+    """
+    name = "bi_compile::paged_attention"
+    _float("paged_attention", query)
+    rank = 3 if block_table is None else 4
+    check(
+        query.dim() == 3 and key.dim() == value.dim() == rank and query.dtype == key.dtype == value.dtype,
+        lambda: (
+            f"{name} takes a 3-D query and {rank}-D key and value {'without' if rank == 3 else 'with'} a block_table, of one "
+            f"dtype, got {', '.join(f'{tuple(t.shape)} {t.dtype}' for t in (query, key, value))}"
+        ),
+    )
+    check(
+        key.shape[:-1] == value.shape[:-1] and query.shape[2] == key.shape[-1] and query.shape[1] % key.shape[-2] == 0,
+        lambda: (
+            f"{name}: query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: heads of one "
+            "length in query and key, query heads a multiple of key heads, as many keys as values"
+        ),
+    )
+    tables = [lengths] if block_table is None else [lengths, block_table]
+    check(
+        all(t.dim() == 2 and t.dtype == torch.int32 and t.device == query.device for t in tables)
+        and lengths.shape[0] == 2
+        and all(t.shape[1] <= 1 or t.stride(1) == 1 for t in tables)
+        and (lengths.shape[1] == tables[-1].shape[0] or block_table is None)
+        and lengths.is_contiguous(),
+        lambda: (
+            f"{name} takes lengths [2, requests] and block_table [requests, pages], int32, rows contiguous, on {query.device}, got "
+            + ", ".join(f"{tuple(t.shape)} {t.dtype} {t.stride()} on {t.device}" for t in tables)
+        ),
+    )
+    check(
+        (left is None or left >= 0) and (right is None or right >= 0),
+        lambda: f"{name}: left={left} and right={right} count keys beside a query's own position and are not negative",
     )
     stat = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty([*query.shape[:-1], value.shape[-1]]), query.new_empty(query.shape[:-1], dtype=stat)

@@ -54,6 +54,14 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
+class PagedAttention:
+    """`query` [T, H, D], each token a row: D is combined, and so is every dimension of the keys and values, whose rows the
+    other arguments assign to the tokens; the results begin with [T, H]."""
+
+    query: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Normalises:
     """Statistics over the first tensor's dimensions from `start` (negative: from the end) on, which are combined."""
 
@@ -70,4 +78,6 @@ class BySize:
     """A dimension of any of the tensors stays where the result has its size; nothing is combined."""
 
 
-Batch = Pointwise | Reduces | Along | Product | GroupedProduct | Attention | Normalises | Resizes | BySize
+Batch = (
+    Pointwise | Reduces | Along | Product | GroupedProduct | Attention | PagedAttention | Normalises | Resizes | BySize
+)

@@ -14,14 +14,14 @@ import sys
 import torch
 
 from ..errors import HostError
-from ..kernels.ascend.ascendc import ascendc_operators
+from ..kernels.ascend.ascendc import ascendc_operators, serves
 from .target import Device, Target
 from .torch_npu_ops import ROW_LOCAL, TRUSTED, UNPROVEN
 
 #: operators of vllm-ascend 0.23 that are opaque in its graphs
 _HOST = {
     "vllm::unified_attention_with_output": "its kernel, npu_fused_infer_attention_score, is called in eager code, where the table "
-    "replaces it: one call for each request, so prefill and decode never share one",
+    "replaces it: each query by itself, or AscendC's in a call for prefill and one for decode",
     "vllm::unified_kv_cache_update": "copies keys and values into their slots",
     "vllm::maybe_chunk_residual": "takes this rank's rows (vllm_ascend/ops/register_custom_ops.py)",
     "vllm::maybe_all_gather_and_maybe_unpad": "joins the ranks' rows (vllm_ascend/ops/register_custom_ops.py)",
@@ -71,6 +71,7 @@ def _target(name: str) -> Target:
         row_local=ROW_LOCAL,
         trusted={**TRUSTED, **_HOST},
         unproven={**UNPROVEN, **_HOST_UNPROVEN},
+        native=serves,
     )
 
 

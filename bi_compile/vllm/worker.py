@@ -284,8 +284,9 @@ def report(wrapper: Any) -> None:
     left = [f.operator for f in seen.objections]
     say = log.warning if summary.left or left else log.info
     say(
-        "bi_compile: %s; %d operators judged uncompiled in %d calls, left %s; %d operators replaced in eager code",
+        "bi_compile: %s; %d operators judged uncompiled in %d calls, left %s; %d operators replaced in eager code%s",
         compiled, len(seen.calls), seen.calls.total(), ", ".join(left) or "none", len(held.fallback.operators),
+        "".join(f"; {name} {found}" for name, found in held.pipeline.knowledge(seen.target).target.native().items()),
     )  # fmt: skip
 
 

@@ -136,12 +136,29 @@ def attention() -> Iterator[Configuration]:
             yield Configuration("scaled_dot_product_attention", dtype, f"heads of {head}", variant, run)
 
 
+def paged_attention() -> Iterator[Configuration]:
+    lengths, table = torch.zeros(2, 5, dtype=torch.int32), torch.zeros(5, 40, dtype=torch.int32)
+    for dtype, head in itertools.product(DTYPES, HEADS):
+        if head > tiles.LONGEST_HEAD["npu"][DTYPES[dtype].itemsize]:
+            continue
+        q = empty(64, 8, head, dtype=dtype)
+        keys: dict[str, tuple[Any, ...]] = {
+            "packed": (empty(300, 2, head, dtype=dtype), None), "pages of 16": (empty(9, 16, 2, head, dtype=dtype), table),
+            "pages of 128": (empty(9, 128, 2, head, dtype=dtype), table),
+        }  # fmt: skip
+        if head > tiles.LONGEST_HEAD_GATHERED["npu"][DTYPES[dtype].itemsize]:
+            del keys["pages of 16"]
+        for variant, (k, t) in keys.items():
+            run = lambda q=q, k=k, t=t: IMPLEMENTATIONS["paged_attention"](q, k, k, lengths, t, right=0)
+            yield Configuration("paged_attention", dtype, f"heads of {head}", variant, run)
+
+
 def launches() -> dict[tuple[str, str, str, str], lowering.Launch]:
     """(operator, dtype, tile, variant) -> the one kernel that it launches."""
     found = {}
     before, launch.HOST = launch.HOST, "npu"
     try:
-        for c in itertools.chain(products(), row_kernels(), attention()):
+        for c in itertools.chain(products(), row_kernels(), attention(), paged_attention()):
             with lowering.captured() as captured:
                 c.run()
             (found[c[:4]],) = captured
@@ -172,7 +189,8 @@ a chip; what a closed assembler makes of the HIVM modules is not seen here.
 A product's tile is rows x columns x K of one step. Its rows and columns follow the number of rows, K does not, and a
 block of K fits whole into L0A and L0B in every tile.
 
-Refused by name: float64, and attention with heads of more than 512 elements (float32: 256). triton-ascend refuses a launch
+Refused by name: float64, and attention with heads of more than 512 elements (float32: 256; in pages that are no multiple of 64
+keys 128, float32: 64). triton-ascend refuses a launch
 of more than 65,535 programs unless TRITON_ALL_BLOCKS_PARALLEL=1 is set.
 
 """

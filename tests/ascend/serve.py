@@ -19,6 +19,26 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import emulated_npu
 
 REQUESTS = 16
+#: requests in a step -> what one layer's attention launched, for each call
+Launches = dict[int, set[tuple[tuple[str, int], ...]]]
+
+
+def count_attention() -> Launches:
+    """What each layer's attention launches from now on, without the cache write, in vllm-ascend's own backend."""
+    from vllm_ascend.attention.attention_v1 import AscendAttentionBackendImpl as Impl
+
+    found: Launches = {}
+    plain = Impl.forward_fused_infer_attention
+
+    def forward(self: Any, query: Any, key: Any, value: Any, attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        before = emulated_npu.LAUNCHES.copy()
+        result = plain(self, query, key, value, attn_metadata, *args, **kwargs)
+        launched = tuple(sorted((emulated_npu.LAUNCHES - before).items()))
+        found.setdefault(len(attn_metadata.actual_seq_lengths_q), set()).add(launched)
+        return result
+
+    Impl.forward_fused_infer_attention = forward
+    return found
 
 
 def main(model: str, arguments: dict[str, Any]) -> None:
@@ -40,10 +60,12 @@ def main(model: str, arguments: dict[str, Any]) -> None:
     def bits(output: Any) -> list[list[tuple[int, float]]]:
         return [[(token, entry.logprob) for token, entry in step.items()] for step in output.outputs[0].logprobs]
 
+    attention = count_attention()
     alone = [bits(llm.generate([p], greedy, use_tqdm=False)[0]) for p in prompts]
     together = [bits(output) for output in llm.generate(prompts, greedy, use_tqdm=False)]
     differ = sum(a != b for a, b in zip(alone, together, strict=True))
-    print("\n" + json.dumps({"differ": differ, "of": REQUESTS}))
+    launches = {n: [dict(calls) for calls in sorted(found)] for n, found in sorted(attention.items())}
+    print("\n" + json.dumps({"differ": differ, "of": REQUESTS, "launches of attention": launches}))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,10 @@ def kernels_over_rows(name: str, rows: int, dtype: torch.dtype) -> list[str]:
         "scaled_dot_product_attention": lambda f: f(
             x.view(1, rows, 8, 128).transpose(1, 2), *[torch.empty(1, 2, 300, 128, dtype=dtype)] * 2
         ),
+        "paged_attention": lambda f: f(
+            x.view(rows, 8, 128), *[torch.empty(9, 128, 2, 128, dtype=dtype)] * 2,
+            torch.zeros(2, rows, dtype=torch.int32), torch.zeros(rows, 1 + rows // 7, dtype=torch.int32), right=0,
+        ),
     }  # fmt: skip
     with lowering.captured() as found:
         calls[name](IMPLEMENTATIONS[name])

@@ -27,6 +27,17 @@ CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
         {K, N},
         {13},  # of the values' features the logsumexp has none
     ),
+    "paged_attention": (
+        (
+            X(M, 4, K),
+            X(8, 16, B, K),
+            X(8, 16, B, 13),
+            torch.zeros(B, N, dtype=torch.int32),
+            torch.zeros(N, 9, dtype=torch.int32),
+        ),
+        {K, B, 8, 16, 13, N, 9},
+        set(),
+    ),
     "rms_norm": ((X(M, G, K), None, 1e-6), {K}, set()),
     "add_rms_norm": ((X(M, K), X(M, K), None, 1e-6), {K}, set()),
     "layer_norm": ((X(M, K), None, None, 1e-6), {K}, set()),

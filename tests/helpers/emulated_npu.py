@@ -16,6 +16,7 @@ import ctypes
 import itertools
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ OWN = {
     "resize_", "record_stream", "is_pinned", "_pin_memory", "_to_copy", "contiguous",
 }  # fmt: skip
 _libraries: list[torch.library.Library] = []
+#: what the device was given to do so far, by name: native operators, copies, Triton kernels; views and allocations are nothing
+LAUNCHES: Counter[str] = Counter()
 
 
 def library(namespace: str, kind: str = "IMPL") -> torch.library.Library:
@@ -56,10 +59,11 @@ def device(t: Tensor) -> Tensor:
     return out
 
 
-def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+def on_host(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The CPU's `function` for tensors of the NPU; what it returns of its arguments is the NPU's own tensor again."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        LAUNCHES[name] += 1
         given: list[tuple[Tensor, Tensor]] = []
 
         def down(x: Any) -> Any:
@@ -259,9 +263,10 @@ def install(perturb: bool = False) -> None:
             packet, _, overload = full[6:].partition(".")
             op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
             if op is not None and not op.is_view and full[6:] not in OWN:
-                aten.impl(full[6:], on_host(op), "PrivateUse1", allow_override=True)
+                aten.impl(full[6:], on_host(op, full), "PrivateUse1", allow_override=True)
 
     def copy_(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        LAUNCHES["aten::copy_"] += 1
         (host(to) if to.device.type == "npu" else to).copy_(host(source) if source.device.type == "npu" else source)
         return to
 
@@ -286,7 +291,7 @@ def install(perturb: bool = False) -> None:
         library("_C_ascend", "FRAGMENT").define(schema)
     for namespace, operators in own.items():
         for name, function in operators.items():
-            library(namespace).impl(name, on_host(function), "PrivateUse1", allow_override=True)
+            library(namespace).impl(name, on_host(function, f"{namespace}::{name}"), "PrivateUse1", allow_override=True)
     atb = library("atb", "FRAGMENT")
     for schema, in_place in {
         "_npu_rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!) key, int head_size, Tensor cos_sin_cache, bool is_neox) -> ()": rotate,
@@ -294,7 +299,8 @@ def install(perturb: bool = False) -> None:
         "_npu_matmul_add_fp32(Tensor x, Tensor weight, Tensor(a!) c) -> ()": matmul_add,
     }.items():
         atb.define(schema)
-        atb.impl(schema.split("(")[0], on_host(in_place), "PrivateUse1")
+        name = schema.split("(")[0]
+        atb.impl(name, on_host(in_place, f"atb::{name}"), "PrivateUse1")
     _run_triton_on_this_memory()
 
 
@@ -305,10 +311,12 @@ def _run_triton_on_this_memory() -> None:
 
     interpreter.install()
     down = lambda x: host(x) if isinstance(x, Tensor) and x.device.type == "npu" else x
-    GridExecutor._init_args_hst = lambda self, args, kwargs: (
-        [down(x) for x in args],
-        {k: down(v) for k, v in kwargs.items()},
-    )
+
+    def on_device(self: Any, args: Any, kwargs: Any) -> Any:
+        LAUNCHES[f"triton.{self.fn.__name__}"] += 1
+        return [down(x) for x in args], {k: down(v) for k, v in kwargs.items()}
+
+    GridExecutor._init_args_hst = on_device
     GridExecutor._restore_args_dev = lambda self, *args: None
 
 

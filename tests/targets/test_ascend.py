@@ -105,7 +105,7 @@ def test_attention_of_prefill_chunk_and_decode_in_one_batch() -> None:
     "argument",
     [
         {"input_layout": "BNSD"},
-        {"sparse_mode": 4},
+        {"sparse_mode": 2},
         {"antiquant_mode": 1},
         {"pre_tokens": 128},
         {"pse_shift": torch.zeros(3)},
@@ -114,6 +114,58 @@ def test_attention_of_prefill_chunk_and_decode_in_one_batch() -> None:
 def test_attention_refuses_by_name_what_it_has_no_form_for(argument: dict[str, object]) -> None:
     with pytest.raises(NotImplementedError, match=next(iter(argument))):
         npu_attention.fused_infer_attention_score(**(paged([(1, 3)]) | argument))
+
+
+def test_a_band_is_what_each_query_sees() -> None:
+    """pre_tokens and next_tokens count from the query's own position; torch_npu's documentation makes the mask of two triangles."""
+    given = paged([(3, 40), (5, 5)])
+    out, lse = npu_attention.fused_infer_attention_score(
+        **given | {"sparse_mode": 4, "pre_tokens": 6, "next_tokens": 1, "softmax_lse_flag": True}
+    )
+    blocks = given["block_table"][0, :3].long()
+    k, v = (given[name][blocks].reshape(-1, 2, 8)[:40].transpose(0, 1) for name in ("key", "value"))
+    shape = torch.ones(3, 40, dtype=torch.bool)
+    seen = shape.tril(37 + 1) & shape.triu(37 - 6)
+    q = given["query"][:3].transpose(0, 1)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen)
+    assert torch.allclose(out[:3].transpose(0, 1), want, atol=1e-5)
+    scores = (q @ k.mT * 8**-0.5).masked_fill(~seen, -torch.inf)
+    assert lse.shape == (8, 2, 1) and torch.allclose(lse[:3, :, 0].t(), scores.logsumexp(-1), atol=1e-5)
+
+
+def test_a_request_without_keys_gives_zero_and_an_infinite_logsumexp() -> None:
+    given = paged([(1, 0), (0, 5), (2, 7)])
+    out, lse = npu_attention.fused_infer_attention_score(**given, softmax_lse_flag=True)
+    assert not out[0].any() and (lse[0] == torch.inf).all() and lse[1:].isfinite().all()
+
+
+def test_a_cache_with_heads_before_the_pages_rows_is_the_same() -> None:
+    """CANN's BnNBsD, by its sizes."""
+    given = paged([(1, 40), (3, 7)])
+    want = npu_attention.fused_infer_attention_score(**given)[0]
+    heads_first = {n: given[n].unflatten(2, (2, 8)).transpose(1, 2).contiguous() for n in ("key", "value")}
+    assert torch.equal(npu_attention.fused_infer_attention_score(**given | heads_first)[0], want)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ({"actual_seq_lengths_kv": [49]}, "a request has 49 keys, and block_table names 3 pages of 16"),
+        ({"actual_seq_lengths": [1, 2]}, "names 2 requests, actual_seq_lengths_kv 1, and block_table 1 rows"),
+        ({"actual_seq_lengths": [2]}, "more than the 1 tokens of query"),
+        ({"block_size": 32}, r"a cache with block_size=32 and 2 key heads is \[blocks"),
+    ],
+)
+def test_lengths_and_pages_that_do_not_fit_are_a_sentence(argument: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        npu_attention.fused_infer_attention_score(**paged([(1, 40)]) | argument)
+
+
+def test_a_page_beyond_the_cache_is_an_error_on_the_cpu() -> None:
+    given = paged([(1, 40)])
+    given["block_table"][0, 1] = 77
+    with pytest.raises(IndexError, match="77"):
+        npu_attention.fused_infer_attention_score(**given)
 
 
 def test_experts_products_are_those_of_each_row_alone() -> None:

@@ -122,6 +122,39 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -
     return out
 
 
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    left: int | None = None,
+    right: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `bi_compile.ops.paged_attention`: `scaled_dot_product_attention` for each request."""
+    out, lse = ops.paged_attention.meta(query, key, value, lengths, block_table, scale=scale, left=left, right=right)
+    out.zero_()
+    lse.fill_(-torch.inf)
+    start = first = 0
+    for i, (end, keys) in enumerate(lengths.t().tolist()):
+        if block_table is None:
+            k, v = key[first:keys], value[first:keys]
+            keys, first = keys - first, keys
+        else:
+            pages = block_table[i, : -(-keys // key.shape[1])].long()
+            k, v = key[pages].flatten(0, 1)[:keys], value[pages].flatten(0, 1)[:keys]
+        if end > start and keys:
+            distance = torch.arange(keys)[None] - torch.arange(keys - (end - start), keys)[:, None]
+            seen = (distance >= (-keys if left is None else -left)) & (distance <= (keys if right is None else right))
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query[start:end], k, v))
+            y, z = ops.scaled_dot_product_attention(q, k, v, seen, scale=scale)
+            out[start:end], lse[start:end] = y[0].transpose(0, 1), z[0].t()
+        start = end
+    return out, lse
+
+
 def register(library: torch.library.Library) -> None:
     """Give every operator its implementation for CPU tensors, compiling them if this machine has not done so yet.
 
@@ -130,3 +163,4 @@ def register(library: torch.library.Library) -> None:
     """
     _load()
     library.impl("grouped_mm", grouped_mm, "CPU")
+    library.impl("paged_attention", paged_attention, "CPU")

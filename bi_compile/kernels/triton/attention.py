@@ -140,6 +140,22 @@ def _uses_fold(x: Tensor) -> bool:
     return target(x) != "npu"
 
 
+def blocks_of_head(operator: str, query: Tensor, dim: int, value_dim: int) -> list[int]:
+    """What heads of `dim` and `value_dim` elements are padded to.
+
+    Raises:
+        NotImplementedError: the device's on-chip memory has no room for them.
+    """
+    blocks = [max(ATTENTION_HEAD[target(query)][0], triton.next_power_of_2(n)) for n in (dim, value_dim)]
+    limit = LONGEST_HEAD.get(target(query), {}).get(query.element_size())
+    if limit is not None and max(blocks) > limit:
+        raise NotImplementedError(
+            f"bi_compile::{operator}: heads of {max(dim, value_dim)} in {query.dtype} do not fit into an "
+            f"Ascend NPU's on-chip memory, which holds {limit}: use a shorter head or a narrower dtype"
+        )
+    return blocks
+
+
 def _fit_to_head(tile: Tile, head: int, longest: int) -> Tile:
     """`tile`, with fewer rows and stages where heads of `head` elements, more than `longest`, would overflow memory."""
     height = tile.height if head <= longest else min(tile.height, 16)
@@ -168,14 +184,7 @@ def attention(
     kind, mask, mask_strides = _mask(mask, [batches, q_heads, length, keys])
     group = q_heads // heads
     device, size = target(query), query.element_size()
-    shortest, longest = ATTENTION_HEAD[device]
-    blocks = [max(shortest, triton.next_power_of_2(n)) for n in (dim, value_dim)]
-    limit = LONGEST_HEAD.get(device, {}).get(size)
-    if limit is not None and max(blocks) > limit:
-        raise NotImplementedError(
-            f"bi_compile::scaled_dot_product_attention: heads of {max(dim, value_dim)} in {query.dtype} do not fit into an "
-            f"Ascend NPU's on-chip memory, which holds {limit}: use a shorter head or a narrower dtype"
-        )
+    blocks, longest = blocks_of_head("scaled_dot_product_attention", query, dim, value_dim), ATTENTION_HEAD[device][1]
     tile = _fit_to_head(tile or choose(ATTENTION[device][size], length * group), max(blocks), longest)
     num_pid_m = cdiv(length * group, tile.height)
     launch(

@@ -95,6 +95,8 @@ ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
 ATTENTION_HEAD: dict[str, tuple[int, int]] = {"cuda": (16, 256), "npu": (32, 128)}
 #: target -> bytes per element -> the longest head that on-chip memory has room for; longer ones are refused
 LONGEST_HEAD: dict[str, dict[int, int]] = {"npu": {2: 512, 4: 256}}
+#: the same for pages that hold no whole number of an attention tile's keys, which are gathered
+LONGEST_HEAD_GATHERED: dict[str, dict[int, int]] = {"npu": {2: 128, 4: 64}}
 
 #: target -> (columns that one program holds at once, elements of a tile of short rows, elements for each warp)
 ROWS: dict[str, tuple[int, int, int]] = {"cuda": (8192, 1024, 512), "npu": (4096, 4096, 4096)}

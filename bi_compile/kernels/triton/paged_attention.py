@@ -1,0 +1,194 @@
+"""Attention of a server's step, one launch for all requests: keys in pages, lengths and block table read on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bi_compile import ops
+
+from .attention import _dot, _exp, _fit_to_head, _uses_fold, blocks_of_head
+from .launch import accumulator, cdiv, choose, launch, target
+from .reduce import divide, fold
+from .tiles import ATTENTION, ATTENTION_HEAD, LONGEST_HEAD_GATHERED
+
+#: how the kernel finds keys: packed one request after the other; by pages that hold whole tiles of keys; by other pages
+PACKED, WHOLE_TILES, PAGES = 0, 1, 2
+#: more keys than any request has: no limit of the window
+UNLIMITED = 2**30
+
+
+@triton.jit
+def _request_of(lengths, requests, index, group, steps, BLOCK_M: tl.constexpr):
+    """The request of tile `index`: request i has the tiles from (its first token * group) // BLOCK_M + i on.
+
+    Request `requests` are the tokens behind the last one, which see no key. Found by halving, `steps` times.
+    """
+    low = 0
+    high = requests
+    for _ in range(0, steps):
+        middle = (low + high + 1) // 2
+        first = tl.load(lengths + tl.maximum(middle - 1, 0)) * group // BLOCK_M + middle
+        before = (first <= index) | (middle == low)
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle - 1)
+    return low
+
+
+@triton.jit(do_not_specialize=["tokens", "requests", "steps", "tiles", "left", "right", "stride_table"])
+def _paged_attention(
+    q, k, v, lengths, table, out, lse, tokens, requests, steps, tiles, group, D, DV, page, left, right,
+    stride_qt, stride_qh, stride_qd, stride_kp, stride_kn, stride_kh, stride_kd,
+    stride_vp, stride_vn, stride_vh, stride_vd, stride_table,
+    SCALE: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """`attention._attention` for a tile of one request's queries: the same blocks of BLOCK_N keys, ascending from key 0 of
+    the request, and the same sums, so the same bits. Where a key lies changes nothing but its address.
+
+    lengths [2, requests]: ends of the requests' tokens; numbers of their keys (PACKED: ends). Query i of L sees the keys
+    from S - L + i - left to S - L + i + right of S. Blocks that no query of the tile sees are skipped, which leaves every
+    number as it is.
+    """
+    index = tl.program_id(0) % tiles
+    off_h = (tl.program_id(0) // tiles).to(tl.int64)
+    request = _request_of(lengths, requests, index, group, steps, BLOCK_M)
+    last = tl.minimum(request, requests - 1)
+    behind = request == requests
+    token = tl.where(request > 0, tl.load(lengths + tl.maximum(request - 1, 0)), 0)
+    L = tl.where(behind, tokens, tl.load(lengths + last)) - token
+    S = tl.load(lengths + requests + last)
+    first_key = tl.zeros((), tl.int32)
+    if KEYS == 0:
+        first_key = tl.where(request > 0, tl.load(lengths + requests + tl.maximum(last - 1, 0)), 0)
+        S = S - first_key
+    S = tl.where(behind, 0, S)
+
+    m0 = (index - (token * group // BLOCK_M + request)) * BLOCK_M
+    offs_m = m0 + tl.arange(0, BLOCK_M)
+    query = offs_m // group
+    q_head = off_h * group + offs_m % group
+    valid = query < L
+    row = (token + query).to(tl.int64)
+    position = S - L + query
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
+
+    q_ptrs = q + row[:, None] * stride_qt + q_head[:, None] * stride_qh + offs_d[None, :] * stride_qd
+    q_block = tl.load(q_ptrs, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
+
+    m_i = tl.full((BLOCK_M,), float("-inf"), ACC)
+    l_i = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
+    begin = tl.maximum(S - L + m0 // group - left, 0) // BLOCK_N * BLOCK_N
+    end = tl.minimum(S, S - L + (m0 + BLOCK_M - 1) // group + right + 1)
+    end = tl.where(m0 < L * group, end, 0)
+    for start_n in range(begin, end, BLOCK_N):
+        inside = offs_n < S - start_n
+        if KEYS == 0:
+            k_base = k + (first_key + start_n).to(tl.int64) * stride_kn
+            v_base = v + (first_key + start_n).to(tl.int64) * stride_vn
+            k_offs = offs_n * stride_kn
+            v_offs = offs_n * stride_vn
+        elif KEYS == 1:
+            block = tl.load(table + request.to(tl.int64) * stride_table + start_n // page).to(tl.int64)
+            k_base = k + block * stride_kp + (start_n % page).to(tl.int64) * stride_kn
+            v_base = v + block * stride_vp + (start_n % page).to(tl.int64) * stride_vn
+            k_offs = offs_n * stride_kn
+            v_offs = offs_n * stride_vn
+        else:
+            n = start_n + offs_n
+            block = tl.load(table + request.to(tl.int64) * stride_table + n // page, mask=inside, other=0).to(tl.int64)
+            k_base = k
+            v_base = v
+            k_offs = block * stride_kp + n % page * stride_kn
+            v_offs = block * stride_vp + n % page * stride_vn
+        k_ptrs = k_base + off_h * stride_kh + k_offs[None, :] + offs_d[:, None] * stride_kd
+        k_block = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
+        qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
+        qk = qk * tl.full((BLOCK_M, BLOCK_N), SCALE, ACC)
+        distance = start_n + offs_n[None, :] - position[:, None]
+        seen = valid[:, None] & inside[None, :] & (distance <= right) & (distance >= -left)
+        qk = tl.where(seen, qk, float("-inf"))
+
+        m_ij = tl.maximum(m_i, tl.max(qk, 1))
+        shift = tl.where(m_ij == float("-inf"), 0.0, m_ij)
+        p = _exp(qk - shift[:, None], HALF)
+        alpha = _exp(m_i - shift, HALF)
+        v_ptrs = v_base + off_h * stride_vh + v_offs[:, None] + offs_dv[None, :] * stride_vd
+        v_block = tl.load(v_ptrs, mask=inside[:, None] & (offs_dv < DV)[None, :], other=0.0)
+        new_l_i = tl.fma(l_i, tl.broadcast_to(alpha[:, None], BLOCK_M, BLOCK_N), p)
+        new_acc = _dot(p.to(v.dtype.element_ty), v_block, acc * alpha[:, None])
+        # 0 * NaN is NaN: a NaN in v must not reach a row that sees no key of the block
+        any_seen = tl.max(seen.to(tl.int32), 1) > 0
+        l_i = tl.where(any_seen[:, None], new_l_i, l_i)
+        acc = tl.where(any_seen[:, None], new_acc, acc)
+        m_i = m_ij
+
+    if FOLD:
+        total = tl.reshape(fold(l_i[:, :, None]), (BLOCK_M,))
+    else:
+        total = tl.sum(l_i, 1)
+    no_key = total == 0.0
+    total = tl.where(no_key, 1.0, total)
+    acc = divide(acc, tl.broadcast_to(total[:, None], BLOCK_M, BLOCK_DV))
+    heads = tl.num_programs(0) // tiles * group
+    out_row = row * heads + q_head
+    tl.store(lse + out_row, tl.where(no_key, float("-inf"), m_i + tl.log(total)), mask=valid)
+    out_ptrs = out + out_row[:, None] * DV + offs_dv[None, :]
+    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=valid[:, None] & (offs_dv < DV)[None, :])
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    left: int | None = None,
+    right: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `bi_compile.ops.paged_attention`; the order of the sums: `_paged_attention`."""
+    outs = ops.paged_attention.meta(query, key, value, lengths, block_table, scale=scale, left=left, right=right)
+    tokens, q_heads, dim = query.shape
+    requests, heads, value_dim = lengths.shape[1], key.shape[-2], value.shape[-1]
+    if outs[1].numel() == 0:
+        return outs
+    if requests == 0:
+        return outs[0].zero_(), outs[1].fill_(-math.inf)
+    group, device, size = q_heads // heads, target(query), query.element_size()
+    blocks = blocks_of_head("paged_attention", query, dim, value_dim)
+    # the average request's tile: its height changes no bits (tiles.py)
+    tile = choose(ATTENTION[device][size], cdiv(tokens, requests) * group)
+    tile = _fit_to_head(tile, max(blocks), ATTENTION_HEAD[device][1])
+    page = 1 if block_table is None else key.shape[1]
+    keys = PACKED if block_table is None else WHOLE_TILES if page % tile.width == 0 else PAGES
+    longest = LONGEST_HEAD_GATHERED.get(device, {}).get(size)
+    if keys == PAGES and longest is not None and max(blocks) > longest:
+        raise NotImplementedError(
+            f"bi_compile::paged_attention: heads of {max(dim, value_dim)} in {query.dtype} in pages of {page} keys do not fit into an "
+            f"Ascend NPU's on-chip memory, which holds {longest} there: use pages of a multiple of {tile.width} keys (vLLM's block_size)"
+        )
+    tiles = tokens * group // tile.height + requests + 1
+    k_strides, v_strides = ((0, *x.stride()) if block_table is None else x.stride() for x in (key, value))
+    launch(
+        _paged_attention, heads * tiles, query, query, key, value, lengths, block_table, *outs,
+        tokens, requests, requests.bit_length(), tiles, group, dim, value_dim, page,
+        UNLIMITED if left is None else min(left, UNLIMITED), UNLIMITED if right is None else min(right, UNLIMITED),
+        *query.stride(), *k_strides, *v_strides, 0 if block_table is None else block_table.stride(0),
+        SCALE=1 / math.sqrt(dim) if scale is None and dim else float(scale or 0), KEYS=keys,
+        HALF=size == 2, ACC=accumulator(query.dtype), FOLD=_uses_fold(query), BLOCK_M=tile.height, BLOCK_N=tile.width,
+        BLOCK_D=blocks[0], BLOCK_DV=blocks[1], num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return outs
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"paged_attention": paged_attention}
