@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -218,4 +219,53 @@ def step() -> Measured:
     return table
 
 
-BENCHES: dict[str, Benchmark] = {"product": product, "rows": rows, "step": step}
+CALLS = 200
+"""Calls between two waits for the device: fewer than its queue holds, so that the host never waits for it."""
+
+
+def host_times(f: Callable[[], Any], rounds: int = 15) -> list[float]:
+    """Microseconds of the host for one call of `f`, the mean of CALLS calls, round by round, ascending."""
+    for _ in range(3):
+        f()
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            f()
+        times.append((time.perf_counter() - start) / CALLS * 1e6)
+    torch.cuda.synchronize()
+    return sorted(times)
+
+
+def host() -> Measured:
+    """What a call costs the host: 4 rows of 1024 in bfloat16, eager; the bits against the Triton kernels'."""
+    from ..kernels.triton import IMPLEMENTATIONS
+
+    torch.manual_seed(0)
+    x, residual, w = (torch.randn(n, 1024, device="cuda", dtype=torch.bfloat16) for n in (4, 4, 1024))
+    cases: dict[str, tuple[tuple[Any, ...], Callable[[], Any]]] = {
+        # name: (arguments, PyTorch's call)
+        "mm": ((x, w.t()), lambda: torch.mm(x, w.t())),
+        "addmm": ((w[0], x, w.t()), lambda: torch.addmm(w[0], x, w.t())),
+        "rms_norm": ((x, w[0], 1e-6), lambda: nn.functional.rms_norm(x, (1024,), w[0], 1e-6)),
+        "add_rms_norm": ((x, residual, w[0], 1e-6), lambda: nn.functional.rms_norm(x + residual, (1024,), w[0], 1e-6)),
+        "softmax": ((x, -1), lambda: torch.softmax(x, -1)),
+        "sum": ((x, [-1]), lambda: torch.sum(x, -1)),
+    }
+    table = Measured("Host time", ("operator", "torch us", "bi_compile us", "least", "most", "ratio", "bits"))
+    with torch.inference_mode():
+        for name, (args, plain) in cases.items():
+            ours = getattr(ops, name)
+            got, want = ours(*args), IMPLEMENTATIONS[name](*args)
+            pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+            same = all(torch.equal(g, w) for g, w in pairs)
+            theirs, mine = host_times(plain), host_times(lambda f=ours, a=args: f(*a))  # type: ignore[misc]
+            median, other = statistics.median(mine), statistics.median(theirs)
+            table.add_row(
+                name, f"{other:.1f}", f"{median:.1f}", f"{mine[0]:.1f}", f"{mine[-1]:.1f}", f"{other / median:.2f}", "equal" if same else "DIFFER"
+            )  # fmt: skip
+    return table
+
+
+BENCHES: dict[str, Benchmark] = {"product": product, "rows": rows, "host": host, "step": step}
