@@ -429,48 +429,6 @@ def test_complex_numbers_are_refused_by_name(op: Any) -> None:
         rewrite_all(gm.graph)
 
 
-INTEGERS = rand(4, 6, dtype=torch.int64)
-EXACT: list[Call] = [
-    (aten.sum.default, (INTEGERS,), {}),
-    (aten.sum.dim_IntList, (INTEGERS, [1]), {}),
-    (aten.sum.dim_IntList, (INTEGERS > 0, None), {}),
-    (aten.nansum.default, (INTEGERS, [0]), {}),
-    (aten.cumsum.default, (INTEGERS, 0), {}),
-    (aten.mm.default, (INTEGERS, INTEGERS.t()), {}),
-    (aten.addmm.default, (INTEGERS[:, :4], INTEGERS, INTEGERS.t()), {}),
-    (aten.bmm.default, (INTEGERS[None], INTEGERS.t()[None]), {}),
-    (aten.mv.default, (INTEGERS, INTEGERS[0]), {}),
-    (aten.dot.default, (INTEGERS[0], INTEGERS[1]), {}),
-    (aten.matmul.default, (INTEGERS, INTEGERS.t()), {}),
-]
-
-
-@pytest.mark.parametrize("call", EXACT, ids=lambda c: str(c[0]))
-def test_integers_stay(call: Call) -> None:
-    """Integers add up exactly in every order: the operator is left."""
-    gm, _, _ = graph_of(call)
-    assert rewrite_all(gm.graph) == [] and targets(gm.graph) == [str(call[0])]
-
-
-SUMMED: list[Call] = [
-    (aten.sum.default, (INTEGERS,), {"dtype": torch.float32}),
-    (aten.sum.dim_IntList, (INTEGERS, [1], True), {"dtype": torch.float64}),
-    (aten.sum.dim_IntList, (INTEGERS > 0, [-1]), {"dtype": torch.bfloat16}),
-    (aten.nansum.default, (INTEGERS, [0]), {"dtype": torch.float32}),
-    (aten.mean.default, (INTEGERS,), {"dtype": torch.float32}),
-    (aten.mean.dim, (INTEGERS, [0]), {"dtype": torch.float64}),
-    (aten.cumsum.default, (INTEGERS, 1), {"dtype": torch.float32}),
-    (aten.logsumexp.default, (INTEGERS, [1]), {}),
-]
-
-
-@pytest.mark.parametrize("call", SUMMED, ids=lambda c: str(c[0]))
-def test_integers_that_are_summed_as_floats_are_replaced(call: Call) -> None:
-    gm, inputs, _ = graph_of(call)
-    assert len(rewrite_all(gm.graph)) == 1
-    close(run(gm, *inputs), [call[0](*call[1], **call[2])])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_normalisation_with_wider_parameters(dtype: torch.dtype) -> None:
     """A graph's statistics have the dtype of PyTorch's fake implementation, a call's that of its kernel."""
@@ -503,9 +461,3 @@ def test_the_users_program_keeps_its_meaning() -> None:
     assert len(rewrite_all(gm.graph)) >= 8
     x = rand(OTHER, 3, 8, seed=3)
     close(run(gm, x, w, b), model(x, w, b))
-
-
-# -- refusals ---------------------------------------------------------------------------------------------------------
-
-
-# -- cost -------------------------------------------------------------------------------------------------------------
