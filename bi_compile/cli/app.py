@@ -44,7 +44,7 @@ def root(
 ) -> None:
     """Batch-invariant compilation: the same bits whether a request runs alone or in a batch.
 
-    Exit codes: 0 done, nothing found; 1 found: a row differs, a graph is not batch-invariant, something is missing; 2 wrong
+    Exit codes: 0 done, nothing found; 1 found: a row differs, a graph is not batch-invariant or was never judged, something is missing; 2 wrong
     usage; 3 it failed.
     """
     exits.show_traces = traceback
@@ -78,14 +78,16 @@ def bench(
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that the option dump_dir named")],
 ) -> None:
-    """Print a dump: the graphs, what each pass did, what is left or trusted, and why. Exit code 1 if something is left."""
+    """Print a dump: the graphs, what each pass did, what is left or trusted, and why.
+
+    Exit code 1 if something is left, or a compilation stopped before its graph was judged."""
     from . import inspect as dumps
 
     out = console()
     graphs = dumps.read(folder)
     for table in dumps.tables(graphs):
         out.print(table)
-    raise typer.Exit(FOUND if any(g.objections for g in graphs) else OK)
+    raise typer.Exit(FOUND if any(g.objections or g.stopped for g in graphs) else OK)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """How commands end: one table of exit codes, and every error a sentence on stderr.
 
     0  what was asked for was done, and nothing was found
-    1  found: a row differs, a graph is not batch-invariant, certificates differ, something that is needed is missing
+    1  found: a row differs, a graph is not batch-invariant or was never judged, certificates differ, something that is needed is missing
     2  it was asked for in a way that cannot be carried out: an unknown option, pass or file, a value that does not fit
     3  it failed: what is measured raised an error, its compilation was stopped, a process ended early, or a fault of ours
   130  interrupted from the keyboard

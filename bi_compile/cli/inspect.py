@@ -31,6 +31,13 @@ class DumpedGraph:
     """The passes that did something."""
     audit: dict[str, Any] | None
     """The verdicts; only a graph that is about to run is judged."""
+    finished: bool = True
+    """Whether its compilation went on to the end of the passes, or what ran was never compiled."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its compilation stopped before it was judged."""
+        return self.audit is None and not (self.finished and self.name.endswith("_captured"))
 
     @property
     def objections(self) -> list[dict[str, Any]]:
@@ -41,13 +48,21 @@ class DumpedGraph:
         return [n for n in (self.audit or {}).get("nodes", ()) if n["verdict"] == "trusted"]
 
 
+#: a graph has the first; what ran uncompiled has the second alone
+_MARKS = ("00_before.py", "audit.json")
+
+
 def read(folder: Path) -> list[DumpedGraph]:
     """The graphs of a dump.
 
     Raises:
         OptionError: the folder is no dump, or a file in it cannot be read.
     """
-    found = sorted(p for p in folder.glob("graph_*") if (p / "00_before.py").is_file()) if folder.is_dir() else []
+    found = (
+        sorted(p for p in folder.glob("graph_*") if any((p / name).is_file() for name in _MARKS))
+        if folder.is_dir()
+        else []
+    )
     if not found:
         what = "holds no dump of bi_compile" if folder.is_dir() else "is not a folder"
         raise OptionError(
@@ -60,8 +75,8 @@ def read(folder: Path) -> list[DumpedGraph]:
 def _read_graph(path: Path) -> DumpedGraph:
     graph, audit = _json(path / "changes.json"), _json(path / "audit.json")
     try:
-        if graph is None:  # the compilation stopped in the middle of a pass
-            return DumpedGraph(path.name, None, None, [], audit)
+        if graph is None:  # the compilation stopped in the middle of a pass, or there was none
+            return DumpedGraph(path.name, None, None, [], audit, not (path / _MARKS[0]).is_file())
         return DumpedGraph(path.name, graph["nodes_before"], graph["nodes_after"], graph["passes"], audit)
     except (TypeError, KeyError) as error:
         raise OptionError(
@@ -100,8 +115,8 @@ def _graphs(graphs: list[DumpedGraph]) -> Table:
             target, verdict = (
                 "",
                 "not judged here: audited in its final graph"
-                if g.name.endswith("_captured")
-                else "not judged: the compilation stopped",
+                if not g.stopped
+                else "[red]not judged: the compilation stopped[/]",
             )
         else:
             target, verdict = g.audit["target"], "[red]not invariant[/]" if g.objections else "[green]invariant[/]"

@@ -260,13 +260,21 @@ PROGRAM = '''\
 """{title}
 
 Written by bi-compile verify. `python {name}` runs the row alone and in its batch and prints how they differ.
+Exit code 1: they do, 0: they do not, 3: it failed.
 """
 import sys
+import traceback
 from pathlib import Path
 
 sys.path[:0] = {paths!r}
-from bi_compile.measure.verify import replay
-sys.exit(replay(Path(__file__).with_suffix(".pt"), {fn}))
+try:
+    from bi_compile.measure.verify import replay
+
+    code = replay(Path(__file__).with_suffix(".pt"), {fn})
+except Exception:
+    traceback.print_exc()
+    code = 3
+sys.exit(code)
 '''
 
 

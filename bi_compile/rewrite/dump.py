@@ -38,7 +38,7 @@ import torch.fx._pytree as fx_pytree
 from math import inf, nan
 from torch import device
 import bi_compile.ops
-{imports}
+{imports}{stand_ins}
 
 def forward({parameters}):
 {body}
@@ -53,6 +53,14 @@ if __name__ == "__main__":
         print(i, tuple(out.shape) if isinstance(out, torch.Tensor) else out, getattr(out, "dtype", ""))
 '''
 
+_STAND_INS = """
+# these read the forward context of a vLLM engine, which is not here: their fake implementations take their place, so that what they
+# would write holds nothing in particular
+STAND_INS = torch.library.Library("vllm", "IMPL")
+for name in {names}:
+    fake = torch._library.simple_registry.singleton.find(f"vllm::{{name}}").fake_impl.kernel
+    STAND_INS.impl(name, fake, {key!r}, allow_override=True)
+"""
 
 #: namespace of operators -> the module that registers them when it is imported
 _REGISTERED_BY = {
@@ -139,30 +147,39 @@ def program(graph: fx.Graph, title: str, name: str) -> str:
     code = graph.python_code(root_module="self")
     _, _, body = code.src.lstrip().partition("\n")
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    namespaces = {t.split(".")[0] for t in (str(n.target) for n in graph.nodes if n.op == "call_function")} - {
-        "aten",
-        "prims",
-        "bi_compile",
-        "inductor",
-    }
-    foreign = sorted(ns for ns in namespaces if not ns.startswith(("<", "_")) and hasattr(torch.ops, ns))
     constants = [n for n in graph.nodes if n.op == "get_attr"]
-    called = [n.target for n in graph.nodes if n.op == "call_function"]
-    called += [a for n in graph.nodes for a in n.args if isinstance(a, torch._ops.OpOverload)]
-    spaces = {t.namespace for t in called if isinstance(t, torch._ops.OpOverload)}
+    called = [x for n in graph.nodes for x in (n.target, *n.args) if isinstance(x, torch._ops.OpOverload)]
+    spaces = {op.namespace for op in called}
     imports = [f"import {module}\n" for space, module in _REGISTERED_BY.items() if space in spaces]
+    foreign = sorted(s for s in spaces - {"aten", "prims", "bi_compile", "inductor"} if not s.startswith("_"))
     needs = f" It needs the operators of {', '.join(foreign)} registered." if foreign else ""
     if constants:
         needs += f" Constants of the program ({', '.join(str(n.target) for n in constants)}) are made anew, at random."
+    in_an_engine = sorted({op._opname for op in called if _needs_an_engine(op)})
+    if in_an_engine:
+        needs += f" Without an engine {', '.join(in_an_engine)} compute nothing here: see STAND_INS."
     return _PROGRAM.format(
         title=title,
         name=name,
         needs=needs,
         imports="".join(imports),
+        stand_ins=_STAND_INS.format(names=in_an_engine, key=_dispatch_key(inputs)) if in_an_engine else "",
         parameters=", ".join(n.name for n in inputs),
         body=_constants(constants) + body.rstrip(),
         inputs="\n".join(f"    lambda: {_make(n)},  # {n.name} {_type(n)}" for n in inputs),
     ).replace(os.linesep, "\n")
+
+
+def _needs_an_engine(op: torch._ops.OpOverload) -> bool:
+    """vLLM's attention, and what else finds its layer by name in the engine's forward context."""
+    return op.namespace == "vllm" and any(a.name == "layer_name" for a in op._schema.arguments)
+
+
+def _dispatch_key(inputs: list[fx.Node]) -> str:
+    """That of the graph's device."""
+    values = [n.meta.get("val") for n in inputs]
+    devices = [v.device.type for v in values if isinstance(v, Tensor)]
+    return torch._C._dispatch_key_for_device(next((d for d in devices if d != "cpu"), "cpu"))
 
 
 def _constants(nodes: list[fx.Node]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def test_inspect_shows_what_is_left_with_reason_and_line(dump: Path, tmp_path: P
         "row by row",
     ):
         assert word in result.output, result.output
+
+
+@pytest.mark.parametrize(("stage", "left_out"), [("captured", "changes.json"), ("final", "audit.json")])
+def test_inspect_of_a_compilation_that_stopped(dump: Path, tmp_path: Path, stage: str, left_out: str) -> None:
+    """In the middle of a pass, or before the audit."""
+    (source,) = dump.glob(f"graph_*_{stage}")
+    shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns(left_out))
+    result = runner.invoke(app, ["inspect", str(tmp_path)])
+    assert result.exit_code == 1 and "the compilation stopped" in " ".join(result.output.split()), result.output
 
 
 def test_inspect_of_a_folder_that_is_no_dump(tmp_path: Path) -> None:

@@ -261,6 +261,9 @@ def test_a_counterexample_is_a_program(tmp_path: Path) -> None:
     measured.write(case, mismatch, tmp_path / "again.py")
     done = subprocess.run([sys.executable, "again.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (1, str(mismatch)), done.stdout + done.stderr
+    (tmp_path / "again.pt").unlink()
+    done = subprocess.run([sys.executable, "again.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and "FileNotFoundError" in done.stderr, done.stdout + done.stderr
     with pytest.raises(MeasureError, match="no import path"):
         measured.write(Case(lambda x: x, inputs()), mismatch, tmp_path / "other.py")
 

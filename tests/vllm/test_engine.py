@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 from engines import PASS, python, requests
+from typer.testing import CliRunner
+
+from bi_compile.cli import app
 
 Model = Callable[[str], Path]
 pytestmark = pytest.mark.xdist_group("engine")
@@ -22,9 +25,28 @@ def differing(result: dict[str, Any]) -> int:
 )
 def test_requests_are_equal_alone_and_together(model: Model, tmp_path: Path, family: str, dtype: str) -> None:
     """Prompts of up to 300 tokens, so that a batch of 32 is prefilled in several chunks."""
-    result, said = requests(model(family), tmp_path, dtype=dtype, **PASS, **LONG)
+    dump = tmp_path / "dump"
+    options = {"additional_config": {"bi_compile": {"dump_dir": str(dump)}}}
+    result, said = requests(model(family), tmp_path, dtype=dtype, **PASS, **options, **LONG)
     assert differing(result) == 0, result
     assert "left none" in said
+    read_and_run(dump)
+
+
+RUN = "import runpy, sys; [print(path, runpy.run_path(path, run_name='__main__')['__doc__']) for path in sys.argv[1:]]"
+
+
+def read_and_run(dump: Path) -> None:
+    """`bi-compile inspect` reads the dump of an engine, and each program in it runs; attention has stand-ins, and says so."""
+    shown = CliRunner().invoke(app, ["inspect", str(dump)])
+    assert shown.exit_code == 0 and "graph_uncompiled_000" in shown.output, shown.output
+    programs = sorted(map(str, dump.glob("graph_*/*.py")))
+    run = python(["-c", RUN, *programs])
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert len(programs) > 1 and all(path in run.stdout for path in programs)
+    for path in programs:
+        text = Path(path).read_text()
+        assert ("STAND_INS" in text.split('"""')[1]) == ("unified_attention" in text.partition("def forward")[2])
 
 
 def test_without_the_key_they_differ_and_nothing_is_changed(model: Model, tmp_path: Path) -> None:
