@@ -4,9 +4,9 @@
 # make lint    ruff check, ruff format --check, mypy, import contracts
 # make docs    docs/reference/operators.md from the passes' tables; make npu-operators: docs/reference/npu-operators.md from torch_npu's registry
 #
-# Each of them first makes .venv, once. vLLM for the CPU needs Python 3.11 to 3.14: name one with PYTHON=python3.12. The tests for
-# Ascend make .venv-ascend: torch_npu, triton-ascend and vllm-ascend, on stand-ins for CANN. Those need Python 3.10 to 3.12: name
-# one with PYTHON_ASCEND where PYTHON is newer.
+# Python 3.11 or 3.12 does for all of it. Each of them first makes .venv, once. vLLM for the CPU needs Python 3.11 to 3.14: name one
+# with PYTHON=python3.12. The tests for Ascend make .venv-ascend: torch_npu, triton-ascend and vllm-ascend, on stand-ins for CANN.
+# Those need Python 3.10 to 3.12: name one with PYTHON_ASCEND where PYTHON is newer.
 # Another build of the same torch release: TORCH=..., as pip install takes it.
 
 PYTHON ?= python3

@@ -21,8 +21,8 @@ _HEAD = """\
 What is replaced, by what, and why. Generated from the passes' tables by `bi-compile passes --markdown`; `make docs`
 writes it anew.
 
-An operator's `.out` and in-place forms are replaced with it and not listed. "Stays where" names the arguments for which
-the operator is exact in every order and is left alone. A *pattern* is a form that an earlier stage of the compiler has
+An operator's `.out` and in-place forms are replaced with it and not listed. "Left alone when" names the arguments for which
+the operator is exact in every order. A *pattern* is a form that an earlier stage of the compiler has
 taken apart; it is found by its nodes.
 """
 
@@ -86,7 +86,7 @@ def tables() -> Iterator[Table]:
     for p in PASSES:
         title = f"{p.name}: {_doc(p)}"
         table = Table(
-            "operator", "by", "why", "stays where", "source", title=escape(title), title_justify="left", show_lines=True
+            "operator", "replaced by", "why", "left alone when", "source", title=escape(title), title_justify="left", show_lines=True
         )
         for operators, *said in rows(p):
             table.add_row(*map(escape, ("\n".join(operators), *said)))
@@ -106,7 +106,7 @@ def markdown() -> str:
         lines = [
             f"## {p.name}\n",
             _doc(p) + "\n",
-            "| operator | by | why | stays where | source |",
+            "| operator | replaced by | why | left alone when | source |",
             "|---|---|---|---|---|",
         ]
         lines += [

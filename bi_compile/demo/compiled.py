@@ -1,4 +1,4 @@
-"""Rows alone and in batches through torch.compile: how many get other bits?
+"""Rows alone and in batches through torch.compile: how many get different bits?
 
     python -m bi_compile.demo.compiled '{"model": "encoder", "backend": "bi_ascend", "dynamic": null}'
 

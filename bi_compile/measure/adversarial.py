@@ -1,4 +1,4 @@
-"""A device that varies wherever it may: every operator that is not proven invariant gives other bits in another batch.
+"""A device that varies wherever it may: every operator that is not proven invariant gives different bits in another batch.
 
     with Adversary() as device:
         together, alone = graph(x), graph(x[:1])

@@ -1,4 +1,4 @@
-"""Requests alone and together on one vLLM engine: how many get other bits?
+"""Requests alone and together on one vLLM engine: how many get different bits?
 
     python -m bi_compile.measure.requests '{"model": "DIR", "dtype": "bfloat16", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
 

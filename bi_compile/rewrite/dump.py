@@ -54,12 +54,17 @@ if __name__ == "__main__":
 '''
 
 _STAND_INS = """
-# these read the forward context of a vLLM engine, which is not here: their fake implementations take their place, so that what they
-# would write holds nothing in particular
+# these read the forward context of a vLLM engine, which is not here: what they would write or return holds nothing in particular
 STAND_INS = torch.library.Library("vllm", "IMPL")
+
+
+def nothing(*args, **kwargs):
+    return torch.empty_like([*args, *kwargs.values()][0])
+
+
 for name in {names}:
-    fake = torch._library.simple_registry.singleton.find(f"vllm::{{name}}").fake_impl.kernel
-    STAND_INS.impl(name, fake, {key!r}, allow_override=True)
+    returns = getattr(torch.ops.vllm, name).default._schema.returns
+    STAND_INS.impl(name, nothing if returns else lambda *args, **kwargs: None, {key!r}, allow_override=True)
 """
 
 #: namespace of operators -> the module that registers them when it is imported
