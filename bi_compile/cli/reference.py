@@ -86,7 +86,14 @@ def tables() -> Iterator[Table]:
     for p in PASSES:
         title = f"{p.name}: {_doc(p)}"
         table = Table(
-            "operator", "replaced by", "why", "left alone when", "source", title=escape(title), title_justify="left", show_lines=True
+            "operator",
+            "replaced by",
+            "why",
+            "left alone when",
+            "source",
+            title=escape(title),
+            title_justify="left",
+            show_lines=True,
         )
         for operators, *said in rows(p):
             table.add_row(*map(escape, ("\n".join(operators), *said)))
