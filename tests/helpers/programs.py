@@ -104,7 +104,7 @@ def _ties(draw: random.Random, width: int) -> tuple[str, Step, int]:
     found: dict[str, tuple[Step, int]] = {
         f"topk({k})": (lambda x: x.round().topk(k, -1).indices.to(x.dtype), k),
         "argsort": (lambda x: x.round().argsort(-1).to(x.dtype), width),
-        "stable sort": (lambda x: x.round().sort(-1, stable=True).indices.to(x.dtype), width),
+        "stable sort": (lambda x: x.round().sort(dim=-1, stable=True).indices.to(x.dtype), width),
         "argmax": (lambda x: x + x.round().argmax(-1, keepdim=True), width),
     }
     name = draw.choice(list(found))
@@ -190,7 +190,7 @@ class Program:
         return x
 
 
-def outcome(program: Program, backend: str) -> str:
+def outcome(program: Program, backend: str, options: dict[str, Any] | None = None) -> str:
     """ "equal", "differs" (a row alone and first, in the middle or last among others), or "refused: " with the reason."""
     from support import same_bits
 
@@ -202,7 +202,7 @@ def outcome(program: Program, backend: str) -> str:
     def run(x: Tensor) -> Any:
         return program(x)
 
-    compiled = torch.compile(run, backend=backend, dynamic=program.dynamic)
+    compiled = torch.compile(run, backend=backend, dynamic=program.dynamic, options=options)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
