@@ -78,6 +78,11 @@ def elu(self: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1
     return ops.pointwise("aten.elu.default", [self], [alpha, scale, input_scale])
 
 
+@Pointwise.replaces(aten.celu.default, unless=_not_float, targets=EAGER)
+def celu(self: Tensor, alpha: float = 1.0) -> Tensor:
+    return ops.pointwise("aten.elu.default", [self], [alpha, 1.0, 1.0 / alpha])
+
+
 @Pointwise.replaces(aten.pow.Tensor_Scalar, unless=_square, targets=EAGER)
 def pow_scalar(self: Tensor, exponent: float) -> Tensor:
     return ops.pointwise("aten.pow.Tensor_Scalar", [self], [exponent])
