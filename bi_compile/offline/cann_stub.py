@@ -4,7 +4,8 @@
     LD_LIBRARY_PATH=FOLDER python -c "import torch, torch_npu; print(torch.ops.npu.npu_add_rms_norm.default._schema)"
 
 torch_npu binds some 85 C functions of CANN when it is loaded, and looks up more by name when it starts a device. Here each
-of them returns 0, which is CANN's "success"; the few that hand out memory, streams or the device's name do so from the host.
+of them returns 0, which is CANN's "success"; the few that hand out memory, streams or the device's name do so from the host, and
+those that compile and run an operator by its name refuse it by that name.
 No operator has a kernel: use them to trace under FakeTensorMode (the offline audit, the tests), never to compute.
 Needs cc, nm and strings (packages gcc and binutils).
 """
@@ -30,6 +31,7 @@ _BOUND = re.compile(r"(acl|rt[A-Z]|Msprof|Hccl)\w+")
 _LOOKED_UP = re.compile(r"(aclrt|aclsys|acldvpp|aclprof|aclmdl|aclop|acl|rt|Hccl)[A-Z]\w+")
 #: the functions that have to give something; memory is the host's
 _SPECIAL = r"""
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 int aclrtGetDeviceCount(unsigned int *c) { *c = 1; return 0; }
@@ -51,7 +53,17 @@ int aclrtCreateEventExWithFlag(void **s, unsigned f) { *s = malloc(8); return 0;
 int aclrtGetCurrentContext(void **s) { static int x; *s = &x; return 0; }
 size_t aclGetCompileoptSize(int o) { return 64; }
 int aclGetCompileopt(int o, char *v, size_t n) { memset(v, 0, n); strncpy(v, "disable", n - 1); return 0; }
-const char *aclGetRecentErrMsg(void) { return "a stand-in for CANN, which computes nothing"; }
+char stand_in_says[256] = "a stand-in for CANN, which computes nothing";
+const char *aclGetRecentErrMsg(void) { return stand_in_says; }
+/* an operator that is really to run: its result would be memory as it lay there */
+int stand_in_refuses(const char *op) {
+  snprintf(stand_in_says, sizeof stand_in_says, "the stand-ins for CANN do not compute the operator %s", op);
+  fprintf(stderr, "%s\n", stand_in_says);
+  return 100024; /* ACL_ERROR_OP_NOT_FOUND */
+}
+int aclopCompileAndExecute(const char *op) { return stand_in_refuses(op); }
+int aclopCompileAndExecuteV2(const char *op) { return stand_in_refuses(op); }
+int aclopExecuteV2(const char *op) { return stand_in_refuses(op); }
 """
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import emulated_npu
 import pytest
 import torch
@@ -94,3 +98,17 @@ def test_perturbed_operators_vary_with_the_batch() -> None:
         rows = [(call(PERTURBED, x[:1])[0], call(PERTURBED, x[:n])[0]) for x in draws for n in range(2, 6)]
         assert any(not torch.equal(alone, among) for alone, among in rows), name
         torch.testing.assert_close(call(PERTURBED, draws[0])[0], call(EXACT, draws[0])[0], msg=name)
+
+
+def test_what_the_bench_does_not_compute_raises_with_its_name() -> None:
+    """torch_npu's softmax of bfloat16 with dtype=float32 casts by an operator of CANN's own, which the bench does not have."""
+    program = (
+        "import torch, emulated_npu; emulated_npu.install(); x = torch.randn(4, 33).to(torch.bfloat16).npu(); "
+        "torch.softmax(x, -1, dtype=torch.float32).cpu()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "the stand-ins for CANN do not compute the operator Cast" in done.stderr, done.stderr[-2000:]
