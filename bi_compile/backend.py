@@ -24,6 +24,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from . import ops
+from .audit.inputs import BatchInput, batch_inputs, placed
 from .eager_audit import away
 from .errors import HostError, OptionError
 from .options import read_options
@@ -45,10 +46,17 @@ class FinalPass(CustomGraphPass):
     #: operators that are trusted here beside those of the options
     extra_trust: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, pipeline: Pipeline, theirs: Any = None, target: Target | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        theirs: Any = None,
+        target: Target | None = None,
+        batch: Sequence[BatchInput] | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.theirs = theirs
         self.target = target
+        self.batch = batch
 
     def __call__(self, graph: fx.Graph) -> None:
         from torch._inductor.decomposition import select_decomp_table
@@ -59,14 +67,18 @@ class FinalPass(CustomGraphPass):
             self.pipeline.rewrite(graph, "post_grad", select_decomp_table(), target)
             self.theirs(graph)
         self.pipeline.rewrite(graph, "final", select_decomp_table(), target)
-        self.pipeline.audit(graph, self.extra_trust, target=target)
+        # Inductor puts constants that the graph holds in front of its inputs
+        batch = None if self.batch is None else placed(self.batch, graph)
+        self.pipeline.audit(graph, self.extra_trust, target=target, batch=batch)
 
     def uuid(self) -> Any:
+        # where the batch is decides the verdict: a graph that was judged with another batch is no answer
+        ours = (self.pipeline.uuid(), tuple(self.batch)) if self.batch else self.pipeline.uuid()
         if self.theirs is None:
-            return self.pipeline.uuid()
+            return ours
         # a pass without uuid() cannot be part of a key: then Inductor must not cache
         key = self.theirs.uuid() if hasattr(self.theirs, "uuid") else None
-        return None if key is None else (key, self.pipeline.uuid())
+        return None if key is None else (key, ours)
 
     def __getstate__(self) -> Any:
         return {"uuid": self.uuid()}
@@ -94,6 +106,7 @@ def bi_ascend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) 
 
 def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     inductor = pipeline.options.inner == "inductor"
+    batch = batch_inputs(gm, example_inputs, pipeline.options.batch)
     inner, plain = (_inductor, _plain_inductor) if inductor else (_other, lookup_backend(pipeline.options.inner))
 
     def forward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
@@ -102,7 +115,7 @@ def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequen
         ops.load_kernels(target.device)
         pipeline.rewrite(graph.graph, "captured", target=target)
         graph.recompile()
-        return make_boxed_func(inner(graph, inputs, pipeline, target))
+        return make_boxed_func(inner(graph, inputs, pipeline, target, placed(batch, graph.graph)))
 
     def backward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         return make_boxed_func(plain(graph, list(inputs)))
@@ -119,7 +132,9 @@ def _check_device(target: Target, graph: fx.Graph) -> None:
         )
 
 
-def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target) -> Compiled:
+def _inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target, batch: Sequence[BatchInput]
+) -> Compiled:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
@@ -135,7 +150,7 @@ def _inductor(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, tar
             **target.inductor,
             # a graph out of a cache is not judged again, so nobody would hear of what it holds
             **({"force_disable_caches": True} if pipeline.options.on_unproven == "warn" else {}),
-            "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass, target),
+            "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass, target, batch),
         },
     )
     return compiled
@@ -148,8 +163,10 @@ def _plain_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
     return compiled
 
 
-def _other(gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target) -> Compiled:
-    pipeline.audit(gm.graph, target=target)
+def _other(
+    gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target, batch: Sequence[BatchInput]
+) -> Compiled:
+    pipeline.audit(gm.graph, target=target, batch=batch)
     return lookup_backend(pipeline.options.inner)(gm, list(inputs))
 
 

@@ -29,7 +29,7 @@ class Options:
         inner: what compiles the rewritten graph: "inductor", or any other backend that torch._dynamo.list_backends names.
         trust: operators (`ns::name`) that the user declares invariant, each with a reason.
         probe: a file of `bi-compile probe`: an operator that was measured to vary is not trusted; None: nothing was measured.
-        batch: input -> its batch dimension, for graphs of static shapes; None: the symbolic dimensions.
+        batch: input -> its batch dimension; None: dimension 0 of each input of the call (vLLM: the first symbolic one).
     """
 
     passes: tuple[str, ...] = (ALL,)

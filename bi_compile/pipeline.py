@@ -13,7 +13,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import fx
 
 from . import cache_key
 from .audit import certificate, measured
+from .audit.inputs import BatchInput
 from .audit.report import Finding, Report, audit
 from .audit.spec import Knowledge
 from .errors import OptionError
@@ -146,11 +147,16 @@ class Pipeline:
         return changes
 
     def audit(
-        self, graph: fx.Graph, extra_trust: Mapping[str, str] | None = None, target: Target | None = None
+        self,
+        graph: fx.Graph,
+        extra_trust: Mapping[str, str] | None = None,
+        target: Target | None = None,
+        batch: Sequence[BatchInput] | None = None,
     ) -> Report:
         """Judge `graph`, which is about to run; stops or warns as `on_unproven` says.
 
         target: the graph's, for a caller that has found it.
+        batch: the inputs that carry the batch; None: those that the option names, else what symbols say.
 
         Raises:
             AuditError: something is left, and on_unproven is "error".
@@ -160,7 +166,7 @@ class Pipeline:
         known = self.knowledge((target or self.target_of(graph)).name)
         if extra_trust:
             known = dataclasses.replace(known, trust={**extra_trust, **known.trust})
-        report = audit(graph, known, self.options.batch)
+        report = audit(graph, known, self.options.batch if batch is None else batch)
         if self.resolved.probe is not None:
             report = self._measured(self.resolved.probe, report, graph, known.target)
         self.summary.audit_seconds += time.perf_counter() - start

@@ -253,9 +253,24 @@ def test_a_malformed_option_stops_compilation() -> None:
     )
 
 
-def test_a_graph_that_mixes_rows_is_refused() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_a_graph_that_mixes_rows_is_refused(inner: str, dynamic: bool) -> None:
+    """And the sentence says which input's which dimension the rows are."""
+    message = r"combines the rows along the batch dimension 0 of \w+ .*, which comes from dimension 0 of the input x"
+    with pytest.raises(Exception, match=message):
+        compiled(lambda x: x - x.mean(0), dynamic=dynamic, inner=inner)(rand(6, 64))
+    f = compiled(lambda x: x - x.mean(0), dynamic=dynamic, inner=inner, batch={"x": 1})
+    close(f(rand(6, 64)), rand(6, 64) - rand(6, 64).mean(0))
+
+
+def test_a_graph_out_of_the_cache_was_judged_with_this_batch() -> None:
+    """Where the batch is changes the verdict and not the graph."""
+    f = lambda x: x - x.mean(0)
+    compiled(f, batch={"x": 1})(rand(6, 64))
+    torch._dynamo.reset()
     with pytest.raises(Exception, match="combines the rows along the batch dimension 0"):
-        compiled(lambda x: x - x.mean(0), dynamic=True, inner="eager")(rand(6, 64))
+        compiled(f)(rand(6, 64))
 
 
 # -- dumps and caches -------------------------------------------------------------------------------------------------

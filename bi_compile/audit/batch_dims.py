@@ -3,9 +3,10 @@
 The abstract value is the layout of a tensor, and `batch_rules.RULES` is the table of what each operator makes of it; an operator
 that combines a dimension with a factor of rows mixes rows.
 
-Where it starts: with symbolic shapes, at each dimension whose size holds a batch symbol, and the batch symbols are those of
-the first symbolic dimension of each graph input that no later dimension has. With static shapes the caller names a
-dimension of some inputs.
+Where it starts: at the inputs that the caller says carry the batch (`inputs` finds them), whatever their sizes; and at a
+value that is made from sizes, where its size holds a symbol of theirs. A caller who does not know (vLLM's graphs, whose
+weights are static) gets each dimension whose size holds a batch symbol: a symbol of the first symbolic dimension of an
+input that no later dimension has.
 
 What it does not follow: which row goes where. A gather, a flip or a slice along the batch moves rows.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import SymInt, Tensor, fx
@@ -23,6 +24,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from ..errors import OptionError
 from ..rewrite.fx_utils import as_list, subgraphs
 from .batch_rules import Node, rule_of
+from .inputs import BatchInput
 from .layout import Factor, Layout, as_one, carries, plain, size_of
 from .moe_sort import COUNTED, PUT_BACK, Sorts
 
@@ -52,29 +54,66 @@ class Analysis:
         return tuple(i for i, dim in enumerate(layout or ()) if carries(dim))
 
 
-def batch_dimensions(graph: fx.Graph, named: Mapping[str, int] | None = None) -> BatchDims:
+#: the inputs that carry the batch; or placeholder -> its batch dimension; or None: what symbols say
+Batch = Sequence[BatchInput] | Mapping[str, int] | None
+
+
+def batch_dimensions(graph: fx.Graph, batch: Batch = None) -> BatchDims:
     """The batch dimensions of every node's value. Raises OptionError as `follow` does."""
-    found = follow(graph, named)
+    found = follow(graph, batch)
     return {node: frozenset(found.dims(node)) for node in graph.nodes}
 
 
-def follow(graph: fx.Graph, named: Mapping[str, int] | None = None) -> Analysis:
+def follow(graph: fx.Graph, batch: Batch = None) -> Analysis:
     """The layouts of every node's value, and the nodes that mix rows.
 
     Raises:
-        OptionError: `named` names an input or a dimension that does not exist.
+        OptionError: `batch` names an input or a dimension that does not exist.
     """
-    symbols = batch_symbols(graph) if named is None else set()
-    inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    if batch is None:
+        return _Follower(batch_symbols(graph)).run(graph, {})
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    given = _placeholders(inputs, batch) if isinstance(batch, Mapping) else batch
     seeds: dict[fx.Node, Layout] = {}
-    for name, dim in (named or {}).items():
-        value = inputs[name].meta.get("val") if name in inputs else None
+    names: dict[fx.Node, str] = {}
+    for i in given:
+        node = inputs[i.position]
+        value, names[node] = node.meta["val"], str(i)
+        layout = list(seeds.get(node) or plain(value))
+        rows = Factor(size_of(value.shape[i.dim]) // i.per_row, True)
+        layout[i.dim] = (rows, Factor(i.per_row, False)) if i.per_row > 1 else (rows,)
+        seeds[node] = tuple(layout)
+    return _Follower(_symbols_of(inputs, seeds), names).run(graph, seeds)
+
+
+def _placeholders(inputs: Sequence[fx.Node], named: Mapping[str, int]) -> list[BatchInput]:
+    at = {node.name: i for i, node in enumerate(inputs)}
+    found = []
+    for name, dim in named.items():
+        value = inputs[at[name]].meta.get("val") if name in at else None
         if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
             raise OptionError(
-                f"batch={{{name!r}: {dim}}}: the graph has no input {name!r} with a dimension {dim}; its inputs are {', '.join(inputs)}"
+                f"batch={{{name!r}: {dim}}}: the graph has no input {name!r} with a dimension {dim}; its inputs are {', '.join(at)}"
             )
-        seeds[inputs[name]] = plain(value, {dim % value.dim()})
-    return _Follower(symbols).run(graph, seeds)
+        found.append(BatchInput(at[name], name, dim % value.dim()))
+    return found
+
+
+def _symbols_of(inputs: Sequence[fx.Node], seeds: Mapping[fx.Node, Layout]) -> set[Any]:
+    """The free symbols of the batch dimensions, without those of any other dimension: equal sizes share a symbol."""
+    rows: set[Any] = set()
+    others: set[Any] = set()
+    for node in inputs:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            layout = seeds.get(node) or plain(value)
+            for n, dim in zip(value.shape, layout, strict=True):
+                symbols = n.node.expr.free_symbols if isinstance(n, SymInt) else set()
+                if carries(dim) and len(dim) == 1:
+                    rows |= symbols
+                else:
+                    others |= symbols
+    return rows - others
 
 
 def batch_symbols(graph: fx.Graph) -> set[Any]:
@@ -100,8 +139,9 @@ def batch_symbols(graph: fx.Graph) -> set[Any]:
 class _Follower:
     """Goes through a graph, and through the graphs that it holds."""
 
-    def __init__(self, symbols: set[Any]) -> None:
+    def __init__(self, symbols: set[Any], names: Mapping[fx.Node, str] | None = None) -> None:
         self.symbols = symbols
+        self.names = names or {}
 
     def run(self, graph: fx.Graph, layouts: Mapping[fx.Node, Layout]) -> Analysis:
         found, sorts = Analysis(dict(layouts)), Sorts()
@@ -143,10 +183,22 @@ class _Follower:
             dims = found.layouts.get(x) or ()
             if dim < len(dims) and carries(dims[dim]) and node not in found.mixed:
                 found.mixed[node] = (
-                    f"combines the rows along the batch dimension {dim} of {x.name} {list(x.meta['val'].shape)}: "
-                    "a row's result depends on the others by its meaning"
+                    f"combines the rows along the batch dimension {dim} of {x.name} {list(x.meta['val'].shape)}"
+                    f"{self.origin(x, found)}: a row's result depends on the others by its meaning"
                 )
         return self.each(layout, value)
+
+    def origin(self, x: fx.Node, found: Analysis) -> str:
+        """Which input's which dimension the rows of `x` come from; empty where no input was named."""
+        seen, ahead = {x}, [x]
+        while ahead:
+            node = ahead.pop(0)
+            if node in self.names:
+                return f", which comes from {self.names[node]}"
+            new = [n for n in node.all_input_nodes if n not in seen and found.dims(n)]
+            seen.update(new)
+            ahead += new
+        return ""
 
     def each(self, layout: Any, value: Any) -> Any:
         """Layouts for each output; a rule that gave one layout gave it for all outputs of that rank."""
@@ -182,7 +234,7 @@ class _Follower:
             for x, layout, is_cut in zip(operands, given, cut, strict=True):
                 if is_cut and layout and carries(layout[0]) and node.target.name() == "scan":  # type: ignore[union-attr]
                     found.mixed[node] = (
-                        f"scans the rows along the batch dimension 0 of {x.name}: a row's result depends on the others by its meaning"
+                        f"scans the rows along the batch dimension 0 of {x.name}{self.origin(x, found)}: a row's result depends on the others by its meaning"
                     )
             seeds = {
                 i: self.with_symbols(layout[1:] if is_cut else layout, i.meta.get("val"))

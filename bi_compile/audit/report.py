@@ -75,12 +75,12 @@ class Report:
         }
 
 
-def audit(graph: fx.Graph, knowledge: Knowledge, batch: Mapping[str, int] | None = None) -> Report:
+def audit(graph: fx.Graph, knowledge: Knowledge, batch: batch_dims.Batch = None) -> Report:
     """Judge every node, also of the graphs that higher-order operators hold.
 
     Args:
         graph: with fake values in `meta["val"]`.
-        batch: placeholder -> its batch dimension, for a graph of static shapes. Otherwise a batch dimension is one whose
+        batch: the inputs that carry the batch, or placeholder -> its batch dimension. None: a batch dimension is one whose
             size holds the free symbol of the first symbolic dimension of an input.
     """
     return Report(knowledge.target.name, tuple(_findings(graph, knowledge, batch_dims.follow(graph, batch), "")))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import os
 import sys
 import tempfile
@@ -93,8 +94,20 @@ class Case:
             return self.fn
         if self._compiled is None or self._compiled[0] != dynamic:
             torch._dynamo.reset()  # graphs of one setting would serve the other
-            self._compiled = dynamic, torch.compile(self.fn, backend=self.backend, dynamic=dynamic)
+            options = {"batch": self._named()} if self.backend == "bi_ascend" and self._named() else None
+            self._compiled = dynamic, torch.compile(self.fn, backend=self.backend, dynamic=dynamic, options=options)
         return self._compiled[1]
+
+    def _named(self) -> dict[str, int]:
+        """Where the backend's option `batch` has to say what `batch_dims` says: it takes dimension 0 of every input."""
+        if all(d == 0 for x, d in zip(self.inputs, self.dims, strict=True) if isinstance(x, Tensor) and x.dim()):
+            return {}
+        function = self.fn.forward if isinstance(self.fn, torch.nn.Module) else self.fn
+        parameters = list(inspect.signature(function).parameters.values())
+        rest = [p for p in parameters if p.kind is p.VAR_POSITIONAL]
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        names += [f"{p.name}[{i}]" for p in rest for i in range(len(self.inputs) - len(names))]
+        return {name: d for name, d in zip(names, self.dims, strict=False) if d is not None}
 
     def places(self) -> list[Place]:
         """Where the rows of each output are: the dimension that grows with the batch.

@@ -39,6 +39,10 @@ def _three(x: Tensor) -> Tensor:
     return x.view(-1, 1, 3, 4)
 
 
+def _attends(x: Tensor, keys: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(_three(x), keys, keys).flatten(1)
+
+
 def _product_out(x: Tensor, w: Tensor) -> Tensor:
     return torch.mm(x, w, out=x.new_empty(x.shape[0], w.shape[1]))
 
@@ -187,6 +191,20 @@ HOLES: dict[str, Hole] = {
     "unique": Hole(lambda x, w: torch._unique2(x.view(-1), return_inverse=True)[1].view(-1, 12), "aten._unique2"),
     "nonzero": Hole(lambda x, w: torch.nonzero_static(x > 0, size=6), "aten.nonzero_static", bits=False),
     "random numbers": Hole(lambda x, w: x + torch.rand_like(x), "aten.rand_like"),
+    # rows that meet
+    "mean over the batch": Hole(lambda x, w: x - x.mean(0), "aten.mean"),
+    "softmax over the batch": Hole(lambda x, w: (x @ w).softmax(0), "aten._softmax"),
+    "cumsum along the batch": Hole(lambda x, w: x.cumsum(0), "aten.cumsum"),
+    "rows that attend to rows": Hole(
+        lambda x, w: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None])[0, 0],
+        "aten._scaled_dot_product_flash_attention_for_cpu",
+    ),
+    "batch behind a one": Hole(lambda x, w: x + x.view(1, -1, 12).logsumexp(1), "aten.logsumexp"),
+    "contrast": Hole(lambda x, w: (x @ x.t()).softmax(-1) @ x, "aten._softmax"),
+    "the largest of all": Hole(lambda x, w: x / x.abs().amax(), "aten.amax"),
+    "three heaps of rows": Hole(lambda x, w: x + x.reshape(2, -1).sum(0).amax(), "aten.sum"),
+    "a row's rank": Hole(lambda x, w: x * x[:, 0].argsort().argsort()[:, None], "aten.sort"),
+    "the best two": Hole(lambda x, w: x + x[:, 0].topk(2)[0].sum(), "aten.topk"),
 }  # fmt: skip
 
 CLEAN: dict[str, Function] = {
@@ -242,4 +260,23 @@ CLEAN: dict[str, Function] = {
     "split": lambda x, w: torch.stack([part.sum(-1) for part in x.split(4, 1)], 1),
     "experts": lambda x, w: _experts(x, w),
     "padded": lambda x, w: F.pad(x, (1, 3)).sum(-1),
+    # sequences [ROWS, 3, 4]: a length is no batch
+    "a cache that grows": lambda x, w: _attends(x, torch.cat([x, x * 2], 1).view(-1, 1, 6, 4)),
+    "left padding": lambda x, w: F.scaled_dot_product_attention(
+        _three(x), _three(x), _three(x), attn_mask=(torch.arange(3) >= (x[:, :1] > 0).long())[:, None, None]
+    ),
+    "a window": lambda x, w: F.scaled_dot_product_attention(
+        _three(x), _three(x), _three(x), attn_mask=(torch.arange(3)[:, None] - torch.arange(3)).abs() < 2
+    ),
+    "a cache that is written": lambda x, w: _attends(
+        x, x.new_zeros(x.shape[0], 1, 5, 4).index_copy(2, torch.tensor([0, 2, 4]), _three(x))
+    ),
+    "positions": lambda x, w: x.view(-1, 3, 4) + w[torch.arange(3), :4],
+    "pooled": lambda x, w: (x.view(-1, 3, 4) * w[:3, :1]).sum(1) / w[:3, :1].sum(),
+    "last token": lambda x, w: x.view(-1, 3, 4)[torch.arange(x.shape[0]), (x[:, 0] > 0).long()] @ w[:4],
+    "shared heads": lambda x, w: (
+        x.view(-1, 3, 4) @ x.view(-1, 3, 4)[:, :1].repeat_interleave(3, 1).transpose(1, 2)
+    ).softmax(-1),
+    "modulated": lambda x, w: F.layer_norm(x, [12]) * (1 + F.silu(x[:, :1] * w[0]) @ w) + x,
+    "a matrix for each row": lambda x, w: torch.bmm(x[:, None], (w * x[:, None, :1]).transpose(1, 2))[:, 0],
 }  # fmt: skip
