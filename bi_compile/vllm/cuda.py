@@ -122,4 +122,5 @@ PLATFORM = Platform(
     before_config=before_config,
     switches=(attention_pinned,),
     check_model=check_model,
+    refuses_uncompiled=False,
 )

@@ -79,9 +79,12 @@ class Held:
         """What this thread runs uncompiled in the block is judged.
 
         Raises:
-            AuditError: an operator that is not known to be invariant, and on_unproven is "error".
+            AuditError: an operator that is not known to be invariant, on_unproven is "error", and the platform refuses it.
         """
-        with eager_audit.judged(_for_eager_code(self.options), self.platform.device, self.seen) as self.seen:
+        options = _for_eager_code(self.options)
+        if not self.platform.refuses_uncompiled:
+            options = dataclasses.replace(options, on_unproven="warn")
+        with eager_audit.judged(options, self.platform.device, self.seen) as self.seen:
             yield
 
     def certify(self) -> None:
