@@ -20,7 +20,7 @@ import emulated_npu
 import torch
 import torch_npu
 
-from bi_compile import eager
+from bi_compile import invariant
 from bi_compile.options import Options
 
 HEADS, KV_HEADS, HEAD, BLOCK = 2, 1, 16, 128
@@ -62,7 +62,7 @@ def main() -> None:
     for phase, pages, n in itertools.product(PHASES, (True, False), REQUESTS):
         call = arguments([PHASES[phase](i) for i in range(n)], pages)
         native = launched(call)
-        with eager.invariant(Options(target="ascend-a2"), "npu"):
+        with invariant(Options(target="ascend-a2"), "npu"):
             ours = launched(call)
         found["error"] = max(found["error"], (ours[1] - native[1]).abs().max().item())
         found["launches"][f"{phase}, {'pages' if pages else 'packed'}, {n}"] = native[0], ours[0]
@@ -70,7 +70,7 @@ def main() -> None:
     from bi_compile.pipeline import Pipeline
 
     found["serves"] = ascendc.serves()
-    with eager.invariant(Options(target="ascend-a2"), "npu"):
+    with invariant(Options(target="ascend-a2"), "npu"):
         a, b = torch.ones(2, 4, 8, dtype=torch.float16).npu(), torch.ones(2, 8, 16, dtype=torch.float16).npu()
         torch.bmm(a, b), torch.mm(a[0], b[0])
         call = arguments([(1, 3), (1, 7)], True)
