@@ -108,7 +108,7 @@ def _symbols_of(inputs: Sequence[fx.Node], seeds: Mapping[fx.Node, Layout]) -> s
         if isinstance(value, Tensor):
             layout = seeds.get(node) or plain(value)
             for n, dim in zip(value.shape, layout, strict=True):
-                symbols = n.node.expr.free_symbols if isinstance(n, SymInt) else set()
+                symbols: set[Any] = n.node.expr.free_symbols if isinstance(n, SymInt) else set()
                 if carries(dim) and len(dim) == 1:
                     rows |= symbols
                 else:

@@ -92,10 +92,10 @@ def placed(found: Sequence[BatchInput], graph: fx.Graph) -> tuple[BatchInput, ..
         if hasattr(given, "base_of"):
             given = given.base_of
             while hasattr(given, "base") or hasattr(given, "base_of"):
-                given = getattr(given, "base", None) or given.base_of  # type: ignore[union-attr]
+                given = getattr(given, "base", None) or given.base_of
             if at.get(getattr(given, "idx", -1)):
                 raise OptionError(
-                    f"the input {at[given.idx][0].name} shares its memory with another input, and one of them is changed in place: "  # type: ignore[union-attr]
+                    f"the input {at[given.idx][0].name} shares its memory with another input, and one of them is changed in place: "
                     "its rows cannot be followed there; call the compiled function with a clone of it"
                 )
         value = node.meta.get("val")

@@ -94,7 +94,7 @@ class Case:
             return self.fn
         if self._compiled is None or self._compiled[0] != dynamic:
             torch._dynamo.reset()  # graphs of one setting would serve the other
-            options = {"batch": self._named()} if self.backend == "bi_ascend" and self._named() else None
+            options: Any = {"batch": self._named()} if self.backend == "bi_ascend" and self._named() else None
             self._compiled = dynamic, torch.compile(self.fn, backend=self.backend, dynamic=dynamic, options=options)
         return self._compiled[1]
 
