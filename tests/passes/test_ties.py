@@ -11,8 +11,7 @@ import torch
 from support import captured, results, rewrite_all, run, table
 from torch import Tensor
 
-from bi_compile import ops
-from bi_compile.eager import invariant
+from bi_compile import invariant, ops
 from bi_compile.measure.pointwise import same_bits
 
 aten = torch.ops.aten

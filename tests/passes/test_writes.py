@@ -9,8 +9,7 @@ import torch
 from support import captured, rewrite_all, run, targets
 from torch import Tensor
 
-from bi_compile import ops
-from bi_compile.eager import invariant
+from bi_compile import invariant, ops
 
 WIDE = 70_000
 
