@@ -1,12 +1,13 @@
 """Pointwise functions that a CPU computes differently by an element's place in memory."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.table import Pass
+from bi_compile.table import Pass, find_operator
 
 aten = torch.ops.aten
 #: eager code on a CPU
@@ -22,12 +23,8 @@ def _square(self: Any, exponent: Any) -> bool:
     return exponent == 2 or _not_float(self)
 
 
-def _plain_sum(self: Tensor, other: Any, *, alpha: float = 1) -> bool:
-    return (
-        alpha == 1
-        or not isinstance(other, Tensor)
-        or torch.result_type(self, other) not in (torch.bfloat16, torch.float16)
-    )
+def _plain_sum(self: Tensor, other: Any, alpha: float = 1) -> bool:
+    return alpha == 1 or _not_float(self, other)
 
 
 class Pointwise(Pass):
@@ -35,69 +32,71 @@ class Pointwise(Pass):
 
     name = "pointwise"
     why = "vector and scalar code round differently, and which one computes an element follows the number of elements, strides and threads"
-    source = "measured: rows of 65 functions alone and among others, torch 2.13, AVX-512; aten/src/ATen/native/cpu/Loops.h (vectorized_loop)"
+    source = "measured by `bi_compile.measure.pointwise`: rows of 208 functions alone and among others, torch 2.13, AVX-512; aten/src/ATen/native/cpu/Loops.h (vectorized_loop)"
 
 
-def _unary(name: str) -> None:
-    @Pointwise.replaces(name, unless=_not_float, targets=EAGER)
-    def function(self: Tensor) -> Tensor:
-        return ops.pointwise(name, [self])
+#: operators that were measured to vary in eager code, and their like; maximum, minimum and clamp by the sign of zero
+VARY = (
+    "acosh asinh atan2 atanh celu cosh digamma elu erfinv exp2 expm1 fmod.Scalar fmod.Tensor gelu gelu_backward hypot i0 igamma igammac "
+    "lgamma logaddexp logaddexp2 logit logit_backward mish polygamma pow.Scalar pow.Tensor_Tensor remainder.Scalar "
+    "remainder.Scalar_Tensor remainder.Tensor rsqrt selu sigmoid sigmoid_backward silu silu_backward sinc sinh softplus softshrink "
+    "tanh_backward maximum minimum clamp_min.Tensor clamp_max.Tensor special_entr special_i0e special_i1 special_i1e special_ndtri "
+    "special_log_ndtr special_erfcx special_zeta special_xlog1py xlogy.Tensor "
+    + " ".join(
+        f"special_{kind}_polynomial_{letter}{overload}"
+        for kind, letters in (
+            ("chebyshev", "tuvw"), ("shifted_chebyshev", "tuvw"), ("hermite", ("h", "he")), ("laguerre", "l"), ("legendre", "p"),
+        )
+        for letter in letters
+        for overload in ("", ".n_scalar", ".x_scalar")
+    )
+).split()  # fmt: skip
 
 
-def _binary(name: str) -> None:
-    @Pointwise.replaces(name, unless=_not_float, targets=EAGER)
-    def function(self: Tensor, other: Tensor) -> Tensor:
-        # the dispatcher hands a Python number on as one
-        a, b = (x if isinstance(x, Tensor) else y.new_tensor(x) for x, y in ((self, other), (other, self)))
-        return ops.pointwise(name, [a, b])
+def _whole(name: str, unless: Any = _not_float) -> None:
+    """Replace an operator by itself on whole vectors."""
+    op: Any = find_operator(name)
+
+    @Pointwise.replaces(name, unless=unless, targets=EAGER)
+    def function(*args: Any, **kwargs: Any) -> Tensor:
+        tensors: list[Any] = []
+        numbers: list[float] = []
+        word: str | None = None
+        for i, a in enumerate(op._schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(a.name, a.default_value)
+            if "Tensor" in str(a.type):
+                tensors.append(value)
+            elif "str" in str(a.type):
+                word = value
+            elif value is not None:
+                numbers.append(value)
+        return ops.pointwise(name, _of_one_type(tensors), numbers, word)
 
 
-for _name in "atanh cosh exp2 mish rsqrt sigmoid silu sinh".split():
-    _unary(f"aten.{_name}.default")
-for _name in "pow.Tensor_Tensor atan2.default logaddexp.default hypot.default".split():
-    _binary(f"aten.{_name}")
+def _of_one_type(values: list[Any]) -> list[Tensor]:
+    """The operands in the type that PyTorch would compute in; a number, which the dispatcher hands on as one, as a tensor."""
+    if len(values) == 1:
+        return values
+    like = next(v for v in values if isinstance(v, Tensor))
+    dtype = functools.reduce(torch.promote_types, (torch.result_type(like, v) for v in values))
+    if all(isinstance(v, Tensor) and v.dtype == dtype for v in values):
+        return values
+    return [v.to(dtype) if isinstance(v, Tensor) else like.new_full((), v, dtype=dtype) for v in values]
 
 
-@Pointwise.replaces(aten.gelu.default, unless=_not_float, targets=EAGER)
-def gelu(self: Tensor, *, approximate: str = "none") -> Tensor:
-    return ops.pointwise("aten.gelu.default", [self], [], approximate)
+for _name in VARY:
+    _whole(f"aten.{_name}" if "." in _name else f"aten.{_name}.default")
+_whole("aten.pow.Tensor_Scalar", _square)
+for _name in ("add.Tensor", "sub.Tensor", "rsub.Scalar"):
+    _whole(f"aten.{_name}", _plain_sum)
 
 
-@Pointwise.replaces(aten.logit.default, unless=_not_float, targets=EAGER)
-def logit(self: Tensor, eps: float | None = None) -> Tensor:
-    return ops.pointwise("aten.logit.default", [self], [] if eps is None else [eps])
+@Pointwise.replaces(aten.clamp.Tensor, unless=_not_float, targets=EAGER)
+def clamp(self: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
+    low = self if min is None else ops.pointwise("aten.maximum.default", _of_one_type([self, min]))
+    return low if max is None else ops.pointwise("aten.minimum.default", _of_one_type([low, max]))
 
 
-@Pointwise.replaces(aten.softplus.default, unless=_not_float, targets=EAGER)
-def softplus(self: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    return ops.pointwise("aten.softplus.default", [self], [beta, threshold])
-
-
-@Pointwise.replaces(aten.elu.default, unless=_not_float, targets=EAGER)
-def elu(self: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
-    return ops.pointwise("aten.elu.default", [self], [alpha, scale, input_scale])
-
-
-@Pointwise.replaces(aten.celu.default, unless=_not_float, targets=EAGER)
-def celu(self: Tensor, alpha: float = 1.0) -> Tensor:
-    return ops.pointwise("aten.elu.default", [self], [alpha, 1.0, 1.0 / alpha])
-
-
-@Pointwise.replaces(aten.pow.Tensor_Scalar, unless=_square, targets=EAGER)
-def pow_scalar(self: Tensor, exponent: float) -> Tensor:
-    return ops.pointwise("aten.pow.Tensor_Scalar", [self], [exponent])
-
-
-@Pointwise.replaces(aten.pow.Scalar, unless=_not_float, targets=EAGER)
-def scalar_pow(self: float, exponent: Tensor) -> Tensor:
-    return ops.pointwise("aten.pow.Scalar", [exponent], [self])
-
-
-@Pointwise.replaces(aten.add.Tensor, unless=_plain_sum, targets=EAGER, eager=False)
-def add(self: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
-    return ops.pointwise("aten.add.Tensor", [self, other], [alpha])
-
-
-@Pointwise.replaces(aten.sub.Tensor, unless=_plain_sum, targets=EAGER, eager=False)
-def sub(self: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
-    return ops.pointwise("aten.sub.Tensor", [self, other], [alpha])
+@Pointwise.replaces(aten.glu.default, unless=_not_float, targets=EAGER)
+def glu(self: Tensor, dim: int = -1) -> Tensor:
+    return ops.pointwise("aten.glu.default", self.chunk(2, dim))

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from ..table import find_operator
+
 _A = torch.ops.aten
 WIDTHS = tuple(range(1, 41))
 BATCHES = (1, 2, 3, 7, 16, 17, 33)
@@ -24,7 +26,7 @@ WIDE = 70_000
 #: pointwise, or on two halves of a row, though PyTorch does not tag them so
 UNTAGGED = ("glu.default", "log_sigmoid_forward.default", "hardswish.default", "floor_divide.default")
 #: what no float operand has, or what does not compute
-_PASSED_OVER = "bitwise_ shift__ __xor__ clone conj_physical gcd lcm ldexp native_dropout_backward positive where.self masked_fill".split()
+_PASSED_OVER = "bitwise_ shift__ __xor__ clone conj_physical gcd lcm ldexp native_dropout_backward positive rrelu where.self masked_fill".split()
 #: argument -> its number, where it is not 1.5
 NUMBERS: dict[str, Any] = {
     "n": 3, "p": 2, "decimals": 1, "approximate": "tanh", "rounding_mode": "floor", "lambd": 0.5, "min": -0.5, "max": 0.5,
@@ -66,14 +68,18 @@ class Pointwise:
 def operators() -> list[Pointwise]:
     """Every functional overload that PyTorch tags pointwise and that takes floats, and `UNTAGGED`."""
     found = []
-    for packet in sorted(dir(_A)):
-        overloads = getattr(getattr(_A, packet), "overloads", None)
-        for overload in overloads() if overloads else ():
-            op = getattr(getattr(_A, packet), overload)
-            name = str(op).removeprefix("aten.")
-            tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
-            if tagged and not op._schema.is_mutable and not any(p in name for p in _PASSED_OVER):
-                found.append(Pointwise(op, sum("Tensor" in str(a.type) for a in op._schema.arguments)))
+    for registered in sorted(
+        torch._C._dispatch_get_all_op_names()
+    ):  # dir(torch.ops.aten) has only what was used before
+        op = find_operator(registered.replace("::", ".") + ("" if "." in registered else ".default"))
+        if op is None or op.namespace != "aten":
+            continue
+        name, schema = str(op).removeprefix("aten."), op._schema
+        tagged = torch.Tag.pointwise in op.tags or name in UNTAGGED
+        tensors = sum("Tensor" in str(a.type) for a in schema.arguments)
+        returns = all("Tensor" in str(r.type) for r in schema.returns)  # not aten.equal
+        if tagged and tensors and returns and not schema.is_mutable and not any(p in name for p in _PASSED_OVER):
+            found.append(Pointwise(op, tensors))
     return found
 
 

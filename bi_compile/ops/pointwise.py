@@ -8,44 +8,45 @@ says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch import Pointwise
-from .declare import check, composite, operator
+from .declare import composite, operator
 
-#: operator -> how it is called with (tensors, numbers, word)
-CALLS: dict[str, Callable[[Any, Sequence[Tensor], Sequence[float], str | None], Tensor]] = {
-    **dict.fromkeys(
-        (
-            f"aten.{name}.default"
-            for name in "atanh cosh exp2 mish rsqrt sigmoid silu sinh softplus elu logit atan2 logaddexp hypot".split()
-        ),
-        lambda op, tensors, numbers, word: op(*tensors, *numbers),
-    ),
-    "aten.pow.Tensor_Scalar": lambda op, tensors, numbers, word: op(*tensors, *numbers),
-    "aten.pow.Tensor_Tensor": lambda op, tensors, numbers, word: op(*tensors),
-    "aten.gelu.default": lambda op, tensors, numbers, word: op(*tensors, approximate=word),
-    "aten.pow.Scalar": lambda op, tensors, numbers, word: op(*numbers, *tensors),
-    "aten.add.Tensor": lambda op, tensors, numbers, word: op(*tensors, alpha=numbers[0]),
-    "aten.sub.Tensor": lambda op, tensors, numbers, word: op(*tensors, alpha=numbers[0]),
-}
 #: elements a call: below PyTorch's grain of 32768, from which on threads share the work, and a multiple of every vector
 CHUNK = 32768 - 64
 
 
 def _call(name: str, tensors: Sequence[Tensor], numbers: Sequence[float], word: str | None) -> Tensor:
-    check(name in CALLS, lambda: f"bi_compile::pointwise does not know {name!r}: it knows {', '.join(CALLS)}")
-    _, packet, overload = name.split(".")
-    return CALLS[name](getattr(getattr(torch.ops.aten, packet), overload), tensors, numbers, word)
+    """The operator with its arguments filled in by their types, each from its list in the order of the schema."""
+    ns, packet, overload = name.split(".")
+    if name == "aten.glu.default":  # its two halves, one behind the other
+        return torch.ops.aten.glu.default(torch.stack(list(tensors)), 0)[0]
+    op = getattr(getattr(getattr(torch.ops, ns), packet), overload)
+    next_tensor, next_number = iter(tensors), iter(numbers)
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for a in op._schema.arguments:
+        kind = str(a.type)
+        value: Any = next(next_tensor) if "Tensor" in kind else word if "str" in kind else next(next_number, None)
+        value = int(value) if kind == "int" else value
+        if a.kwarg_only:
+            kwargs[a.name] = value
+        else:
+            args.append(value)
+    result: Tensor = op(*args, **kwargs)
+    return result
 
 
 @operator("pointwise(str name, Tensor[] tensors, float[] numbers=[], str? word=None) -> Tensor", batch=Pointwise())
 def pointwise(name: str, tensors: Sequence[Tensor], numbers: Sequence[float] = (), word: str | None = None) -> Tensor:
-    """The aten operator `name` of `CALLS` on tensors that are broadcast together; result contiguous.
+    """The pointwise operator `name` (`ns.packet.overload`) on tensors that are broadcast together; result contiguous.
+
+    Its other arguments come in `numbers` and `word`, in the order of its schema; glu takes its two halves.
 
     Every element takes the native kernel's vector code: the elements are laid out one behind the other and filled up to
     whole vectors. No sum is involved.

@@ -12,7 +12,7 @@ so a row's bits would follow its neighbours. Here both codes compute such a func
   method where one of them is large, so a lane's bits follow the lanes beside it (measured, torch 2.13, AVX-512: sin of
   680 and cos of 910 of 16384 float32 differ among others of up to 1000).
 
-Why so, and not by settings: `cpp.simdlen=1` leaves scalar code alone and costs 5 to 10 times the time; without
+Why so, and not by settings: `cpp.simdlen=1` leaves scalar code alone, at the cost of all vectors; without
 `cpp.enable_tiling_heuristics` and with `cpp.enable_loop_tail_vec` some loops stay scalar (types that have no vectors, indirect
 and strided loads, scalars broadcast into vector code). What is changed are the tables that Inductor keeps for this purpose,
 `CppOverrides` and `CppVecOverrides` (there from torch 2.1 to 2.14), and only for graphs that `one_code` was called with.
