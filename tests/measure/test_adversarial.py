@@ -49,7 +49,7 @@ def test_what_is_not_proven_varies_a_little(f: Callable[[Tensor], Tensor]) -> No
     with Adversary():
         found = f(X)
     torch.testing.assert_close(found, f(X), rtol=2e-2, atol=2e-2)
-    with Adversary():  # the same seed, the same lie
+    with Adversary():  # the same seed, the same bits
         assert same_bits(f(X), found)
 
 
@@ -59,9 +59,9 @@ def test_what_is_not_proven_varies_a_little(f: Callable[[Tensor], Tensor]) -> No
         lambda x: ops.mm(x, W),
         lambda x: ops.softmax(x, -1),
         lambda x: x.relu() * 2 + W.t()[0, :50],
-        lambda x: x.amax(-1),
+        lambda x: ops.amax(x, [-1], False),
         lambda x: x.long().sum(-1),
-        lambda x: x.t()[:20].t().sort(-1)[0],
+        lambda x: x.t()[:20].t().flip(-1),
     ],
 )
 def test_what_is_proven_runs_as_it_is(f: Callable[[Tensor], Tensor]) -> None:
