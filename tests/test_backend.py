@@ -384,7 +384,14 @@ def test_addbmm(inner: str) -> None:
     """It adds up over its first dimension, which is no batch here."""
     torch._dynamo.reset()
     a, b, bias = rand(5, 17, 600), rand(5, 600, 40, seed=1), rand(17, 40, seed=2)
-    f = no_grad(compiled(lambda x, bias: torch.addbmm(bias, x, b, beta=0.5, alpha=2), dynamic=False, inner=inner))
+    f = no_grad(
+        compiled(
+            lambda x, bias: torch.addbmm(bias, x, b, beta=0.5, alpha=2),
+            dynamic=False,
+            inner=inner,
+            batch={"x": 1, "bias": 0},
+        )
+    )
     torch.testing.assert_close(f(a, bias), torch.addbmm(bias, a, b, beta=0.5, alpha=2), rtol=1e-3, atol=1e-3)
     assert same_bits(f(a[:, :1], bias[:1]), f(a, bias)[:1])
 
