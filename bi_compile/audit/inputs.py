@@ -174,8 +174,11 @@ def _named(inputs: Sequence[_Input], named: Mapping[str, int]) -> tuple[BatchInp
 
 def _dimension_0(inputs: Sequence[_Input]) -> tuple[BatchInput, ...]:
     groups: dict[Any, list[_Input]] = {}
+    # inputs of one size may have symbols of their own where nothing in the program compares them
+    of_size: dict[int, Any] = {}
     for i in inputs:
-        groups.setdefault(i.size, []).append(i)
+        size = i.size if isinstance(i.size, int) else of_size.setdefault(_hint(i), i.size)
+        groups.setdefault(size, []).append(i)
     size = _batch_size(groups)
     if size is None or size == 1:  # a batch of one has no rows to mix
         return ()

@@ -58,7 +58,7 @@ class Adversary(TorchDispatchMode):
         named = get_target(target)
         table = Table(PASSES, target)
         # what the target trusts is not proven
-        self.known = Knowledge(Target(named.name, named.device), table, table, trust or {})
+        self.known = Knowledge(Target(named.name, named.device, row_local=named.row_local), table, table, trust or {})
         self.perturbed: Counter[str] = Counter()
 
     def __torch_dispatch__(
