@@ -6,16 +6,11 @@ Engines run one at a time: each asks for most of the memory (`xdist_group("engin
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-
-# importing PyTorch's compiler imports Triton, which reads then whether to interpret (see kernels/triton/conftest.py)
-if any("kernels/triton" in argument for argument in sys.argv) and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # a graph that an earlier run left in Inductor's cache would be neither rewritten nor judged
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="bi_compile_tests_")

@@ -52,6 +52,7 @@ def test_the_wheel_works_by_itself(built: Path, tmp_path: Path) -> None:
         "import sys, pathlib, bi_compile.passes as p\n"
         f"assert pathlib.Path(p.__file__).is_relative_to({str(tmp_path)!r}), p.__file__\n"
         "import torch, bi_compile\n"
+        "assert not {'torch._dynamo', 'triton', 'vllm'} & set(sys.modules), 'import bi_compile is slow'\n"
         "with bi_compile.invariant(): print(torch.ones(3, 4).sum().item(), len(p.PASSES))\n"
         "try: import passes\n"
         "except ImportError: print('no top-level passes')\n"

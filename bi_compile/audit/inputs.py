@@ -14,13 +14,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import SymInt, Tensor, fx, nn
-from torch._dynamo.source import ChainedSource, GlobalSource, LocalSource, Source
 
 from ..errors import OptionError
 from .layout import size_of
+
+if TYPE_CHECKING:
+    from torch._dynamo.source import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +124,24 @@ def _source(node: fx.Node) -> Source | None:
     return getattr(node, "_dynamo_source", None) or getattr(argument, "source", None)
 
 
+def _root(source: Source) -> Any:
+    """The variable that `source` starts from: `L['x']` of `L['x'].y[0]`."""
+    # here: it imports the whole of Dynamo, which made the graph that we read
+    from torch._dynamo.source import ChainedSource
+
+    root: Any = source
+    while isinstance(root, ChainedSource):
+        root = root.base
+    return root
+
+
 def _name(node: fx.Node) -> str:
     """`x` for L['x'], and `input_ids` for what `**kwargs` brings under that name."""
     source = _source(node)
     if source is None:
         return node.name
-    root: Any = source
     name: str = source.name() if callable(source.name) else source.name  # a method before torch 2.11
-    while isinstance(root, ChainedSource):
-        root = root.base
-    if getattr(root, "is_varkw", False):
+    if getattr(_root(source), "is_varkw", False):
         name = re.sub(r"^L\['\w+'\]", "L", name)
     return re.sub(r"^[LG]\['(\w+)'\]", r"\1", name)
 
@@ -139,14 +149,14 @@ def _name(node: fx.Node) -> str:
 def _held(gm: fx.GraphModule, position: int, example_inputs: Sequence[Any]) -> bool:
     """Whether a module, a global variable or a closure holds it: it is no input of the call."""
     node = [n for n in gm.graph.nodes if n.op == "placeholder"][position]
-    source = root = _source(node)
+    source = _source(node)
     if isinstance(example_inputs[position], nn.Parameter):
         return True
     if source is None:
         return False
-    guard = source.guard_source
-    while isinstance(root, ChainedSource):
-        root = root.base
+    from torch._dynamo.source import GlobalSource, LocalSource
+
+    guard, root = source.guard_source, _root(source)
     return (
         guard.is_unspecialized_nn_module()
         or guard.is_specialized_nn_module()

@@ -5,6 +5,8 @@ The proof's logic runs anywhere, with a stand-in for cuBLASLt. What is marked `c
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +21,8 @@ from torch import Tensor
 from bi_compile import ops
 
 pytest.importorskip("triton")
-from bi_compile.kernels.cuda import build, launches, proof
+from bi_compile.kernels.cuda import launches, proof
+from bi_compile.kernels.cuda.build import EXTENSION
 
 CUDA = torch.cuda.is_available()
 cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
@@ -102,19 +105,20 @@ def test_a_proof_is_kept_and_a_broken_file_is_none(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch for CUDA brings the headers")
-def test_without_headers_or_a_compiler_the_build_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.shutil, "which", lambda tool: None)
+def test_without_headers_or_a_compiler_the_build_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
     with pytest.raises(RuntimeError, match=r"is not on the PATH: install g\+\+"):
-        build._require([])
-    monkeypatch.setattr(build.shutil, "which", lambda tool: tool)
+        EXTENSION.load()
+    monkeypatch.setattr(shutil, "which", lambda tool: tool)
     with pytest.raises(RuntimeError, match=r"cublasLt\.h is in none of .*pip install nvidia-cublas"):
-        build._require([])
+        EXTENSION.load()
 
 
-def test_a_build_has_another_name_for_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = build.name()
-    monkeypatch.setattr(build, "_FLAGS", ["-O1"])
-    assert build.name() != before
+def test_a_build_has_another_name_for_another_flag() -> None:
+    assert dataclasses.replace(EXTENSION, flags=("-O1",)).name() != EXTENSION.name()
 
 
 # ---- on a device ----

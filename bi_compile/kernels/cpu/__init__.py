@@ -17,13 +17,7 @@ Threads share out rows, columns, heads, never a sum; every result is the same wi
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
 import platform
-import shlex
-import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -31,20 +25,9 @@ from torch import Tensor
 
 from bi_compile import ops
 
-_HERE = Path(__file__).parent
-_SOURCES = [_HERE / name for name in ("matmul.cpp", "attention.cpp", "reduce.cpp", "norm.cpp")]
+from ..build import Extension
+
 _NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-#: -ffp-contract=off: only what the source calls fma is fused, in every instance of a template alike
-_FLAGS = [
-    "-O3",
-    "-std=c++20",
-    _NATIVE,
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fopenmp",
-    "-Wno-psabi",
-    "-Wno-maybe-uninitialized",
-]
 
 
 def _processor() -> str:
@@ -56,60 +39,18 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _name() -> str:
-    """The library's name, different for each source, setting, torch and processor: an older build is never loaded."""
-    digest = hashlib.sha256()
-    for path in sorted([*_SOURCES, *_HERE.glob("*.h")]):
-        digest.update(path.read_bytes())
-    for text in (*_FLAGS, torch.__version__, platform.python_version(), _processor()):
-        digest.update(text.encode())
-    return f"bi_compile_cpu_{digest.hexdigest()[:16]}"
-
-
-def _require_tools() -> None:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    remedies = {compiler: "install g++ 12 or newer, or name a C++20 compiler in CXX", "ninja": "pip install ninja"}
-    for tool, remedy in remedies.items():
-        if shutil.which(tool) is None:
-            raise RuntimeError(f"bi_compile compiles its CPU kernels, and {tool!r} is not on the PATH: {remedy}")
-
-
-def _compile(name: str, folder: Path) -> None:
-    from torch.utils import cpp_extension  # here: it takes a second to import, and a finished build needs none of it
-
-    path = os.environ.get("PATH", "")
-    # the ninja of a virtual environment that was not activated
-    os.environ["PATH"] = os.pathsep.join([path, str(Path(sys.executable).parent)])
-    try:
-        _require_tools()
-        cpp_extension.load(
-            name,
-            [str(source) for source in _SOURCES],
-            extra_cflags=_FLAGS,
-            extra_ldflags=["-fopenmp"],
-            build_directory=str(folder),
-            is_python_module=False,
-        )
-    finally:
-        os.environ["PATH"] = path
-
-
-def _load() -> None:
-    """Load the C++ operators. The first process compiles them, the others wait; later ones find the build."""
-    name = _name()
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    folder = Path(root) / name
-    finished = folder / "finished"
-    if not finished.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "flock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process, unlike torch's own lock file, which
-            (folder / "lock").unlink(missing_ok=True)  # would make everyone wait for a process that was killed
-            if not finished.exists():
-                _compile(name, folder)
-                finished.touch()
-                return
-    torch.ops.load_library(str(folder / f"{name}.so"))
+EXTENSION = Extension(
+    "bi_compile_cpu",
+    Path(__file__).parent,
+    ("matmul.cpp", "attention.cpp", "reduce.cpp", "norm.cpp"),
+    # -ffp-contract=off: only what the source calls fma is fused, in every instance of a template alike
+    (
+        "-O3", "-std=c++20", _NATIVE, "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-Wno-psabi", "-Wno-maybe-uninitialized",
+    ),
+    depends_on=_processor,
+    ldflags=("-fopenmp",),
+)  # fmt: skip
+"""The operators in C++."""
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -161,6 +102,6 @@ def register(library: torch.library.Library) -> None:
     Raises:
         RuntimeError: there is no C++ compiler or no ninja, or the compiler failed.
     """
-    _load()
+    EXTENSION.load()
     library.impl("grouped_mm", grouped_mm, "CPU")
     library.impl("paged_attention", paged_attention, "CPU")

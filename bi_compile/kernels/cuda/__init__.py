@@ -35,7 +35,7 @@ def _load_native() -> None:
         RuntimeError: it cannot be compiled here.
     """
     global _library
-    build.load()
+    build.EXTENSION.load()
     from . import launches, proof  # the kernels that they tell the C++ about
 
     functions: dict[str, Callable[..., Any]] = {

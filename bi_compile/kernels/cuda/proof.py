@@ -293,7 +293,7 @@ def circumstances(device: torch.device) -> dict[str, str]:
 def path_of(device: torch.device) -> Path:
     """The file with the proofs for this device."""
     words = json.dumps(circumstances(device), sort_keys=True)
-    return build.folder() / f"proofs_{hashlib.sha256(words.encode()).hexdigest()[:16]}.json"
+    return build.EXTENSION.build_folder() / f"proofs_{hashlib.sha256(words.encode()).hexdigest()[:16]}.json"
 
 
 def read(path: Path) -> dict[str, list[Choice]]:
