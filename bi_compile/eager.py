@@ -4,6 +4,10 @@ Every operator of the table gets its replacement as the kernel of the device's d
 PyTorch's own. `torch.sum`, `Tensor.sum`, `out=` and in-place forms all arrive at the dispatcher, so each keeps every
 meaning of its arguments. Operators that are known to vary and have no replacement (`REFUSED`) are refused by name.
 
+A device's library may register an operator for itself that PyTorch composes of others (torch_npu: softmax.int, matmul, cdist, lstm and
+some 40 more), and what its own kernel calls never comes past the dispatcher. Such an operator, unless it is in the table, is
+taken apart as PyTorch takes it apart, and the parts meet the table (`EagerFallback.apart`).
+
 It holds for every thread of the process. Our kernels are put in at the first use and stay, because the dispatcher must not
 lose a kernel that another thread is in; each looks up what is installed at the moment, and calls PyTorch's own where nothing
 is. So a fallback may be installed and removed at any time, in any order, from any thread.
@@ -12,6 +16,7 @@ is. So a fallback may be installed and removed at any time, in any order, from a
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import warnings
@@ -22,9 +27,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch._ops import OpOverload
 
+from .audit.spec import ALLOWED, Call, Knowledge, judge
 from .errors import AuditError, OptionError
 from .ops import KERNELS, load_kernels
 from .options import Options
+from .passes import PASSES
 from .resolve import resolve
 from .table import Entry, Replacement, Table
 from .targets import for_device
@@ -122,9 +129,20 @@ class EagerFallback:
             for op in _with_siblings(name)
             if op not in self.replaced and str(op) not in options.trust and _has_kernel(op, key)
         }
+        self.apart = self._taken_apart(key) if key == "PrivateUse1" else frozenset()
+        """Operators that PyTorch composes and the device's library has a kernel of its own for."""
         self.seen: Observed | None = None
         """What the audit of `invariant(audit=True)` saw."""
         self._warned: set[OpOverload] = set()
+
+    def _taken_apart(self, key: str) -> frozenset[OpOverload]:
+        target = for_device(self.device, compiled=False)
+        known = Knowledge(target, self.table, Table(PASSES, target.name), self.options.trust)
+        return frozenset(
+            op
+            for op in _of_its_own(key)
+            if op not in self.refused and judge(Call(op, (), {}, complete=False), known)[0] not in ALLOWED
+        )
 
     @property
     def operators(self) -> list[str]:
@@ -191,20 +209,32 @@ def _with_siblings(name: str) -> Iterator[OpOverload]:
             yield from (getattr(found, overload) for overload in found.overloads())
 
 
-def _put_in(op: OpOverload, device: str) -> None:
-    """Give `op` our kernel on `device`, if it does not have one yet."""
-    if (op, device) in _kernels:
+@functools.cache
+def _of_its_own(key: str) -> frozenset[OpOverload]:
+    """ATen's operators that PyTorch composes of others, and that have a kernel under `key`, or its autograd's key, all the same."""
+    has, found = torch._C._dispatch_has_kernel_for_dispatch_key, set()
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("aten::") and has(name, "CompositeImplicitAutograd"):
+            packet, _, overload = name.removeprefix("aten::").partition(".")
+            if has(name, key) or has(name, f"Autograd{key}"):
+                found.add(getattr(getattr(torch.ops.aten, packet), overload or "default"))
+    return frozenset(found)
+
+
+def _put_in(op: OpOverload, device: str, autograd: bool = False) -> None:
+    """Give `op` our kernel on `device`, or under its autograd's key, if it does not have one there yet."""
+    key = f"{'Autograd' * autograd}{KERNELS[device][0]}"
+    if (op, key) in _kernels or (autograd and not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)):
         return
-    key = KERNELS[device][0]
     original = torch.library.get_kernel(op, key)
     if op.namespace not in _libraries:
         _libraries[op.namespace] = torch.library.Library(op.namespace, "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
         name = op.name().partition("::")[2]
-        kernel = _kernel(op, device, original)
+        kernel = (_autograd_kernel if autograd else _kernel)(op, device, original)
         _libraries[op.namespace].impl(name, kernel, key, with_keyset=True, allow_override=True)
-    _kernels.add((op, device))
+    _kernels.add((op, key))
 
 
 def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
@@ -221,6 +251,8 @@ def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
                     return found[1](*args, **kwargs)
                 finally:
                     inside.discard(op)
+            if found is None and op not in inside and any(f.device == device and op in f.apart for f in fallbacks):
+                return op.decompose(*args, **kwargs)
             if found is None and not inside:
                 for fallback in fallbacks:
                     if fallback.device == device and op in fallback.refused:
@@ -228,6 +260,27 @@ def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
         return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
 
     return run
+
+
+def _autograd_kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
+    """For an operator that the device's library differentiates by itself: on the way to its kernel, past the table."""
+
+    def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        mine = _active.fallbacks
+        fallbacks = _installed + mine if mine else _installed
+        if any(f.device == device and op in f.apart for f in fallbacks):
+            if _replacement(fallbacks, op, device) is None:
+                return op.decompose(*args, **kwargs)
+            if not (torch.is_grad_enabled() and any(_wants_gradient(x) for x in (*args, *kwargs.values()))):
+                with torch._C._AutoDispatchBelowAutograd():
+                    return op(*args, **kwargs)
+        return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
+
+    return run
+
+
+def _wants_gradient(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad
 
 
 def _replacement(fallbacks: tuple[EagerFallback, ...], op: Any, device: str) -> tuple[Entry, Replacement] | None:
@@ -273,8 +326,11 @@ def prepare(options: Options, device: str) -> EagerFallback:
     fallback = EagerFallback(options, device)
     with _lock:
         load_kernels(device)
-        for op in (*fallback.replaced, *fallback.refused):
-            _put_in(op, device)
+        for op in (*fallback.replaced, *fallback.refused, *fallback.apart):
+            if _has_kernel(op, KERNELS[device][0]):
+                _put_in(op, device)
+        for op in fallback.apart:
+            _put_in(op, device, autograd=True)
     return fallback
 
 

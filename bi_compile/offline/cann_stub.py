@@ -5,7 +5,7 @@
 
 torch_npu binds some 85 C functions of CANN when it is loaded, and looks up more by name when it starts a device. Here each
 of them returns 0, which is CANN's "success"; the few that hand out memory, streams or the device's name do so from the host, and
-those that compile and run an operator by its name refuse it by that name.
+those that run an operator, a kernel, a captured graph or a collective refuse it by its name, at the call (torch_npu's queue is off).
 No operator has a kernel: use them to trace under FakeTensorMode (the offline audit, the tests), never to compute.
 Needs cc, nm and strings (packages gcc and binutils).
 """
@@ -55,16 +55,27 @@ size_t aclGetCompileoptSize(int o) { return 64; }
 int aclGetCompileopt(int o, char *v, size_t n) { memset(v, 0, n); strncpy(v, "disable", n - 1); return 0; }
 char stand_in_says[256] = "a stand-in for CANN, which computes nothing";
 const char *aclGetRecentErrMsg(void) { return stand_in_says; }
+/* torch_npu's queue would report a refusal after the result was read, or never */
+__attribute__((constructor)) static void stand_in_has_no_queue(void) { setenv("TASK_QUEUE_ENABLE", "0", 1); }
 /* an operator that is really to run: its result would be memory as it lay there */
 int stand_in_refuses(const char *op) {
-  snprintf(stand_in_says, sizeof stand_in_says, "the stand-ins for CANN do not compute the operator %s", op);
+  snprintf(stand_in_says, sizeof stand_in_says, "the stand-ins for CANN do not compute %s", op);
   fprintf(stderr, "%s\n", stand_in_says);
   return 100024; /* ACL_ERROR_OP_NOT_FOUND */
 }
+int aclrtMemsetAsync(void *d, size_t m, int v, size_t n, void *st) { memset(d, v, n); return 0; }
+int aclrtLaunchCallback(void (*f)(void *), void *x, int b, void *st) { f(x); return 0; }
+int aclrtLaunchHostFunc(void *st, void (*f)(void *), void *x) { f(x); return 0; }
 int aclopCompileAndExecute(const char *op) { return stand_in_refuses(op); }
 int aclopCompileAndExecuteV2(const char *op) { return stand_in_refuses(op); }
 int aclopExecuteV2(const char *op) { return stand_in_refuses(op); }
 """
+#: functions that would move or compute something: each refuses by its own name
+_REFUSED = """
+HcclAllGather HcclAllGatherV HcclAllReduce HcclAlltoAll HcclAlltoAllV HcclAlltoAllVC HcclBatchSendRecv HcclBroadcast HcclRecv HcclReduce
+HcclReduceScatter HcclReduceScatterV HcclScatter HcclSend aclStft aclmdlRIAddCondTask aclmdlRIExecuteAsync aclrtLaunchKernelWithHostArgs
+aclrtMemcpyAsyncWithCondition aclrtMemcpyBatch aclrtMemcpyBatchAsync aclrtValueWait aclrtValueWrite rtKernelLaunch
+""".split()
 
 
 def folder() -> Path:
@@ -74,7 +85,7 @@ def folder() -> Path:
         HostError: torch_npu is not installed, or a tool is missing.
     """
     npu = _package("torch_npu")
-    mark = hashlib.sha256(f"{npu}{(npu / 'version.py').read_text()}{_SPECIAL}".encode()).hexdigest()[:16]
+    mark = hashlib.sha256(f"{npu}{(npu / 'version.py').read_text()}{_SPECIAL}{_REFUSED}".encode()).hexdigest()[:16]
     found = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bi_compile" / f"cann-{mark}"
     if not found.is_dir():
         found.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +121,8 @@ def build(out: Path) -> int:
     plain = sorted(wanted - there - special)
     out.mkdir(parents=True, exist_ok=True)
     source = out / "stand_in.c"
-    source.write_text(_SPECIAL + "".join(f"int {name}() {{ return 0; }}\n" for name in plain))
+    returns = {name: f'stand_in_refuses("{name}")' for name in _REFUSED}
+    source.write_text(_SPECIAL + "".join(f"int {name}() {{ return {returns.get(name, 0)}; }}\n" for name in plain))
     for name in LIBRARIES:
         library = f"lib{name}.so"
         _output("cc", "-w", "-shared", "-fPIC", "-o", str(out / library), str(source), f"-Wl,-soname,{library}")
