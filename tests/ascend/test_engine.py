@@ -26,14 +26,13 @@ PIECEWISE: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def make_models(folder: Path) -> dict[str, Path]:
     """Qwen3 and Qwen3-MoE of two layers with random weights."""
     import transformers
 
     folders = {}
     for kind in ("dense", "moe"):
-        folders[kind] = tmp_path_factory.mktemp(kind)
+        folders[kind] = folder / kind
         config = copy.deepcopy(CONFIGS[kind])
         config.initializer_range = 0.1
         torch.manual_seed(0)
@@ -41,25 +40,37 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def serve(model: Path, cache: Path, arguments: dict[str, Any], **environment: str) -> tuple[int, str]:
-    """(requests that differ, everything that was printed)."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def printed(script: Path, model: Path, cache: Path, arguments: dict[str, Any], **environment: str) -> tuple[str, str]:
+    """(the last line that the script printed, everything that it printed)."""
+    path = [str(Path(sys.prefix) / "vision"), environment.pop("PYTHONPATH", os.environ.get("PYTHONPATH"))]
     variables = {
         "VLLM_PLUGINS": "ascend,bi_compile", "TRITON_INTERPRET": "1", "VLLM_CACHE_ROOT": str(cache),
         "HCCL_DETERMINISTIC": "strict", "LCCL_DETERMINISTIC": "1",
         "OMP_NUM_THREADS": "1",  # two of these processes run side by side
         # torchvision, which vllm-ascend imports, lies apart (Makefile)
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(sys.prefix) / "vision"), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
         # vllm-ascend was made for torch 2.10; its vllm::maybe_pad_and_reduce returns its argument, which a newer torch forbids
         # where CI is set
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "0", "TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING": "0",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(SERVE), str(model), json.dumps(arguments)],
+        [sys.executable, str(script), str(model), json.dumps(arguments)],
         env=os.environ | variables | environment, capture_output=True, text=True, check=False, timeout=540,
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-6000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])["differ"], said
+    return done.stdout.strip().splitlines()[-1], said
+
+
+def serve(model: Path, cache: Path, arguments: dict[str, Any], **environment: str) -> tuple[int, str]:
+    """(requests that differ, everything that was printed)."""
+    last, said = printed(SERVE, model, cache, arguments, **environment)
+    return json.loads(last)["differ"], said
 
 
 def through(mode: str) -> dict[str, Any]:

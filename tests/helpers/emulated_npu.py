@@ -109,9 +109,13 @@ class Native:
         blocks = [torch.matmul(a[..., i:j].float(), b[..., i:j, :].float()) for i, j in itertools.pairwise(cuts)]
         return _add_up(blocks).to(a.dtype)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = self.mm(x.reshape(-1, x.shape[-1]), weight.t())
-        return (out if bias is None else out + bias).view(*x.shape[:-1], weight.shape[0])
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """torch_npu's own kernel, which linear without a bias arrives at too."""
+        if b.dim() == 1:
+            return self.mm(a, b[:, None]).squeeze(-1)
+        return (
+            self.mm(a.flatten(0, -2), b).unflatten(0, a.shape[:-1]) if a.dim() > 2 and b.dim() == 2 else self.mm(a, b)
+        )
 
     def addmm(self, c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         return beta * c + alpha * self.mm(a, b)
@@ -273,7 +277,7 @@ def install(perturb: bool = False) -> None:
     aten.impl("copy_", copy_, "PrivateUse1", allow_override=True)
     own = {
         "aten": {
-            "mm": native.mm, "bmm": native.mm, "linear": native.linear, "addmm": native.addmm,
+            "mm": native.mm, "bmm": native.mm, "matmul": native.matmul, "addmm": native.addmm,
             "sum.dim_IntList": native.sum, "_softmax": native.softmax, "_log_softmax": native.log_softmax,
         },
         "npu": {
