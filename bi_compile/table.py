@@ -220,7 +220,8 @@ class Pass:
         """Make the function below the replacement of `operators` (overloads, or their names `ns.packet.overload`).
 
         Args:
-            why, source: of these operators, where they differ from the pass's own.
+            why: why these operators vary, where that differs from the pass's own.
+            source: where that is known from, where it differs from the pass's own.
             unless: a predicate of the operator's arguments; where it is true the operator is exact and stays as it is.
             targets: the targets on which the operator varies (default: all).
             eager: whether the eager fallback takes the operator too.

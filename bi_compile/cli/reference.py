@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -107,27 +108,34 @@ def _doc(p: type[Pass]) -> str:
 
 
 def markdown() -> str:
-    """docs/reference/operators.md."""
+    """docs/reference/operators.md: an entry for each group of operators of which the same is said, in lines that wrap."""
     parts = [_HEAD]
     for p in PASSES:
-        lines = [
-            f"## {p.name}\n",
-            _doc(p) + "\n",
-            "| operator | replaced by | why | left alone when | source |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [
-            _row(", ".join(f"`{op}`" for op in ops), _code(by), why, stays, source)
-            for ops, by, why, stays, source in rows(p)
-        ]
-        lines += [_row(f"pattern *{name}*", _code(by), "as above, taken apart", "", "") for name, by in patterns(p)]
-        parts.append("\n".join(lines) + "\n")
+        parts.append(f"## {p.name}\n\n{textwrap.fill(_doc(p), _WIDTH)}\n")
+        for operators, by, why, stays, source in rows(p):
+            parts.append(_item(", ".join(f"`{op}`" for op in operators), _code(by), why, stays, source))
+        parts += [_item(f"the pattern *{name}*", _code(by), "as above, taken apart", "", "") for name, by in patterns(p)]
     return "\n".join(parts)
+
+
+_WIDTH = 120
 
 
 def _code(names: str) -> str:
     return ", ".join(f"`{n}`" for n in names.split(", ")) if "::" in names else names
 
 
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def _item(operators: str, by: str, why: str, stays: str, source: str) -> str:
+    """An entry of a list: the operators, and below them what is said of them."""
+    said = [f"replaced by: {by}", f"why: {why}"]
+    said += [f"left alone when: {stays}"] if stays else []
+    said += [f"source: {source}"] if source else []
+    lines = [_wrapped(operators, "- ", "  ")]
+    lines += [_wrapped(x.replace("\n", " "), "    - ", "      ") for x in said]
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str, first: str, rest: str) -> str:
+    return textwrap.fill(
+        text, _WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )

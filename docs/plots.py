@@ -1,0 +1,113 @@
+"""The plots of docs/use/cost.md, from the measurements in docs/data/: `make plots`.
+
+Each CSV begins with a comment that says what was measured, on which device and when; it stands under the plot too. The
+pictures have no background and a mid grey for text, so that they can be read on a light and on a dark page.
+"""
+
+from __future__ import annotations
+
+import csv
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+
+DOCS = Path(__file__).parent
+GREY = "#7d7d7d"
+COLOURS = ("#d9730d", "#2f80ed", "#1f9d6a")  # told apart by those who see no red, and on black and white grounds
+pyplot.rcParams |= {
+    "svg.hashsalt": "bi-compile",  # the same data gives the same file
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "legend.labelcolor": GREY,
+    "svg.fonttype": "none",  # text stays text: smaller, and a reader can search it
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 11,
+}
+
+
+def read(name: str) -> tuple[str, list[dict[str, str]]]:
+    """What a file of docs/data says of itself, and its rows."""
+    said, *lines = (DOCS / "data" / f"{name}.csv").read_text().splitlines()
+    return said.removeprefix("# "), list(csv.DictReader(lines))
+
+
+def grouped(rows: list[dict[str, str]], key: str) -> dict[str, list[dict[str, str]]]:
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+def save(name: str, figure: Any, said: str) -> None:
+    figure.text(0.01, -0.02, textwrap.fill(said, 118), fontsize=8, va="top", color=GREY)
+    figure.savefig(
+        DOCS / "pictures" / f"{name}.svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Title": said}
+    )
+    pyplot.close(figure)
+
+
+def decode_steps() -> None:
+    """Ratio by batch; shaded from the batch on in which the other's row differs."""
+    said, rows = read("decode_steps")
+    models = grouped(rows, "model")
+    figure, axes = pyplot.subplots(1, len(models), figsize=(9, 3.2), sharey=True, layout="constrained")
+    for axis, (model, points) in zip(axes, models.items(), strict=True):
+        batches = [int(p["batch"]) for p in points]
+        axis.plot(batches, [float(p["ratio"]) for p in points], "o-", color=COLOURS[1])
+        varies = [b for b, p in zip(batches, points, strict=True) if p["varies"] == "1"]
+        if varies:
+            axis.axvspan(varies[0], batches[-1], color=COLOURS[0], alpha=0.2, lw=0)
+            axis.text(batches[-1], 0.05, "Inductor's row differs ", color=COLOURS[0], ha="right")
+        axis.axhline(1, color=GREY, lw=0.8, ls=":")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(batches, map(str, batches))
+        axis.set_ylim(0, 1.1)
+        axis.set_title(model, fontsize=11)
+        axis.set_xlabel("batch")
+    axes[0].set_ylabel("Inductor's time / ours")
+    save("decode_steps", figure, said)
+
+
+def vllm_throughput() -> None:
+    """Tokens per second by the number of requests."""
+    said, rows = read("vllm_throughput")
+    figure, axis = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+    for colour, mark, (mode, points) in zip(COLOURS, "osD", grouped(rows, "mode").items(), strict=True):
+        requests = [int(p["requests"]) for p in points]
+        tokens = [float(p["tokens_per_second"]) for p in points]
+        axis.plot(requests, tokens, f"{mark}-", color=colour, label=mode)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=10)
+    axis.set_xticks(requests, map(str, requests))
+    axis.set_xlabel("requests at once")
+    axis.set_ylabel("tokens per second")
+    axis.legend(frameon=False)
+    save("vllm_throughput", figure, said)
+
+
+def equal_answers() -> None:
+    """The share of requests whose answer is still the one that they got alone, by position in the answer."""
+    said, rows = read("equal_answers")
+    figure, axis = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
+    for (what, points), colour, dash in zip(grouped(rows, "what").items(), (*COLOURS[:2], *COLOURS[:2]), ("-", "-", "--", "--"), strict=False):
+        axis.step([int(p["position"]) for p in points], [float(p["share"]) for p in points], dash, color=colour, label=what, where="mid")
+    axis.set_ylim(-0.03, 1.06)
+    axis.set_xlabel("token of the answer")
+    axis.set_ylabel("share still equal")
+    axis.legend(frameon=False)
+    save("equal_answers", figure, said)
+
+
+if __name__ == "__main__":
+    for plot in (decode_steps, vllm_throughput, equal_answers):
+        if (DOCS / "data" / f"{plot.__name__}.csv").exists():
+            plot()
