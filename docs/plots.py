@@ -48,7 +48,7 @@ def grouped(rows: list[dict[str, str]], key: str) -> dict[str, list[dict[str, st
 
 
 def save(name: str, figure: Any, said: str) -> None:
-    figure.text(0.01, -0.02, textwrap.fill(said, 118), fontsize=8, va="top", color=GREY)
+    figure.text(0.01, -0.02, textwrap.fill(said, 160), fontsize=8, va="top", color=GREY)
     figure.savefig(
         DOCS / "pictures" / f"{name}.svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Title": said}
     )
@@ -98,8 +98,17 @@ def equal_answers() -> None:
     """The share of requests whose answer is still the one that they got alone, by position in the answer."""
     said, rows = read("equal_answers")
     figure, axis = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
-    for (what, points), colour, dash in zip(grouped(rows, "what").items(), (*COLOURS[:2], *COLOURS[:2]), ("-", "-", "--", "--"), strict=False):
-        axis.step([int(p["position"]) for p in points], [float(p["share"]) for p in points], dash, color=colour, label=what, where="mid")
+    for (what, points), colour, dash in zip(
+        grouped(rows, "what").items(), (*COLOURS[:2], *COLOURS[:2]), ("-", "-", "--", "--"), strict=False
+    ):
+        axis.step(
+            [int(p["position"]) for p in points],
+            [float(p["share"]) for p in points],
+            dash,
+            color=colour,
+            label=what,
+            where="mid",
+        )
     axis.set_ylim(-0.03, 1.06)
     axis.set_xlabel("token of the answer")
     axis.set_ylabel("share still equal")

@@ -1,10 +1,12 @@
 """What is installed: the passes as bi_compile.passes from a wheel, an sdist and a checkout, and nothing called `passes`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,10 +23,20 @@ pytestmark = pytest.mark.xdist_group("packaging")  # what is built once serves a
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with sdist and wheel, built from a copy: setuptools writes its own folders into the tree that it builds."""
+    """The folder with sdist and wheel, built as a release is: from a clone at a tag, its links rewritten for PyPI.
+
+    A copy, because setuptools writes its own folders into the tree that it builds."""
     tree, out = tmp_path_factory.mktemp("tree") / "bi-compile", tmp_path_factory.mktemp("dist")
-    unwanted = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist")
+    unwanted = shutil.ignore_patterns(".git", ".[a-fh-z]*", "*.egg-info", "__pycache__", "build", "dist", "site")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=unwanted)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"], ["tag", "v7.8.9"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], cwd=tree, check=True)
+    links = [sys.executable, tree / ".github" / "release_links.py", "https://host/owner/name", "v7.8.9"]
+    subprocess.run(links, cwd=tree, check=True)
+    subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "links"], cwd=tree, check=True
+    )
+    subprocess.run(["git", "tag", "-f", "v7.8.9"], cwd=tree, check=True, capture_output=True)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
@@ -43,6 +55,27 @@ def test_the_sdist_makes_the_wheel_and_both_hold_the_passes(built: Path) -> None
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         members = {m.name.partition("/")[2]: m for m in sdist.getmembers()}
     assert members["bi_compile/passes/matmul.py"].isfile() or members["bi_compile/passes"].issym()
+
+
+def test_the_version_is_the_tags_and_the_links_lead_out_of_pypi(built: Path) -> None:
+    assert sorted(p.name for p in built.iterdir()) == ["bi_compile-7.8.9-py3-none-any.whl", "bi_compile-7.8.9.tar.gz"]
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        page = wheel.read("bi_compile-7.8.9.dist-info/METADATA").decode()
+    assert "Project-URL: Source, https://host/owner/name\n" in page
+    targets = re.findall(r"\]\(([^)\s]+)\)", page) + re.findall(r'(?:href|src|srcset)="([^"]+)"', page)
+    assert targets and [t for t in targets if not t.startswith("https://")] == []
+    ours = [t.partition("/v7.8.9/")[2].partition("#")[0] for t in targets if "/v7.8.9/" in t]
+    assert ours and [name for name in ours if not (ROOT / name).is_file()] == []
+
+
+def test_a_tree_without_tags_has_a_version(tmp_path: Path) -> None:
+    """Unpacked from an archive, without git; an sdist carries its version."""
+    from setuptools_scm import get_version
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools_scm"]
+    assert get_version(tmp_path, **settings) == settings["fallback_version"]
+    (tmp_path / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: bi-compile\nVersion: 7.8.9\n")
+    assert get_version(tmp_path, **settings) == "7.8.9"
 
 
 def test_the_wheel_works_by_itself(built: Path, tmp_path: Path) -> None:

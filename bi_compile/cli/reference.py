@@ -114,7 +114,9 @@ def markdown() -> str:
         parts.append(f"## {p.name}\n\n{textwrap.fill(_doc(p), _WIDTH)}\n")
         for operators, by, why, stays, source in rows(p):
             parts.append(_item(", ".join(f"`{op}`" for op in operators), _code(by), why, stays, source))
-        parts += [_item(f"the pattern *{name}*", _code(by), "as above, taken apart", "", "") for name, by in patterns(p)]
+        parts += [
+            _item(f"the pattern *{name}*", _code(by), "as above, taken apart", "", "") for name, by in patterns(p)
+        ]
     return "\n".join(parts)
 
 

@@ -103,7 +103,13 @@ class Case:
         if all(d == 0 for x, d in zip(self.inputs, self.dims, strict=True) if isinstance(x, Tensor) and x.dim()):
             return {}
         function = self.fn.forward if isinstance(self.fn, torch.nn.Module) else self.fn
-        parameters = list(inspect.signature(function).parameters.values())
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except ValueError:  # a builtin, such as torch.matmul
+            raise MeasureError(
+                f"the inputs of {self.name} have no names, by which the backend would know their batch dimension: "
+                "call it in a Python function of yours, and name that"
+            ) from None
         rest = [p for p in parameters if p.kind is p.VAR_POSITIONAL]
         names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         names += [f"{p.name}[{i}]" for p in rest for i in range(len(self.inputs) - len(names))]
