@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from bi_compile.cache_key import digest_of, source_digest, source_files
 from bi_compile.passes import PASSES

@@ -252,7 +252,7 @@ def test_bad_input_is_one_sentence(fn: Any, given: tuple[Any, ...], dims: Any, w
 
 
 def test_a_builtin_whose_inputs_have_no_names() -> None:
-    with pytest.raises(MeasureError, match="the inputs of .*matmul.* have no names"):
+    with pytest.raises(MeasureError, match=r"the inputs of .*matmul.* have no names"):
         bi_compile.verify(torch.matmul, (X, rand(4, 4)), (0, None), backend="bi_ascend")
 
 
