@@ -1,5 +1,14 @@
 """What can go wrong, as sentences that name the thing, the place and the remedy."""
 
+import difflib
+from collections.abc import Iterable
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What someone who wrote `name` may have meant, to be put behind it in a sentence; nothing where none is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
 
 class BiCompileError(Exception):
     """Base of everything that bi_compile raises on purpose."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import OptionError
+from .errors import OptionError, meant
 
 ALL = "bi_ascend"
 """The name that stands for every pass."""
@@ -76,8 +76,9 @@ def read_options(given: Mapping[str, Any] | None, **fixed: Any) -> Options:
     known = [f.name for f in dataclasses.fields(Options)]
     unknown = [k for k in given if k not in known or k in fixed]
     if unknown:
+        free = [k for k in known if k not in fixed]
         raise OptionError(
-            f"unknown option {', '.join(map(repr, unknown))}: bi_compile knows {', '.join(k for k in known if k not in fixed)}"
+            f"unknown option {', '.join(repr(k) + meant(str(k), free) for k in unknown)}: bi_compile knows {', '.join(free)}"
         )
     values = {**given, **fixed}
     if "passes" in values:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .audit import measured
-from .errors import OptionError
+from .errors import OptionError, meant
 from .options import ALL, Options
 from .passes import PASSES
 from .table import Pass
@@ -96,7 +96,7 @@ def resolve_passes(names: Sequence[str]) -> list[type[Pass]]:
             found.append(_users_pass(name))
         else:
             raise OptionError(
-                f'unknown pass {name!r}: known are {", ".join(pass_names())}, or "package.module:object" for one of yours'
+                f'unknown pass {name!r}{meant(name, pass_names())}: known are {", ".join(pass_names())}, or "package.module:object" for one of yours'
             )
     return list(dict.fromkeys(found))
 
@@ -128,7 +128,7 @@ def _check_inner(name: str) -> None:
     known = list_backends(exclude_tags=())
     if name not in known:
         raise OptionError(
-            f"inner={name!r}: known are {', '.join(['inductor', *(b for b in known if b != 'inductor')])}"
+            f"inner={name!r}{meant(name, known)}: known are {', '.join(['inductor', *(b for b in known if b != 'inductor')])}"
         )
 
 

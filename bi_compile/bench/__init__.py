@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import OptionError
+from ..errors import OptionError, meant
 from .measured import Measured, write
 
 
@@ -28,7 +28,9 @@ def run(names: Sequence[str], folder: Path | None) -> Iterator[tuple[str, Measur
         from .cpu import BENCHES
     unknown = [n for n in names if n not in BENCHES]
     if unknown:
-        raise OptionError(f"unknown benchmark {', '.join(unknown)}: known here are {', '.join(BENCHES)}")
+        raise OptionError(
+            f"unknown benchmark {', '.join(n + meant(n, BENCHES) for n in unknown)}: known here are {', '.join(BENCHES)}"
+        )
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)

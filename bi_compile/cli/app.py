@@ -5,13 +5,14 @@ How a command ends stands in `exits`.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import exits
-from .console import console
+from .console import Json, console, print_json
 from .exits import FOUND, OK, sentences
 from .measure import bisect_app, probe, verify_app
 
@@ -19,7 +20,6 @@ from .measure import bisect_app, probe, verify_app
 app = typer.Typer(
     name="bi-compile",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -77,16 +77,20 @@ def bench(
 @sentences
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that the option dump_dir named")],
+    as_json: Json = False,
 ) -> None:
     """Print a dump: the graphs, what each pass did, what is left or trusted, and why.
 
     Exit code 1 if something is left, or a compilation stopped before its graph was judged."""
     from . import inspect as dumps
 
-    out = console()
     graphs = dumps.read(folder)
-    for table in dumps.tables(graphs):
-        out.print(table)
+    if as_json:
+        print_json(dumps.to_json(graphs))
+    else:
+        out = console()
+        for table in dumps.tables(graphs):
+            out.print(table)
     raise typer.Exit(FOUND if any(g.objections or g.stopped for g in graphs) else OK)
 
 
@@ -136,22 +140,32 @@ def doctor(
     probe_file: Annotated[
         Path | None, typer.Option("--probe", help="a file of `bi-compile probe`: is it of this machine?")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Check this machine: versions, kernels, plugins, settings. Exit code 1 if something that is needed is missing."""
     from . import doctor as checks
 
-    raise typer.Exit(OK if checks.show(console(), probe_file) else FOUND)
+    out = console(as_json)
+    lines = checks.look(out, probe_file)
+    if as_json:
+        print_json([dataclasses.asdict(line) for line in lines])
+    else:
+        checks.show(out, lines)
+    raise typer.Exit(OK if checks.well(lines) else FOUND)
 
 
 @app.command()
 @sentences
 def passes(
     markdown: Annotated[bool, typer.Option("--markdown", help="as docs/reference/operators.md")] = False,
+    as_json: Json = False,
 ) -> None:
     """Print the reference table: each operator, by what it is replaced, why, and where that is known from."""
     from . import reference
 
-    if markdown:
+    if as_json:
+        print_json(reference.to_json())
+    elif markdown:
         typer.echo(reference.markdown(), nl=False)
     else:
         out = console()

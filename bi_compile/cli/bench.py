@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from .. import bench
+from .console import table
 
 
 def show(names: Sequence[str], folder: Path | None, out: Console) -> None:
     """Run benchmarks and print each when it is done; see `bench.run`."""
     for name, measured in bench.run(names, folder):
-        table = Table(*measured.columns, title=measured.title)
+        found = table(measured.title, *measured.columns, right=measured.columns[1:])
         for row in measured.rows:
-            table.add_row(*row)
-        out.print(table)
+            found.add_row(*row)
+        out.print(found)
         if measured.line:
             out.print(f"{name}: {measured.line}\n")

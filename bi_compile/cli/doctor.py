@@ -6,13 +6,14 @@ import dataclasses
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
+
+from .console import table
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 _COLOURS = {OK: "green", NOTE: "yellow", MISSING: "red"}
@@ -216,15 +217,22 @@ def probe(file: Path) -> Iterator[Line]:
 CHECKS: tuple[Callable[[], Iterator[Line]], ...] = (versions, kernels, compiler, plugins, vllm, passes)
 
 
-def show(console: Any, probe_file: Path | None = None) -> bool:
-    """Print the table, with a probe file if there is one; True if nothing that is needed is missing."""
+def look(console: Any, probe_file: Path | None = None) -> list[Line]:
+    """Everything that was looked at, with a probe file if there is one."""
     with console.status("looking (the first time the CPU kernels are compiled, a minute or two)"):
         lines = [line for check in CHECKS for line in check()]
-        lines += probe(probe_file) if probe_file is not None else ()
-    table = Table("", "what", "found", "remedy", title="bi-compile doctor", title_justify="left")
-    for line in lines:
-        table.add_row(
-            f"[{_COLOURS[line.state]}]{line.state}[/]", escape(line.what), escape(line.found), escape(line.remedy)
-        )
-    console.print(table)
+        return [*lines, *(probe(probe_file) if probe_file is not None else ())]
+
+
+def well(lines: Iterable[Line]) -> bool:
+    """Whether nothing that is needed is missing."""
     return all(line.state != MISSING for line in lines)
+
+
+def show(console: Any, lines: Iterable[Line]) -> None:
+    """Print the table."""
+    shown = table("bi-compile doctor", "", "what", "found, and what to do")
+    for line in lines:
+        found = escape(line.found) + (f"\n[bold]{escape(line.remedy)}[/]" if line.remedy else "")
+        shown.add_row(f"[{_COLOURS[line.state]}]{line.state}[/]", escape(line.what), found)
+    console.print(shown)

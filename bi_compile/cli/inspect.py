@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import OptionError
+from .console import table
 
 #: verdicts that keep a graph from being batch-invariant, as `audit` names them
 OBJECTIONS = ("variant", "mixes rows", "unproven")
@@ -38,6 +39,12 @@ class DumpedGraph:
     def stopped(self) -> bool:
         """Whether its compilation stopped before it was judged."""
         return self.audit is None and not (self.finished and self.name.endswith("_captured"))
+
+    @property
+    def verdict(self) -> str:
+        if self.audit is not None:
+            return "NOT batch-invariant" if self.objections else "batch-invariant"
+        return "not judged: the compilation stopped" if self.stopped else "not judged here: audited in its final graph"
 
     @property
     def objections(self) -> list[dict[str, Any]]:
@@ -94,72 +101,70 @@ def _json(path: Path) -> Any:
         raise OptionError(f"{str(path)!r} cannot be read ({error}): make the dump again") from error
 
 
+def to_json(graphs: list[DumpedGraph]) -> list[dict[str, Any]]:
+    """What the tables say, for a program."""
+    return [
+        {
+            "graph": g.name,
+            "verdict": g.verdict,
+            "target": (g.audit or {}).get("target"),
+            "nodes_before": g.before,
+            "nodes_after": g.after,
+            "passes": [{**step, "changes": _counted_changes(step)} for step in g.steps],
+            "left": g.objections,
+            "trusted": g.trusted,
+        }
+        for g in graphs
+    ]
+
+
 def tables(graphs: list[DumpedGraph]) -> Iterator[Table]:
-    """The dump as tables: graphs, passes, what is left, what is trusted."""
+    """The dump as tables: the graphs; then for each what the passes did, what is left and what is trusted."""
     yield _graphs(graphs)
-    yield _passes(graphs)
-    yield _verdicts(
-        "Left: what keeps a graph from being batch-invariant", [(g.name, n) for g in graphs for n in g.objections]
-    )
-    yield _verdicts(
-        "Trusted: native operators that are declared invariant", [(g.name, n) for g in graphs for n in g.trusted]
-    )
+    for g in graphs:
+        if g.steps:
+            yield _passes(g)
+        if g.objections:
+            yield _verdicts(f"{g.name}: left, what keeps it from being batch-invariant", g.objections)
+        if g.trusted:
+            yield _verdicts(f"{g.name}: trusted, native operators that are declared invariant", g.trusted)
+
+
+_COLOURS = {"batch-invariant": "green", "NOT batch-invariant": "red", "not judged: the compilation stopped": "red"}
 
 
 def _graphs(graphs: list[DumpedGraph]) -> Table:
-    table = Table("graph", "target", "verdict", title="Graphs", title_justify="left")
-    for name in ("nodes before", "after", "replaced", "trusted", "left"):
-        table.add_column(name, justify="right")
+    numbers = ("nodes", "after", "replaced", "trusted", "left")
+    found = table("Graphs", "graph", "verdict", *numbers, right=numbers)
     for g in graphs:
-        if g.audit is None:
-            target, verdict = (
-                "",
-                "not judged here: audited in its final graph"
-                if not g.stopped
-                else "[red]not judged: the compilation stopped[/]",
-            )
-        else:
-            target, verdict = g.audit["target"], "[red]not invariant[/]" if g.objections else "[green]invariant[/]"
-        replaced = sum(len(step["changes"]) for step in g.steps)
-        table.add_row(
-            g.name,
-            target,
-            verdict,
-            *("" if n is None else str(n) for n in (g.before, g.after, replaced, len(g.trusted), len(g.objections))),
-        )
-    return table
+        verdict = f"{g.verdict} on {g.audit['target']}" if g.audit else g.verdict
+        colour = _COLOURS.get(g.verdict, "default")
+        counts = (g.before, g.after, sum(len(step["changes"]) for step in g.steps), len(g.trusted), len(g.objections))
+        found.add_row(g.name, f"[{colour}]{verdict}[/]", *("" if n is None else str(n) for n in counts))
+    return found
 
 
-def _passes(graphs: list[DumpedGraph]) -> Table:
-    table = Table("graph", "pass", "operator", "replaced by", title="What the passes did", title_justify="left")
-    table.add_column("count", justify="right")
-    table.add_column("ms", justify="right")
-    for g in graphs:
-        for step in g.steps:
-            counts = Counter((c["operator"], tuple(c["by"])) for c in step["changes"])
-            for i, ((operator, by), n) in enumerate(counts.items()):
-                table.add_row(
-                    g.name,
-                    step["pass"],
-                    operator,
-                    ", ".join(_counted(by)),
-                    str(n),
-                    f"{step['seconds'] * 1e3:.1f}" if i == 0 else "",
-                )
-    if not table.row_count:
-        table.caption = "nothing was replaced"
-    return table
+def _counted_changes(step: dict[str, Any]) -> list[dict[str, Any]]:
+    """The changes of a pass, equal ones counted."""
+    counts = Counter((c["operator"], tuple(c["by"])) for c in step["changes"])
+    return [{"operator": operator, "by": list(by), "count": n} for (operator, by), n in counts.items()]
 
 
-def _counted(names: tuple[str, ...]) -> list[str]:
-    return [name if n == 1 else f"{n} {name}" for name, n in Counter(names).items()]
+def _passes(graph: DumpedGraph) -> Table:
+    title = f"{graph.name}: what the passes did"
+    found = table(title, "pass", "operator", "replaced by", "count", "ms", right=("count", "ms"))
+    for step in graph.steps:
+        for i, c in enumerate(_counted_changes(step)):
+            first = (step["pass"], f"{step['seconds'] * 1e3:.1f}") if i == 0 else ("", "")
+            by = ", ".join(name if n == 1 else f"{n} {name}" for name, n in Counter(c["by"]).items())
+            found.add_row(first[0], c["operator"], by, str(c["count"]), first[1])
+    return found
 
 
-def _verdicts(title: str, nodes: list[tuple[str, dict[str, Any]]]) -> Table:
-    table = Table("graph", "operator", "verdict", "count", "reason", "where", title=title, title_justify="left")
-    counts = Counter((g, n["operator"], n["verdict"], n["reason"], n["where"]) for g, n in nodes)
-    for (graph, operator, verdict, reason, where), n in counts.items():
-        table.add_row(graph, operator, verdict, str(n), escape(reason), escape(where))
-    if not nodes:
-        table.caption = "none"
-    return table
+def _verdicts(title: str, nodes: list[dict[str, Any]]) -> Table:
+    found = table(title, "operator", "count", "verdict, why, where", right=("count",))
+    counts = Counter((n["operator"], n["verdict"], n["reason"], n["where"]) for n in nodes)
+    for (operator, verdict, reason, where), n in counts.items():
+        said = f"{verdict}: {reason}" + (f"\n{where}" if where else "")
+        found.add_row(operator, str(n), escape(said))
+    return found

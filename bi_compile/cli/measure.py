@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import MeasureError, OptionError
-from .console import console, progress_bar
+from ..errors import MeasureError, OptionError, meant
+from .console import Json, console, print_json, progress_bar, table
 from .exits import FOUND, OK, sentences
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _check_backend(name: str | None) -> None:
 
     known = list_backends(exclude_tags=())
     if name not in known:
-        raise OptionError(f"--backend {name}: torch.compile knows {', '.join(known)}")
+        raise OptionError(f"--backend {name}{meant(name, known)}: torch.compile knows {', '.join(known)}")
 
 
 def _plan(config: str | None, engine: str, **own: Any) -> dict[str, Any]:
@@ -92,21 +92,25 @@ def verify_function(
     seed: Seed = 0,
     time_limit: Limit = 300.0,
     write: Annotated[Path, typer.Option(help="the program to write where a row differs")] = Path("counterexample.py"),
+    as_json: Json = False,
 ) -> None:
     """A Python function, a model or something compiled. Exit code 1 if a row differs."""
     from ..measure import verify
     from ..measure.row_function import Case
 
-    out = console()
+    out = console(as_json)
     _check_backend(backend)
     given = _function(fn, inputs, batch_dims)
     with progress_bar(out, "each row alone") as progress:
         evidence = verify.verify(*given, backend=backend, seed=seed, time_limit=time_limit, progress=progress)
-    out.print(evidence_table(evidence))
-    typer.echo(evidence.line())
+    if as_json:
+        print_json(evidence.to_json())
+    else:
+        out.print(evidence_table(evidence))
+        typer.echo(evidence.line())
     if evidence.mismatch is not None:
         verify.write(Case(*given, backend), evidence.mismatch, write)
-        typer.echo(f"reproduce with: python {write}")
+        typer.echo(f"reproduce with: python {write}", err=as_json)
     raise typer.Exit(OK if evidence.equal else FOUND)
 
 
@@ -114,33 +118,60 @@ def verify_function(
 @sentences
 def verify_engine(
     model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL_DIR", help="a folder with a model, or counterexample.json to run that one again"),
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="MODEL_DIR",
+            help="a folder with a model, or counterexample.json to run that one again; with --base-url the model's name there",
+        ),
+    ] = None,
     compilation_config: Config = None,
     engine_args: EngineArgs = "{}",
-    requests: Annotated[int, typer.Option(help="how many")] = 16,
+    base_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="ask a vLLM server that runs, in place of an engine of our own")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="a prompt on each line; FILE.jsonl: texts or lists of token ids as JSON"),
+    ] = None,
+    requests: Annotated[int, typer.Option(help="how many random ones, without --prompts")] = 16,
     tokens: Annotated[int, typer.Option(help="how many for each request")] = 8,
     seed: Seed = 0,
     time_limit: Limit = 60.0,
     write: Annotated[Path, typer.Option(help="the plan to write where a request differs")] = Path(
         "counterexample.json"
     ),
+    as_json: Json = False,
 ) -> None:
-    """A vLLM engine: requests alone and together, their logprobs and tokens. Exit code 1 if a request differs."""
-    from ..measure import verify_vllm
+    """A vLLM engine, or a server that runs: requests alone and together, their logprobs and tokens.
 
-    again = model.is_file()
+    Exit code 1 if a request differs."""
+    from ..measure import verify_server, verify_vllm
+
+    again = model is not None and model.is_file()
     plan = _plan(compilation_config, engine_args, requests=requests, tokens=tokens, seed=seed, time_limit=time_limit)
-    if again:
+    if prompts is not None:
+        plan["prompts"] = verify_vllm.read_prompts(prompts)
+    if model is not None and again:
         model, plan = verify_vllm.read(model)
-    with console().status("the engine starts, then requests run alone and together"):
-        result = verify_vllm.verify(model, **plan)
-    typer.echo(verify_vllm.line(result))
+        base_url = plan.pop("base_url", None)
+    if model is None and base_url is None:
+        raise MeasureError("verify vllm takes a folder with a model, or --base-url with the address of a server")
+    name = None if model is None else str(model if base_url else model.resolve())
+    starts = "requests run" if base_url else "the engine starts, then requests run"
+    with console(as_json).status(f"{starts} alone and together"):
+        if base_url is not None:
+            result = verify_server.verify(base_url, name, **plan)
+        elif model is not None:
+            result = verify_vllm.verify(model, **plan)
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(verify_vllm.line(result))
     if result["mismatch"] is not None and not again:
         only = {k: result["mismatch"][k] for k in ("request", "batch")}
-        _write(write, json.dumps({"model": str(model.resolve()), **plan, "only": only}))
-        typer.echo(f"reproduce with: bi-compile verify vllm {write}")
+        where = {"model": name} | ({"base_url": base_url} if base_url else {})
+        _write(write, json.dumps({**where, **plan, "only": only}))
+        typer.echo(f"reproduce with: bi-compile verify vllm {write}", err=as_json)
     raise typer.Exit(OK if result["mismatch"] is None else FOUND)
 
 
@@ -213,9 +244,7 @@ def probe(
 
 def evidence_table(evidence: Evidence) -> Table:
     """What ran, kind by kind, and what could not."""
-    found = Table(
-        "varied", "batches", "rows compared", title=f"bi-compile verify: {evidence.name}", title_justify="left"
-    )
+    found = table(f"bi-compile verify: {evidence.name}", "varied", "batches", "rows compared")
     for kind, batches in evidence.batches.items():
         found.add_row(kind, str(batches), str(evidence.rows[kind]))
     for kind, why in evidence.not_run.items():
@@ -228,20 +257,22 @@ SHOWN = 40
 
 def bisection_table(found: Bisection) -> Table:
     """From the first operator that differs to the output; the middle of a long list is left out, and said so."""
-    out = Table(
-        "operator", "layer", "line", "operands", "elements", "max ULP", title="Where the row differs", title_justify="left"
-    )  # fmt: skip
+    numbers = ("elements", "max ULP", "max absolute")
+    out = table("Where the row differs", "operator, and where", "operands", *numbers, right=numbers)
     start = next((i for i, s in enumerate(found.steps) if s.difference is not None), len(found.steps))
     rest = found.steps[start:]
     for i, step in enumerate(rest):
         if len(rest) > SHOWN and SHOWN // 2 <= i < len(rest) - SHOWN // 2:
             if i == SHOWN // 2:
-                out.add_row(f"... {len(rest) - SHOWN} more", "", "", "", "", "")
+                out.add_row(f"... {len(rest) - SHOWN} more", "", "", "", "")
             continue
         d = step.difference
-        cells = (step.operator, step.layer, _short(step.where), step.arguments)
-        elements, ulps = (f"{d.elements} of {d.of}", "NaN" if d.ulps is None else str(d.ulps)) if d else ("0", "0")
-        out.add_row(*map(escape, cells), elements, ulps)
+        place = ", ".join(filter(None, (step.layer, _short(step.where))))
+        cells = ("0", "0", "0")
+        if d is not None:
+            far = ("NaN", "NaN") if d.ulps is None else (str(d.ulps), f"{d.absolute:.3g}")
+            cells = (f"{d.elements} of {d.of}", *far)
+        out.add_row(escape(f"{step.operator}\n{place}" if place else step.operator), escape(step.arguments), *cells)
     return out
 
 
@@ -255,7 +286,7 @@ def probe_table(data: dict[str, Any]) -> Table:
     """For each operator and dtype how many rows were equal, or that it varies."""
     dtypes = list(dict.fromkeys(dtype for by_dtype in data["operators"].values() for dtype in by_dtype))
     title = f"Native operators on {data['device_name']}, torch {data['torch']}"
-    out = Table("operator", *dtypes, title=title, title_justify="left")
+    out = table(title, "operator", *dtypes)
     for operator, by_dtype in data["operators"].items():
         out.add_row(operator, *(_cell(by_dtype[d]) for d in dtypes))
     return out
@@ -263,4 +294,4 @@ def probe_table(data: dict[str, Any]) -> Table:
 
 def _cell(measured: dict[str, Any]) -> str:
     cut = f", {measured['batches_left']} batches left" if measured["batches_left"] else ""
-    return f"[red]varies[/]{cut}" if measured["mismatches"] else f"no mismatch in {measured['rows']} rows{cut}"
+    return f"[red]varies[/]{cut}" if measured["mismatches"] else f"{measured['rows']} rows equal{cut}"

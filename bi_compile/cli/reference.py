@@ -15,6 +15,7 @@ from ..ops import NAMESPACE, OPERATORS
 from ..passes import PASSES
 from ..passes import __name__ as PACKAGE
 from ..table import Entry, Pass
+from .console import table
 
 _HEAD = """\
 # Operators
@@ -85,22 +86,34 @@ def patterns(p: type[Pass]) -> Iterator[tuple[str, str]]:
 def tables() -> Iterator[Table]:
     """For a terminal: a table for each pass."""
     for p in PASSES:
-        title = f"{p.name}: {_doc(p)}"
-        table = Table(
-            "operator",
-            "replaced by",
-            "why",
-            "left alone when",
-            "source",
-            title=escape(title),
-            title_justify="left",
-            show_lines=True,
-        )
+        found = table(escape(f"{p.name}: {_doc(p)}"), "operator", "what is said of it", lines=True)
         for operators, *said in rows(p):
-            table.add_row(*map(escape, ("\n".join(operators), *said)))
+            found.add_row("\n".join(operators), escape("\n".join(_said(*said))))
         for name, by in patterns(p):
-            table.add_row(f"pattern {escape(name)}", escape(by), "as above, taken apart", "", "")
-        yield table
+            found.add_row(f"pattern {escape(name)}", escape("\n".join(_said(by, _PATTERN, "", ""))))
+        yield found
+
+
+def to_json() -> list[dict[str, Any]]:
+    """The passes for a program."""
+    keys = ("operators", "by", "why", "unless", "source")
+    return [
+        {
+            "pass": p.name,
+            "about": _doc(p),
+            "replaced": [dict(zip(keys, row, strict=True)) for row in rows(p)],
+            "patterns": [{"name": name, "by": by} for name, by in patterns(p)],
+        }
+        for p in PASSES
+    ]
+
+
+_PATTERN = "as above, taken apart"
+
+
+def _said(by: str, why: str, stays: str, source: str) -> list[str]:
+    named = {"replaced by": by, "why": why, "left alone when": stays, "source": source}
+    return [f"{name}: {' '.join(x.split())}" for name, x in named.items() if x]
 
 
 def _doc(p: type[Pass]) -> str:
@@ -114,9 +127,7 @@ def markdown() -> str:
         parts.append(f"## {p.name}\n\n{textwrap.fill(_doc(p), _WIDTH)}\n")
         for operators, by, why, stays, source in rows(p):
             parts.append(_item(", ".join(f"`{op}`" for op in operators), _code(by), why, stays, source))
-        parts += [
-            _item(f"the pattern *{name}*", _code(by), "as above, taken apart", "", "") for name, by in patterns(p)
-        ]
+        parts += [_item(f"the pattern *{name}*", _code(by), _PATTERN, "", "") for name, by in patterns(p)]
     return "\n".join(parts)
 
 
@@ -127,13 +138,9 @@ def _code(names: str) -> str:
     return ", ".join(f"`{n}`" for n in names.split(", ")) if "::" in names else names
 
 
-def _item(operators: str, by: str, why: str, stays: str, source: str) -> str:
+def _item(operators: str, *said: str) -> str:
     """An entry of a list: the operators, and below them what is said of them."""
-    said = [f"replaced by: {by}", f"why: {why}"]
-    said += [f"left alone when: {stays}"] if stays else []
-    said += [f"source: {source}"] if source else []
-    lines = [_wrapped(operators, "- ", "  ")]
-    lines += [_wrapped(x.replace("\n", " "), "    - ", "      ") for x in said]
+    lines = [_wrapped(operators, "- ", "  "), *(_wrapped(x, "    - ", "      ") for x in _said(*said))]
     return "\n".join(lines) + "\n"
 
 

@@ -25,13 +25,18 @@ class Difference:
     of: int
     ulps: int | None
     """Largest distance in units of the last place (for integers: the largest difference); None: a NaN is among them."""
+    absolute: float | None
+    """Largest difference of two elements that are numbers (a ULP says little near zero: a change of sign is two billion of
+    them); infinite where one is infinite; None: a NaN is among them."""
     index: tuple[int, ...]
     """The element that is furthest apart, or the first that differs by NaN; for complex numbers 0 or 1 follows."""
     alone: str
     together: str
 
     def __str__(self) -> str:
-        far = "NaN on one side, or of another payload" if self.ulps is None else f"at most {self.ulps} ULP"
+        far = "NaN on one side, or of another payload"
+        if self.ulps is not None:
+            far = f"at most {self.ulps} ULP, {self.absolute:.3g} in value"
         at = "" if not self.index else f" at {list(self.index)}"
         return f"{self.elements} of {self.of} elements, {far}{at}: {self.alone} alone, {self.together} together"
 
@@ -53,7 +58,7 @@ def difference(alone: Tensor, together: Tensor) -> Difference | None:
     x, y = (torch.view_as_real(t) if t.is_complex() else t for t in (alone, together))
     nan = unequal & (x.isnan() | y.isnan()) if x.is_floating_point() else torch.zeros_like(unequal)
     if nan.any():
-        where, ulps = nan, None
+        where, ulps, absolute = nan, None, None
     else:
         # in double the order of distances may be lost in its last place, not which elements differ
         order_a, order_b = (_ordered(t, x.is_floating_point()) for t in (a, b))
@@ -61,8 +66,9 @@ def difference(alone: Tensor, together: Tensor) -> Difference | None:
         where = distance == distance.max()
         at = tuple(where.nonzero()[0].tolist())
         ulps = abs(int(order_a[at]) - int(order_b[at]))
+        absolute = float((x[unequal].double() - y[unequal].double()).abs().max())
     index = tuple(where.nonzero()[0].tolist())
-    return Difference(int(unequal.sum()), a.numel(), ulps, index, _show(x[index]), _show(y[index]))
+    return Difference(int(unequal.sum()), a.numel(), ulps, absolute, index, _show(x[index]), _show(y[index]))
 
 
 def _ordered(bits: Tensor, floating: bool) -> Tensor:

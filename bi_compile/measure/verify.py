@@ -62,6 +62,18 @@ class Evidence:
         """Whether every row that was compared had the bits that it has alone."""
         return self.mismatch is None
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it, for a program."""
+        numbers = {
+            "name": self.name,
+            "seed": self.seed,
+            "seconds": self.seconds,
+            "left": self.left,
+            "equal": self.equal,
+        }
+        kinds = {"batches": dict(self.batches), "rows": dict(self.rows), "not_run": self.not_run}
+        return numbers | kinds | {"mismatch": self.mismatch and dataclasses.asdict(self.mismatch)}
+
     def line(self) -> str:
         if self.mismatch is not None:
             return f"{self.name} is not batch-invariant: {self.mismatch}"

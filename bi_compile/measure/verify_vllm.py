@@ -24,7 +24,9 @@ from .bits import difference
 from .process import ProcessFailed, run_module
 
 #: keys of a plan that are not vLLM's. only: {"request": i, "batch": [i, j, …]}, a counterexample that is run again.
+#: prompts: texts, or lists of token ids, in place of `requests` random ones.
 PLAN: dict[str, Any] = {
+    "prompts": None,
     "requests": 16,
     "sizes": [2, 3, 5, 8, 16],
     "prompt": [5, 60],
@@ -60,15 +62,36 @@ def check(model: Path, settings: dict[str, Any]) -> None:
         raise MeasureError(CACHING)
 
 
-def read(counterexample: Path) -> tuple[Path, dict[str, Any]]:
-    """The model and the plan of a counterexample that the command wrote. Raises MeasureError."""
+def read(counterexample: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The model and the plan of a counterexample that the command wrote; without a model where it has a base_url. Raises MeasureError."""
     try:
         plan = json.loads(counterexample.read_text())
-        return Path(plan.pop("model")), {**plan, "only": plan["only"]}
+        model = plan.pop("model", None) if "base_url" in plan else plan.pop("model")
+        return model if model is None else Path(model), {**plan, "only": plan["only"]}
     except (ValueError, KeyError, AttributeError) as error:
         raise MeasureError(
             f"{counterexample} is no counterexample ({error!r}): name a model's folder, or a file that `bi-compile verify vllm` wrote"
         ) from None
+
+
+def read_prompts(file: Path) -> list[str | list[int]]:
+    """A prompt from each line that is not empty: the text itself, or, where the name ends in .jsonl, a JSON string, a list of
+    token ids, or an object whose "prompt" is one of these. Raises MeasureError."""
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+        found = [json.loads(line) for line in lines] if file.suffix == ".jsonl" else lines
+    except (OSError, ValueError) as error:
+        raise MeasureError(f"{file} cannot be read ({error}): name a file with a prompt on each line") from None
+    prompts: list[Any] = [p.get("prompt") if isinstance(p, dict) else p for p in found]
+    for i, p in enumerate(prompts):
+        tokens = isinstance(p, list) and bool(p) and all(type(t) is int for t in p)
+        if not tokens and not (isinstance(p, str) and p):
+            raise MeasureError(
+                f'{file}, prompt {i + 1}: a text, a list of token ids, or {{"prompt": one of these}}; got {p!r}'
+            )
+    if not prompts:
+        raise MeasureError(f"{file} holds no prompt: write one on each line")
+    return prompts
 
 
 CACHING = (
@@ -106,7 +129,10 @@ class Requests:
 
     def __init__(self, llm: Any, own: dict[str, Any]) -> None:
         self.llm = llm
-        self.prompts = requests.prompts(own)
+        given = own.get("prompts")
+        self.prompts = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in given or ()] or requests.prompts(
+            own
+        )
         self.sampling = requests.greedy(own["tokens"])
         self._alone: dict[int, Any] = {}
 
@@ -177,7 +203,7 @@ def line(result: dict[str, Any]) -> str:
 
 def batches(own: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
     """(order, requests): every request in batches of each size, in the order given, reversed and shuffled."""
-    count, rng = own["requests"], random.Random(own["seed"])
+    count, rng = len(own["prompts"] or ()) or own["requests"], random.Random(own["seed"])
     orders = {
         "given": list(range(count)),
         "reversed": list(range(count))[::-1],
@@ -192,15 +218,20 @@ def batches(own: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
 def run(plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan in this process. Raises MeasureError."""
     own, settings = settled(plan, PLAN)
-    asked = Requests(start(settings), own)
-    began = time.monotonic()
+    if any(isinstance(p, str) for p in own["prompts"] or ()):
+        settings = {"skip_tokenizer_init": False, **settings}
+    return compare(Requests(start(settings), own), own, time.monotonic())
+
+
+def compare(asked: Requests, own: dict[str, Any], began: float) -> dict[str, Any]:
+    """Each request alone, then in the batches of a plan. Raises MeasureError: the answers to one request alone differ."""
     deadline = began + own["time_limit"]
     if own["only"]:
         batch, request = own["only"]["batch"], own["only"]["request"]
         found = asked.mismatch(batch, request)
         return {"batches": {"given": 1}, "rows": 1, "left": 0, "mismatch": found, "seconds": time.monotonic() - began}
     if asked.together([0])[0] != asked.alone(0):
-        raise MeasureError("the engine is not deterministic: request 0 alone got other logprobs the second time")
+        raise MeasureError("not deterministic: request 0 alone got other logprobs the second time")
     result: dict[str, Any] = {"batches": {}, "rows": 0, "left": 0, "mismatch": None}
     for order, batch in batches(own):
         if result["mismatch"] is not None or time.monotonic() > deadline:

@@ -8,7 +8,7 @@ kernels.
 from __future__ import annotations
 
 from .. import ops
-from ..errors import OptionError
+from ..errors import OptionError, meant
 from . import ascend, cpu, cuda
 from .target import ROUND_EVERY_OPERATOR, Device, Target
 
@@ -29,7 +29,7 @@ def get_target(name: str) -> Target:
         OptionError: there is none; the message lists those that there are.
     """
     if name not in TARGETS:
-        raise OptionError(f"unknown target {name!r}: known are {', '.join(sorted(TARGETS))}")
+        raise OptionError(f"unknown target {name!r}{meant(name, TARGETS)}: known are {', '.join(sorted(TARGETS))}")
     return TARGETS[name]
 
 

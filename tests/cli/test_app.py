@@ -36,10 +36,10 @@ def test_inspect_shows_graphs_passes_and_counts(dump: Path) -> None:
         "softmax",
         "matmul",
         "bi_compile.softmax.default",
-        "invariant",
+        "batch-invariant on cpu",
     ):
         assert word in result.output, result.output
-    assert "not invariant" not in result.output
+    assert "NOT batch-invariant" not in result.output
 
 
 def test_inspect_shows_what_is_left_with_reason_and_line(dump: Path, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_inspect_shows_what_is_left_with_reason_and_line(dump: Path, tmp_path: P
     result = runner.invoke(app, ["inspect", str(tmp_path)])
     assert result.exit_code == 1, result.output
     for word in (
-        "not invariant",
+        "NOT batch-invariant",
         "my.op.default",
         "nothing is known [of it]",
         "m.py, line 7",
@@ -218,10 +218,17 @@ FUNCTION = ["verify", "function", "--inputs", "test_app:rows"]
         ([*FUNCTION, "test_app:size_dependent"], 1, "differs"),
         (["bisect", "function", "--inputs", "test_app:rows", "test_app:size_dependent"], 1, "the first operator"),
         ([*FUNCTION, "test_app:none"], 2, "cannot be imported"),
-        ([*FUNCTION, "test_app:doubled", "--backend", "inducktor"], 2, "--backend inducktor: torch.compile knows"),
+        (
+            [*FUNCTION, "test_app:doubled", "--backend", "inducktor"],
+            2,
+            "--backend inducktor (did you mean 'inductor'?): torch.compile knows",
+        ),
         ([*FUNCTION, "test_app:doubled", "--batch-dims", "x"], 2, "numbers or none"),
         (["audit", "none.json"], 2, "cannot be read"),
         (["nothing"], 2, "No such command"),
+        (["inspet"], 2, "inspect"),
+        (["passes", "--markdwn"], 2, "--markdown"),
+        (["bench", "produkt"], 2, "did you mean 'product'?"),
         (["inspect"], 2, "Missing argument"),
         (["passes", "--html"], 2, "No such option"),
         ([*FUNCTION, "test_app:raising"], 3, "RuntimeError: the disk is full, at"),
@@ -275,7 +282,7 @@ def test_bench_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert done.exit_code == 0 and "product: a mean" in done.output
     assert (tmp_path / "new" / "product.csv").read_text().split() == ["M,ratio", "1,0.97"]
     for arguments, said in (
-        (["prodct"], "unknown benchmark prodct: known here are product"),
+        (["prodct"], "unknown benchmark prodct (did you mean 'product'?): known here are product"),
         (["--csv", "/dev/null/a"], "cannot be written"),
     ):
         refused = CliRunner().invoke(app, ["bench", *arguments])
