@@ -41,7 +41,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "passes a string": ({"passes": "softmax"}, r'passes=\'softmax\': it is a list of names, as in \["bi_ascend"\]'),
     "passes a number": ({"passes": 3}, r"passes=3: it is a list of names"),
     "passes of numbers": ({"passes": [3]}, r"passes=\[3\]: it is a list of names"),
-    "unknown pass": ({"passes": ["softmaxx"]}, r"unknown pass 'softmaxx' \(did you mean 'softmax'\?\): known are bi_ascend, " + ", ".join(NAMES)),
+    "unknown pass": (
+        {"passes": ["softmaxx"]},
+        r"unknown pass 'softmaxx' \(did you mean 'softmax'\?\): known are bi_ascend, " + ", ".join(NAMES),
+    ),
     "on_unproven": ({"on_unproven": "ignore"}, r"on_unproven='ignore': it is 'error' or 'warn'"),
     "on_unproven a number": ({"on_unproven": 1}, r"on_unproven=1: it is"),
     "target": ({"target": "tpu"}, r"unknown target 'tpu' \(did you mean 'cpu'\?\): known are ascend-950.*cpu.*cuda"),
