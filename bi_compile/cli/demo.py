@@ -7,9 +7,10 @@ import time
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..demo import show as measured
-from ..demo.show import Row
+from ..demo.show import Answer, Row, words
 from .console import progress_bar
 
 
@@ -25,6 +26,8 @@ def show(out: Console) -> bool:
                     out.print(f"[red]failed:[/] {escape(outcome.error)}")
                 if not out.is_terminal:  # no bar is drawn there
                     out.print(f"{row.case.part}: {row.case.what}; {side}: {outcome.text} ({outcome.seconds:.0f} s)")
+            for answer in row.changed:
+                out.print(dialogue(answer))
     out.print(table(rows))
     wrong = measured.faults(rows)
     for sentence in wrong:
@@ -32,6 +35,32 @@ def show(out: Console) -> bool:
     seconds = time.perf_counter() - start
     out.print(f"{seconds:.0f} s in all. {'' if wrong else 'As claimed: with the pass nothing differs.'}")
     return not wrong
+
+
+def dialogue(answer: Answer) -> Table:
+    """A question and its answers; words that another company changed stand in [brackets]."""
+    found = Table.grid(padding=(0, 2))
+    found.add_column(no_wrap=True, style="dim")
+    found.add_column()
+    found.add_row("question", Text(answer.question, style="bold"))
+    found.add_row("alone", Text(" ".join(answer.alone.split())))
+    found.add_row("in company", marked(answer.alone, answer.together))
+    if answer.with_alone == answer.with_together:
+        found.add_row("with the pass, alone and in company", Text(" ".join(answer.with_alone.split())))
+    else:
+        found.add_row("with the pass, alone", Text(" ".join(answer.with_alone.split())))
+        found.add_row("with the pass, in company", marked(answer.with_alone, answer.with_together))
+    found.add_row("", "")
+    return found
+
+
+def marked(alone: str, together: str) -> Text:
+    found = Text()
+    for piece, changed in words(alone, together):
+        text = " ".join(piece.split())
+        found.append(f"[{text}]" if changed else text, style="bold red" if changed else "")
+        found.append(" ")
+    return found
 
 
 def table(rows: list[Row]) -> Table:

