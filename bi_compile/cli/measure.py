@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..errors import MeasureError, OptionError, meant
 from .console import Json, console, print_json, progress_bar, table
-from .exits import FOUND, OK, sentences
+from .exits import FAILED, FOUND, OK, sentences
 
 if TYPE_CHECKING:
     from ..measure.bisect import Bisection
@@ -140,6 +140,13 @@ def verify_engine(
     write: Annotated[Path, typer.Option(help="the plan to write where a request differs")] = Path(
         "counterexample.json"
     ),
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="write one file about this machine too: an engine with the pass and one without, their speed, native operators, products",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """A vLLM engine, or a server that runs: requests alone and together, their logprobs and tokens.
@@ -157,6 +164,10 @@ def verify_engine(
     if model is None and base_url is None:
         raise MeasureError("verify vllm takes a folder with a model, or --base-url with the address of a server")
     name = None if model is None else str(model if base_url else model.resolve())
+    if report is not None:
+        if model is None or again or base_url is not None:
+            raise OptionError("--report compares two engines of a model: name its folder, without --base-url")
+        _report(report, model, plan, time_limit, as_json)
     starts = "requests run" if base_url else "the engine starts, then requests run"
     with console(as_json).status(f"{starts} alone and together"):
         if base_url is not None:
@@ -173,6 +184,25 @@ def verify_engine(
         _write(write, json.dumps({**where, **plan, "only": only}))
         typer.echo(f"reproduce with: bi-compile verify vllm {write}", err=as_json)
     raise typer.Exit(OK if result["mismatch"] is None else FOUND)
+
+
+def _report(path: Path, model: Path, plan: dict[str, Any], time_limit: float, as_json: bool) -> None:
+    """`--report`: ends the command."""
+    from ..measure import device_report
+
+    _write(path, "")  # before the work, not after it
+    out = console(as_json)
+    with progress_bar(out) as progress:
+        found = device_report.collect(model, plan, time_limit, progress)
+    _write(path, json.dumps(found, indent=1))
+    if as_json:
+        print_json(found)
+    for line in device_report.lines(found):
+        typer.echo(line, err=as_json)
+    typer.echo(f"written to {path}", err=as_json)
+    if found["failed"]:
+        raise typer.Exit(FAILED)
+    raise typer.Exit(FOUND if device_report.found_wrong(found) else OK)
 
 
 @bisect_app.command("function")
