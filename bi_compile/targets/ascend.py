@@ -55,7 +55,14 @@ ADDITIONAL: dict[str, tuple[object, str]] = {
     "enable_matmul_allreduce": (False, "the fused product and all-reduce is cut by the number of rows (vllm-ascend PR 6910)"),
     "enable_fused_mc2": (0, "dispatch, experts' products and combine in one kernel, which nothing is known about"),
     "enable_mlapo": (False, "norms, products and rotation in one kernel, which nothing is known about"),
+    "enable_flashcomm1": (False, "sequence parallelism fuses products and sums over ranks (vllm.matmul_and_reduce), which are unproven"),
+    "enable_flashcomm2_parallel_size": (0, "it sends o_proj's rows through all-to-all and products of other sizes, which are unproven"),
 }  # fmt: skip
+#: vllm-ascend's older variables for keys of additional_config, which the key would silently outdo
+VARIABLES = {
+    "VLLM_ASCEND_ENABLE_FLASHCOMM1": "enable_flashcomm1",
+    "VLLM_ASCEND_FLASHCOMM2_PARALLEL_SIZE": "enable_flashcomm2_parallel_size",
+}
 #: keys of additional_config["ascend_compilation_config"]: value, and why
 COMPILATION: dict[str, tuple[object, str]] = {
     "fuse_allreduce_rms": (False, "it fuses products, all-reduce and norm into a kernel that nothing is known about"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -61,6 +62,7 @@ def before_config(vllm_config: Any) -> None:
     if vllm_config.additional_config is None:
         vllm_config.additional_config = {}
     additional = vllm_config.additional_config
+    _check_parallel(vllm_config)
     _settle(additional, ascend.ADDITIONAL, "additional_config")
     nested = additional.setdefault("ascend_compilation_config", {})
     _settle(nested, ascend.COMPILATION, 'additional_config["ascend_compilation_config"]')
@@ -76,6 +78,27 @@ def before_config(vllm_config: Any) -> None:
             'captures one. Write compilation_config={"cudagraph_mode": "PIECEWISE"}',
             compilation.cudagraph_mode.name,
         )
+
+
+def _check_parallel(vllm_config: Any) -> None:
+    """Ranks that share experts or a sequence are refused here, not at the first batch that they share."""
+    parallel = vllm_config.parallel_config
+    if parallel.enable_expert_parallel and parallel.world_size * parallel.data_parallel_size > 1:
+        raise HostError(
+            "enable_expert_parallel=True sends each token to the ranks of its experts and adds up what comes back in an order that nothing "
+            "is known about (npu_moe_distribute_dispatch, npu_moe_distribute_combine): write enable_expert_parallel=False, which cuts every "
+            "expert over the tensor-parallel ranks"
+        )
+    if getattr(vllm_config.compilation_config.pass_config, "enable_sp", None):
+        raise HostError(
+            "pass_config sets enable_sp=True: sequence parallelism fuses products and sums over ranks, which are unproven: write "
+            "enable_sp=False there or remove the line"
+        )
+    for variable, key in ascend.VARIABLES.items():
+        if os.environ.get(variable, "0") != "0":
+            raise HostError(
+                f"{variable}={os.environ[variable]} is set, and {ascend.ADDITIONAL[key][1]}: set it to 0 or unset it"
+            )
 
 
 def _settle(settings: MutableMapping[str, Any], needed: dict[str, tuple[object, str]], where: str) -> None:

@@ -56,6 +56,7 @@ def test_the_options_of_additional_config_are_read_and_change_the_hash(model: st
         ({"weight_nz_mode": 2}, "write weight_nz_mode=0"),
         ({"enable_matmul_allreduce": True}, "write enable_matmul_allreduce=False"),
         ({"ascend_compilation_config": {"fuse_allreduce_rms": True}}, "write fuse_allreduce_rms=False"),
+        ({"enable_flashcomm1": True}, "sequence parallelism .* write enable_flashcomm1=False"),
     ],
 )
 def test_a_setting_that_breaks_the_guarantee_is_refused_with_the_line_to_write(
@@ -63,6 +64,16 @@ def test_a_setting_that_breaks_the_guarantee_is_refused_with_the_line_to_write(
 ) -> None:
     with pytest.raises(HostError, match=line):
         npu_layers.engine_config(model, additional_config=additional)
+
+
+def test_ranks_that_share_experts_or_a_sequence_are_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(HostError, match=r"npu_moe_distribute_dispatch.*write enable_expert_parallel=False"):
+        npu_layers.engine_config(model, enable_expert_parallel=True, tensor_parallel_size=2)
+    with pytest.raises(HostError, match="enable_sp=True: sequence parallelism"):
+        npu_layers.engine_config(model, compilation_config={"pass_config": {"enable_sp": True}})
+    monkeypatch.setenv("VLLM_ASCEND_ENABLE_FLASHCOMM1", "1")
+    with pytest.raises(HostError, match="VLLM_ASCEND_ENABLE_FLASHCOMM1=1 is set"):
+        npu_layers.engine_config(model)
 
 
 def test_hccl_true_is_not_enough(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
