@@ -24,7 +24,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from . import ops
-from .audit.inputs import BatchInput, batch_inputs, placed
+from .audit.inputs import BatchInput, batch_inputs, input_names, name_inputs, placed
 from .eager_audit import away
 from .errors import HostError, OptionError
 from .options import read_options
@@ -52,8 +52,10 @@ class FinalPass(CustomGraphPass):
         theirs: Any = None,
         target: Target | None = None,
         batch: Sequence[BatchInput] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.pipeline = pipeline
+        self.names = names
         self.theirs = theirs
         self.target = target
         self.batch = batch
@@ -62,6 +64,7 @@ class FinalPass(CustomGraphPass):
         from torch._inductor.decomposition import select_decomp_table
 
         target = self.target or self.pipeline.target_of(graph)
+        name_inputs(graph, self.names)
         if self.theirs is not None:
             # an operator that theirs would lower or fuse is still whole here
             self.pipeline.rewrite(graph, "post_grad", select_decomp_table(), target)
@@ -107,15 +110,17 @@ def bi_ascend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) 
 def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     inductor = pipeline.options.inner == "inductor"
     batch = batch_inputs(gm, example_inputs, pipeline.options.batch)
+    names = input_names(gm)
     inner, plain = (_inductor, _plain_inductor) if inductor else (_other, lookup_backend(pipeline.options.inner))
 
     def forward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         target = pipeline.target_of(graph.graph)
         _check_device(target, graph.graph)
         ops.load_kernels(target.device)
+        called = name_inputs(graph.graph, names)
         pipeline.rewrite(graph.graph, "captured", target=target)
         graph.recompile()
-        return make_boxed_func(inner(graph, inputs, pipeline, target, placed(batch, graph.graph)))
+        return make_boxed_func(inner(graph, inputs, pipeline, target, placed(batch, graph.graph), called))
 
     def backward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         return make_boxed_func(plain(graph, list(inputs)))
@@ -133,7 +138,12 @@ def _check_device(target: Target, graph: fx.Graph) -> None:
 
 
 def _inductor(
-    gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target, batch: Sequence[BatchInput]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    pipeline: Pipeline,
+    target: Target,
+    batch: Sequence[BatchInput],
+    names: Sequence[str],
 ) -> Compiled:
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
@@ -150,7 +160,7 @@ def _inductor(
             **target.inductor,
             # a graph out of a cache is not judged again, so nobody would hear of what it holds
             **({"force_disable_caches": True} if pipeline.options.on_unproven == "warn" else {}),
-            "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass, target, batch),
+            "post_grad_custom_post_pass": FinalPass(pipeline, config.post_grad_custom_post_pass, target, batch, names),
         },
     )
     return compiled
@@ -164,7 +174,12 @@ def _plain_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
 
 
 def _other(
-    gm: fx.GraphModule, inputs: Sequence[Any], pipeline: Pipeline, target: Target, batch: Sequence[BatchInput]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    pipeline: Pipeline,
+    target: Target,
+    batch: Sequence[BatchInput],
+    names: Sequence[str],
 ) -> Compiled:
     pipeline.audit(gm.graph, target=target, batch=batch)
     return lookup_backend(pipeline.options.inner)(gm, list(inputs))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import time
 import warnings
@@ -25,11 +26,11 @@ from .audit import certificate, measured
 from .audit.inputs import BatchInput
 from .audit.report import Finding, Report, audit
 from .audit.spec import Knowledge
+from .dump import Dump
 from .errors import OptionError
 from .options import Options
 from .passes import PASSES
 from .resolve import check_trust, resolve
-from .rewrite.dump import Dump
 from .rewrite.fx_utils import held_graphs
 from .rewrite.splice import Change, Decompositions, rewrite
 from .table import Table
@@ -86,7 +87,7 @@ class Pipeline:
         self.options = options
         self.passes = self.resolved.passes
         self.summary = Summary()
-        self._dump = Dump(options.dump_dir) if options.dump_dir else None
+        self._dump = Dump(options.dump_dir)
         self._warned: set[str] = set()
         if options.target:
             self.knowledge(options.target)
@@ -125,7 +126,7 @@ class Pipeline:
         known = self.knowledge(target.name)
         if stage == "final" and target.before_codegen is not None:
             target.before_codegen(graph)
-        dumped = self._dump.begin(stage, graph) if self._dump else None
+        dumped = self._dump.begin(stage, graph)
         changes: list[Change] = []
         subgraphs = list(held_graphs(graph))
         for p in self.passes:
@@ -174,8 +175,7 @@ class Pipeline:
         self.summary.nodes += len(report.findings)
         self.summary.left.update(f.operator for f in report.objections)
         self.summary.trusted.update({f.operator: f.reason for f in report.findings if f.verdict.value == "trusted"})
-        if self._dump:
-            self._dump.audit(self.certificate(report, known))
+        self.certify(report, known)
         self.summary.seconds += time.perf_counter() - start
         if self.options.on_unproven == "error":
             report.raise_objections()
@@ -191,6 +191,11 @@ class Pipeline:
                 "name a file of that device"
             )
         return measured.apply(data, report, graph, native=self.options.inner != "inductor")
+
+    def certify(self, report: Report, known: Knowledge) -> None:
+        """Put the certificate of the graph that came last into the dump, and into PyTorch's structured trace; where there is none, nothing."""
+        if self._dump.last is not None:
+            self._dump.last.write("audit.json", json.dumps(self.certificate(report, known), indent=1))
 
     def certificate(self, report: Report, known: Knowledge) -> dict[str, object]:
         """What `bi-compile audit` prints and compares."""

@@ -13,6 +13,16 @@ import torch
 #: what stands here is no place in a user's program
 _OURS_AND_TORCHS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
 
+#: host programs, which hold layers and operators beside their models
+_HOSTS = ("vllm", "vllm_ascend", "transformers")
+
+
+def is_of_the_model(file: str) -> bool:
+    """Whether a file is the user's, or defines a model of vLLM or transformers: neither PyTorch's, nor ours, nor what they run models with."""
+    loaded = (sys.modules[name] for name in _HOSTS if name in sys.modules)
+    hosts = tuple(folder + os.sep for module in loaded for folder in getattr(module, "__path__", ()))
+    return not file.startswith(_OURS_AND_TORCHS) and not (file.startswith(hosts) and "/models/" not in file)
+
 
 def place() -> str:
     """`file, line N, in function` of the innermost frame that is neither torch's nor ours nor generated."""

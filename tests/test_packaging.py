@@ -51,6 +51,8 @@ def test_the_sdist_makes_the_wheel_and_both_hold_the_passes(built: Path) -> None
         assert f"bi_compile/passes/{file.name}" in names
     for file in (ROOT / "bi_compile" / "kernels" / "cpu").glob("*.[ch]*"):
         assert f"bi_compile/kernels/cpu/{file.name}" in names
+    for file in (ROOT / "bi_compile" / "report" / "page").iterdir():
+        assert f"bi_compile/report/page/{file.name}" in names
     assert not [n for n in names if n.startswith(("passes/", "tests/"))]
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         members = {m.name.partition("/")[2]: m for m in sdist.getmembers()}

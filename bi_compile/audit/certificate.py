@@ -1,4 +1,4 @@
-"""A certificate: what was judged, by what, and the verdict on every node, as JSON; and what differs between two.
+"""A certificate: what was judged, by what, and the verdict on every node, as JSON (certificate.schema.json is its form).
 
 It is the `audit.json` of a dump. It holds the graph (structure, dtypes and sizes, those of the weights too) as a hash and
 node by node, the target, the versions, each pass with a digest of its source, and what the user trusts. Two runs with
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import OptionError
 from .report import Report
@@ -110,45 +110,3 @@ def _read(path: Path) -> dict[str, Any]:
             f"{str(path)!r} was changed: its nodes do not have the hash that it states; make the dump again"
         )
     return data
-
-
-class Difference(NamedTuple):
-    """One thing in which two certificates differ; an empty string where one of them lacks it."""
-
-    what: str
-    a: str
-    b: str
-
-
-def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
-    """Everything in which two certificates differ, settings first, then the inputs, then the other nodes."""
-    found = [Difference(key, str(a[key]), str(b[key])) for key in ("target", "batch") if a[key] != b[key]]
-    found += _items("version of", a["versions"], b["versions"])
-    if a["source"] != b["source"] and a["versions"].get("bi-compile") == b["versions"].get("bi-compile"):
-        found.append(Difference("source of bi_compile", a["source"][:16], b["source"][:16]))
-    uuids = [{p["name"]: p["uuid"][:16] for p in x["passes"]} for x in (a, b)]
-    found += _items("pass", *uuids)
-    order = [[name for name in x if name in uuids[0].keys() & uuids[1].keys()] for x in uuids]
-    if order[0] != order[1]:
-        found.append(Difference("order of the passes", ", ".join(order[0]), ", ".join(order[1])))
-    found += _items("trust in", a["trust"], b["trust"])
-    return found + sorted(_nodes(a["nodes"], b["nodes"]), key=lambda d: not d.what.startswith("input"))
-
-
-def _items(what: str, a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Difference]:
-    for name in dict.fromkeys((*a, *b)):
-        if a.get(name) != b.get(name):
-            yield Difference(f"{what} {name}", a.get(name, ""), b.get(name, ""))
-
-
-def _nodes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
-    first, second = ({n["node"]: n for n in nodes} for nodes in (a, b))
-    for name in dict.fromkeys((*first, *second)):
-        x, y = first.get(name), second.get(name)
-        label = f"{'input' if (x or y or {})['operator'] == name.rpartition('/')[2] else 'node'} {name}"
-        if x is None or y is None:
-            yield Difference(label, *("" if n is None else f"{n['operator']} {n['value']}" for n in (x, y)))
-            continue
-        for key in _NODE_KEYS[1:]:
-            if x[key] != y[key]:
-                yield Difference(f"{label}: {key}", str(x[key]), str(y[key]))

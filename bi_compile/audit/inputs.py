@@ -109,6 +109,31 @@ def placed(found: Sequence[BatchInput], graph: fx.Graph) -> tuple[BatchInput, ..
     return tuple(result)
 
 
+def input_names(gm: fx.GraphModule) -> list[str]:
+    """What the program calls each input of Dynamo's graph: `x`, and `layers.0.weight` for what a module holds."""
+    names = (_name(n) for n in gm.graph.nodes if n.op == "placeholder")
+    return [re.sub(r"^self\.|(?<=\.)_(?:parameters|buffers|modules)\.", "", _HELD.sub(r".\1", n)) for n in names]
+
+
+#: `._modules['a']`, `._parameters['weight']`, and `['a']`
+_HELD = re.compile(r"(?:\._(?:modules|parameters|buffers))?\['(\w+)'\]")
+
+
+def name_inputs(graph: fx.Graph, names: Sequence[str]) -> list[str]:
+    """Note in `meta["bi_compile_input"]` what the program calls each input, and give these names in order.
+
+    names: those of the graph that AOTAutograd made this one of.
+    """
+    found = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            position = getattr(node.meta.get("desc"), "idx", -1)
+            found.append(names[position] if 0 <= position < len(names) else "")
+            if found[-1]:
+                node.meta["bi_compile_input"] = found[-1]
+    return found
+
+
 def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[_Input]:
     found = []
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]

@@ -97,16 +97,19 @@ def _findings(graph: fx.Graph, known: Knowledge, found: batch_dims.Analysis, ins
             source_line(node),
             {x.name: found.dims(x) for x in node.all_input_nodes if found.dims(x)},
             found.dims(node),
-            _described(_value(node)),
-            _without_addresses(", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])),
+            described(value_of_node(node)),
+            argument_text(node),
         )
         for name, graph, inner in found.subgraphs.get(node, ()):
             yield from _findings(graph, known, inner, f"{inside}{node.name}/{name}/")
 
 
+_NOT_COMPUTED = {"placeholder": "an input", "get_attr": "a constant", "output": "the output"}
+
+
 def _judge_node(node: fx.Node, known: Knowledge, found: batch_dims.Analysis) -> tuple[Verdict, str]:
-    if node.op in ("placeholder", "get_attr", "output"):
-        return Verdict.ROW_LOCAL, "an input, a constant or the output"
+    if node.op in _NOT_COMPUTED:
+        return Verdict.ROW_LOCAL, _NOT_COMPUTED[node.op]
     if node in found.mixed:
         if _only_asserted(node):
             return Verdict.ROW_LOCAL, "asserted and nothing else: no row's result holds it"
@@ -154,7 +157,12 @@ def operator_name(node: fx.Node) -> str:
     return str(node.target)
 
 
-def _value(node: fx.Node) -> Any:
+def argument_text(node: fx.Node) -> str:
+    """The node's arguments; a node by its name."""
+    return _without_addresses(", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())]))
+
+
+def value_of_node(node: fx.Node) -> Any:
     """The node's value; a constant's from the module that holds it, where no compiler has noted it."""
     owner = node.graph.owning_module
     if node.op == "get_attr" and "val" not in node.meta and owner is not None:
@@ -168,12 +176,14 @@ def _without_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
-def _described(value: Any) -> str:
-    """`dtype[sizes]` of each tensor of a value."""
+def described(value: Any) -> str:
+    """`dtype[sizes]` of each tensor of a value; an opaque object by its type."""
     leaves = value if isinstance(value, (tuple, list)) else [value]
     return ", ".join(
         f"{str(v.dtype).removeprefix('torch.')}[{', '.join(map(str, v.shape))}]"
         if isinstance(v, Tensor)
+        else type(v.real_obj).__name__
+        if hasattr(v, "real_obj")
         else _without_addresses(str(v))
         for v in leaves
         if v is not None

@@ -1,4 +1,4 @@
-"""The command line: `bi-compile demo | bench | inspect DIR | audit PATH | doctor | passes | verify … | bisect … | probe`.
+"""The command line: `bi-compile demo | bench | inspect DIR | report DIR | audit PATH | doctor | passes | verify … | bisect … | probe`.
 
 How a command ends stands in `exits`.
 """
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from . import exits
-from .console import Json, console, print_json
+from .console import Json, console, print_json, write
 from .exits import FOUND, OK, sentences
 from .measure import bisect_app, probe, verify_app
 
@@ -96,6 +96,27 @@ def inspect(
 
 @app.command()
 @sentences
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that the option dump_dir named")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="the page to write")] = Path(
+        "report.html"
+    ),
+    bisection: Annotated[
+        Path | None, typer.Option("--bisect", metavar="FILE", help="what `bi-compile bisect … --write FILE` wrote")
+    ] = None,
+) -> None:
+    """Make one page of a dump, to look at and to pass on: it opens in a browser, offline.
+
+    The page holds the lines of the program around those that the graphs came from."""
+    from .. import report as pages
+
+    page = pages.make(folder, bisection)
+    write(output, page, "--output")
+    typer.echo(f"written to {output} ({len(page) / 1e6:.1f} MB)")
+
+
+@app.command()
+@sentences
 def audit(
     paths: Annotated[
         list[Path],
@@ -107,30 +128,56 @@ def audit(
     target: Annotated[
         str | None, typer.Option(help="ascend-a2, ascend-a3 or ascend-950: audit a model of transformers for it, here")
     ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="every node, line by line")] = False,
+    verdict: Annotated[
+        list[str] | None, typer.Option(metavar="VERDICT", help="the nodes with this verdict; may be repeated")
+    ] = None,
+    op: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPERATOR", help="the nodes of this operator, or a part of its name; may be repeated"),
+    ] = None,
+    as_json: Json = False,
+    dump: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="with --target: write the graph there, for inspect and report")
+    ] = None,
 ) -> None:
-    """Print certificates, node by node; with --check A B, say what differs between two.
+    """Print certificates: what is objected to, trusted and replaced; with --check A B, say what differs between two.
 
     With --target, say what the passes would do to a model on Ascend, without an NPU. Exit code 1 if a graph is not
     batch-invariant, or if two certificates differ.
     """
     from ..audit import certificate
-    from ..errors import OptionError
+    from ..audit.spec import Verdict
+    from ..errors import OptionError, meant
     from . import audit as shown
 
+    if dump is not None and target is None:
+        raise OptionError("--dump goes with --target: a certificate is of a graph that was dumped already")
     if target is not None and (check or len(paths) != 1):
         raise OptionError("audit --target takes one folder of a model, and no --check")
     if target is not None:
-        raise typer.Exit(OK if shown.offline(paths[0], target, console()) else FOUND)
+        raise typer.Exit(OK if shown.offline(paths[0], target, dump, console()) else FOUND)
     if len(paths) != (2 if check else 1):
         raise OptionError(f"audit takes {'two paths with --check' if check else 'one path'}, got {len(paths)}")
     out = console()
     if check:
-        table, count = shown.differences(*paths)
-        out.print(table)
-        raise typer.Exit(FOUND if count else OK)
+        differences = shown.differences(*paths)
+        if as_json:
+            print_json([d._asdict() for d in differences])
+        else:
+            out.print(shown.differences_table(paths[0], paths[1], differences))
+        raise typer.Exit(FOUND if differences else OK)
     found = certificate.read(paths[0])
-    for table in shown.tables(found):
-        out.print(table)
+    known = [v.value for v in Verdict]
+    unknown = [v for v in verdict or () if v not in known]
+    if unknown:
+        raise OptionError(f"--verdict {unknown[0]!r}{meant(unknown[0], known)}: the verdicts are {', '.join(known)}")
+    asked = verdict or (known if everything or op or as_json else shown.SHOWN)
+    if as_json:
+        print_json({k: {**c, "nodes": shown.chosen(c, asked, op or ())} for k, c in found.items()})
+    else:
+        for table in shown.tables(found, asked, op or (), nodes=bool(everything or verdict or op)):
+            out.print(table)
     raise typer.Exit(OK if all(c["invariant"] for c in found.values()) else FOUND)
 
 

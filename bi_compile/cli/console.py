@@ -6,9 +6,12 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..errors import OptionError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +26,16 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON, for a program")]
 
 def print_json(found: Any) -> None:
     typer.echo(json.dumps(found, indent=1))
+
+
+def write(path: Path, text: str, option: str) -> None:
+    """Raises OptionError: the file that `option` names cannot be written."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise OptionError(
+            f"{option} {str(path)!r} cannot be written ({error.strerror}): name a file that can"
+        ) from error
 
 
 def console(stderr: bool = False) -> Console:

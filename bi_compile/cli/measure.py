@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..errors import MeasureError, OptionError, meant
 from .console import Json, console, print_json, progress_bar, table
+from .console import write as write_file
 from .exits import FAILED, FOUND, OK, sentences
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ Backend = Annotated[str | None, typer.Option(help="compile it with this backend 
 Seed = Annotated[int, typer.Option(help="of what is drawn at random")]
 Limit = Annotated[float, typer.Option(help="seconds after which nothing new starts")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="a folder with a model")]
+Steps = Annotated[
+    Path | None,
+    typer.Option("--write", metavar="FILE", help="write the distances too, for `bi-compile report --bisect`"),
+]
 Config = Annotated[str | None, typer.Option(help="vLLM's compilation config, as JSON")]
 EngineArgs = Annotated[str, typer.Option(help='more arguments of vllm.LLM, as JSON: {"dtype": "bfloat16"}')]
 
@@ -70,16 +75,6 @@ def _plan(config: str | None, engine: str, **own: Any) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise MeasureError(f"--compilation-config and --engine-args are JSON objects ({error})") from None
     return found | own
-
-
-def _write(path: Path, text: str) -> None:
-    """Raise OptionError where the file cannot be written."""
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise OptionError(
-            f"--write {str(path)!r} cannot be written ({error.strerror}): name a file that can"
-        ) from error
 
 
 @verify_app.command("function")
@@ -181,7 +176,7 @@ def verify_engine(
     if result["mismatch"] is not None and not again:
         only = {k: result["mismatch"][k] for k in ("request", "batch")}
         where = {"model": name} | ({"base_url": base_url} if base_url else {})
-        _write(write, json.dumps({**where, **plan, "only": only}))
+        write_file(write, json.dumps({**where, **plan, "only": only}), "--write")
         typer.echo(f"reproduce with: bi-compile verify vllm {write}", err=as_json)
     raise typer.Exit(OK if result["mismatch"] is None else FOUND)
 
@@ -190,11 +185,11 @@ def _report(path: Path, model: Path, plan: dict[str, Any], time_limit: float, as
     """`--report`: ends the command."""
     from ..measure import device_report
 
-    _write(path, "")  # before the work, not after it
+    write_file(path, "", "--report")  # before the work, not after it
     out = console(as_json)
     with progress_bar(out) as progress:
         found = device_report.collect(model, plan, time_limit, progress)
-    _write(path, json.dumps(found, indent=1))
+    write_file(path, json.dumps(found, indent=1), "--report")
     if as_json:
         print_json(found)
     for line in device_report.lines(found):
@@ -214,6 +209,7 @@ def bisect_function(
     backend: Backend = None,
     seed: Seed = 0,
     time_limit: Limit = 120.0,
+    write: Steps = None,
 ) -> None:
     """A Python function, a model or something compiled. Exit code 1 if a row differs."""
     from ..measure import bisect
@@ -223,13 +219,13 @@ def bisect_function(
     given = _function(fn, inputs, batch_dims)
     with progress_bar(out, "each row alone") as progress:
         found = bisect.bisect(*given, backend=backend, seed=seed, time_limit=time_limit, progress=progress)
-    _show(out, found, str(found.mismatch))
+    _show(out, found, str(found.mismatch), write)
 
 
 @bisect_app.command("vllm")
 @sentences
 def bisect_engine(
-    model: Model, compilation_config: Config = None, engine_args: EngineArgs = "{}", seed: Seed = 0
+    model: Model, compilation_config: Config = None, engine_args: EngineArgs = "{}", seed: Seed = 0, write: Steps = None
 ) -> None:
     """A vLLM engine, its compiled graphs run node by node. Exit code 1 if a request differs."""
     from ..measure import bisect_vllm, verify_vllm
@@ -237,11 +233,13 @@ def bisect_engine(
     out = console()
     with out.status("the engine starts, then requests run alone and together, operator by operator"):
         mismatch, found = bisect_vllm.bisect(model, **_plan(compilation_config, engine_args, seed=seed))
-    _show(out, found, verify_vllm.sentence(mismatch) if mismatch else "")
+    _show(out, found, verify_vllm.sentence(mismatch) if mismatch else "", write)
 
 
-def _show(out: Console, found: Bisection, mismatch: str) -> None:
+def _show(out: Console, found: Bisection, mismatch: str, path: Path | None) -> None:
     """A bisection: which row, where it first differs, and how that grows."""
+    if path is not None:
+        write_file(path, json.dumps(found.to_json()), "--write")
     if found.first is None:
         typer.echo(found.line())
         raise typer.Exit(OK)
@@ -264,7 +262,7 @@ def probe(
     out = console()
     with progress_bar(out) as progress:
         data = measured.measure(device, seed, time_limit, operator, progress)
-    _write(write, json.dumps(data, indent=1))
+    write_file(write, json.dumps(data, indent=1), "--write")
     out.print(probe_table(data))
     typer.echo(f'written to {write}; options={{"probe": "{write}"}} makes the audit read it')
 

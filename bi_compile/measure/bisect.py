@@ -73,6 +73,16 @@ class Bisection:
                 said += f". Before it {what}: {', '.join(dict.fromkeys(names))}"
         return said
 
+    def to_json(self) -> dict[str, Any]:
+        """`line`, and for each operator its distance: `elements` of `of`, `ulps` and `absolute` (None: a NaN is among them)."""
+        steps = []
+        for s in self.steps:
+            d = s.difference
+            far = (0, 0, 0, 0.0) if d is None else (d.elements, d.of, d.ulps, d.absolute)
+            distance = dict(zip(("elements", "of", "ulps", "absolute"), far, strict=True))
+            steps.append({"operator": s.operator, "layer": s.layer, "where": s.where, **distance})
+        return {"line": self.line(), "steps": steps}
+
 
 NOTHING = (
     "no row differs, operator by operator; if `bi-compile verify` finds that it does, the difference comes from the code that "

@@ -69,8 +69,10 @@ def load_torch_npu(target: str, say: Callable[[str], None]) -> None:
     check_torch_npu()
 
 
-def run(model: Path, target: str, say: Callable[[str], None]) -> Offline:
+def run(model: Path, target: str, say: Callable[[str], None], dump_dir: Path | None = None) -> Offline:
     """Trace the model in the folder `model`, and judge it before and after the passes.
+
+    dump_dir: a folder to write the graph into, as the option of that name does.
 
     Raises:
         OptionError: the target is none of Ascend's, or the folder holds no model that transformers knows.
@@ -85,11 +87,12 @@ def run(model: Path, target: str, say: Callable[[str], None]) -> Offline:
     check_versions(importlib.metadata.version("torch"), importlib.metadata.version("torch_npu"))
     load_torch_npu(target, say)
     graph = trace(model)
-    pipeline = Pipeline(Options(target=target))
+    pipeline = Pipeline(Options(target=target, dump_dir=None if dump_dir is None else str(dump_dir)))
     known = pipeline.knowledge(target)
     before = audit(graph.graph, known)
     pipeline.rewrite(graph.graph, "captured")
     after = audit(graph.graph, known)
+    pipeline.certify(after, known)
     return Offline(
         model=str(model),
         target=target,
@@ -152,7 +155,10 @@ def trace(model: Path) -> fx.GraphModule:
             given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "return_dict": False}
             return torch.func.functional_call(network, state, (), given | ({"use_cache": False} if causal else {}))[0]
 
-        graph = make_fx(forward)(*inputs, state)
+        graph = make_fx(forward, record_stack_traces=True)(*inputs, state)
+    placeholders = (n for n in graph.graph.nodes if n.op == "placeholder")
+    for node, name in zip(placeholders, ("input_ids", "attention_mask", *state), strict=True):
+        node.meta["bi_compile_input"] = name
     if shapes.replacements:
         raise HostError(
             f"the model in {str(model)!r} cannot be traced over a symbolic batch: it fixes it to {dict(shapes.replacements)}"

@@ -12,14 +12,19 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import RewriteError
+from ..user_code import is_of_the_model
 
 
 def source_line(node: fx.Node) -> str:
-    """File and line of the user's program that the node came from; the empty string where it is not known."""
+    """File and line of the user's program that the node came from; the empty string where it is not known.
+
+    It is the innermost frame in a file of the model (`is_of_the_model`), or the innermost of all where there is none.
+    """
     lines = [
         line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
     ]
-    return lines[-1].removeprefix("File ").replace('"', "") if lines else ""
+    places = [line.removeprefix("File ").replace('"', "") for line in lines]
+    return ([p for p in places if is_of_the_model(p.partition(", line ")[0])] or places or [""])[-1]
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:

@@ -167,7 +167,7 @@ def splice(graph: fx.Graph, node: fx.Node, entry: Entry, replacement: Replacemen
     _replace_uses(graph, node, result)
     return Change(
         node.name,
-        str(node.target),
+        _operator(node),
         entry.pass_name,
         tuple(str(n.target) for n in made if isinstance(n.target, OpOverload)),
         source_line(node),
@@ -183,9 +183,14 @@ def _describe(values: Iterable[Any]) -> str:
     return ", ".join(f"{v.dtype}{list(v.shape)}" if isinstance(v, Tensor) else repr(v) for v in values)
 
 
+def _operator(node: fx.Node) -> str:
+    """The operator that the node calls; one that writes into its arguments, and was made functional, by its own name."""
+    return str(node.args[0] if node.target is auto_functionalized else node.target)
+
+
 def _inherited(node: fx.Node, entry: Entry) -> dict[str, Any]:
     meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "example_value", "eager_input_vals")}
-    return {**meta, "bi_compile": {"replaced": str(node.target), "pass": entry.pass_name}}
+    return {**meta, "bi_compile": {"replaced": _operator(node), "pass": entry.pass_name, "node": node.name}}
 
 
 def _run_fake(node: fx.Node, mode: FakeTensorMode) -> Any:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import npu_layers
 import pytest
+from browser import needs_browser, read_and_search
 from transformers import BertConfig
+from typer.testing import CliRunner
 
 from bi_compile import OptionError
+from bi_compile.cli import app
 from bi_compile.offline import trace as offline
 
 ENCODER = BertConfig(
@@ -33,6 +36,18 @@ def test_the_audit_says_what_varies_and_what_is_replaced(model: str, tmp_path: P
     assert varies <= set(found.varies) and varies <= set(found.replaced)
     assert ("aten._grouped_mm.default" in found.replaced) == (model == "moe")
     assert not found.left
+
+
+@needs_browser
+def test_the_report_of_an_offline_audit(tmp_path: Path) -> None:
+    """In a browser; the graph is that of the command's --dump."""
+    npu_layers.CONFIGS["dense"].save_pretrained(tmp_path / "model")
+    command = ["audit", str(tmp_path / "model"), "--target", "ascend-a2", "--dump", str(tmp_path / "dump")]
+    page = tmp_path / "report.html"
+    for arguments in (command, ["report", str(tmp_path / "dump"), "-o", str(page)]):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+    read_and_search(page, "npu.npu_fusion_attention_v3.default", "bi_compile.", "modeling_qwen3.py")
 
 
 def test_a_folder_without_a_model_and_a_target_without_an_npu_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor, fx
 from typer.testing import CliRunner
 
 from bi_compile import OptionError
-from bi_compile.audit.certificate import compare, read
+from bi_compile.audit import certificate
+from bi_compile.audit.certificate import read
+from bi_compile.audit.compare import compare
 from bi_compile.audit.report import audit
 from bi_compile.cli import app
 
@@ -99,6 +101,53 @@ def test_one_change_is_one_difference(path: Path, tmp_path: Path, change: Any, w
     assert found == [what] or (what.startswith("node") and len(found) == 1 and found[0].endswith(": verdict"))
 
 
+def test_one_more_input_is_one_difference(path: Path, tmp_path: Path) -> None:
+    """Although it renames every symbol, and the numbers of all that is computed after it."""
+
+    def more(x: Tensor, n: Tensor, w: Tensor) -> Tensor:
+        return (x @ w).softmax(-1)
+
+    done = pipeline(dump_dir=str(tmp_path / "b"))
+    gm = traced_rows(more, rand(5, 12), rand(7, 3), rand(12, 12))
+    for i, node in enumerate(list(gm.graph.nodes)):
+        node._rename(f"node_{i}")
+    done.rewrite(gm.graph, "final")
+    done.audit(gm.graph)
+    found = differences(path, next((tmp_path / "b").glob("graph_*/audit.json")))
+    assert [what for what in found if not what.endswith("where")] == ["input node_1"], found
+
+
+def test_an_output_is_said_to_be_one(tmp_path: Path) -> None:
+    def two(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        product = x @ w
+        return product.softmax(-1), product
+
+    one = certified(tmp_path / "a")
+    done = pipeline(dump_dir=str(tmp_path / "b"))
+    gm = traced_rows(two, rand(5, 12), rand(12, 12))
+    done.rewrite(gm.graph, "final")
+    done.audit(gm.graph)
+    found = differences(one, next((tmp_path / "b").glob("graph_*/audit.json")))
+    assert any(what.startswith("output: ") for what in found) and not any("input" in what for what in found), found
+
+
+def test_the_published_schema(path: Path) -> None:
+    """A real certificate has its form; one that lacks a part, or has one of another type, has not."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((Path(certificate.__file__).parent / "certificate.schema.json").read_text())
+    check = jsonschema.Draft202012Validator(schema)
+    check.check_schema(schema)
+    data = json.loads(path.read_text())
+    check.validate(data)
+    for key in (*data, "new"):
+        less = {k: v for k, v in data.items() if k != key} | ({"new": 1} if key == "new" else {})
+        assert not check.is_valid(less), key
+        assert key == "new" or not check.is_valid(data | {key: 3.5}), key
+    for key in data["nodes"][0]:
+        node = {k: v for k, v in data["nodes"][0].items() if k != key}
+        assert not check.is_valid(data | {"nodes": [node]}), key
+
+
 def test_trust_of_the_user_is_in_it(tmp_path: Path) -> None:
     (c,) = read(certified(tmp_path / "c", trust={"aten::prod": "row by row"})).values()
     assert c["trust"] == {"aten::prod": "row by row"}
@@ -135,8 +184,34 @@ def test_it_is_printed_as_a_table(path: Path) -> None:
     for where in (path, path.parent, path.parent.parent):
         result = runner.invoke(app, ["audit", str(where)])
         assert result.exit_code == 0, result.output
-        for word in ("batch-invariant on cpu", "bi_compile.mm.default", "x_1: 0", "replaced", "passes add_rms_norm"):
+        for word in ("batch-invariant on cpu", "bi_compile.mm.default", "replaced", "passes add_rms_norm", "not shown"):
             assert word in result.output, result.output
+        assert "x_1" not in result.output, "what is row-local is shown when it is asked for"
+
+
+def test_what_is_asked_for_is_shown(path: Path) -> None:
+    def said(*arguments: str) -> str:
+        result = runner.invoke(app, ["audit", str(path), *arguments], env={"COLUMNS": "160"})
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    everything = said("--all")
+    assert "x_1: 0" in everything and "output" in everything and "not shown" not in everything
+    assert "bi_compile.softmax" in said("--op", "softmax") and "bi_compile.mm" not in said("--op", "softmax")
+    assert "x_1" in said("--verdict", "row-local") and "bi_compile.mm" not in said("--verdict", "row-local")
+    (found,) = json.loads(said("--json", "--verdict", "replaced", "--op", "mm")).values()
+    assert [n["operator"] for n in found["nodes"]] == ["bi_compile.mm.default"] and found["invariant"]
+    (whole,) = json.loads(said("--json")).values()
+    assert whole == json.loads(path.read_text())
+    refused = runner.invoke(app, ["audit", str(path), "--verdict", "bad"])
+    assert refused.exit_code == 2 and "the verdicts are row-local" in refused.output
+
+
+def test_names_are_whole_at_80_columns(path: Path) -> None:
+    """Folded, not cut."""
+    for command in (["audit", str(path)], ["audit", str(path), "--all"], ["inspect", str(path.parents[1])]):
+        output = runner.invoke(app, command, env={"COLUMNS": "80"}).output
+        assert max(map(len, output.splitlines())) <= 80 and "…" not in output, output
 
 
 def test_check_takes_two_paths(path: Path) -> None:

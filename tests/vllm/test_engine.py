@@ -1,10 +1,12 @@
 """Real vLLM engines on the CPU: a request's logprobs and tokens are the same bits alone and in every batch."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import needs_browser, opened, read_and_search, search
 from engines import PASS, python, requests
 from typer.testing import CliRunner
 
@@ -15,6 +17,23 @@ pytestmark = pytest.mark.xdist_group("engine")
 LONG = {"requests": 32, "batches": [2, 5, 16, 32], "prompt": [5, 300], "tokens": 8}
 
 
+Ran = Callable[[str, str], tuple[dict[str, Any], str, Path]]
+
+
+@pytest.fixture(scope="module")
+def ran(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """An engine of a family and dtype, run once: its result, what it said, and its dump."""
+
+    @functools.cache
+    def run(family: str, dtype: str) -> tuple[dict[str, Any], str, Path]:
+        folder = tmp_path_factory.mktemp(family)
+        options = {"additional_config": {"bi_compile": {"dump_dir": str(folder / "dump")}}}
+        result, said = requests(model(family), folder, dtype=dtype, **PASS, **options, **LONG)
+        return result, said, folder / "dump"
+
+    return run
+
+
 def differing(result: dict[str, Any]) -> int:
     return sum(b["logprobs"] + b["tokens"] for b in result["batches"].values())
 
@@ -23,14 +42,28 @@ def differing(result: dict[str, Any]) -> int:
     ("family", "dtype"),
     [("qwen3", "bfloat16"), ("gemma2", "float32"), ("opt", "bfloat16")],
 )
-def test_requests_are_equal_alone_and_together(model: Model, tmp_path: Path, family: str, dtype: str) -> None:
+def test_requests_are_equal_alone_and_together(ran: Ran, family: str, dtype: str) -> None:
     """Prompts of up to 300 tokens, so that a batch of 32 is prefilled in several chunks."""
-    dump = tmp_path / "dump"
-    options = {"additional_config": {"bi_compile": {"dump_dir": str(dump)}}}
-    result, said = requests(model(family), tmp_path, dtype=dtype, **PASS, **options, **LONG)
+    result, said, dump = ran(family, dtype)
     assert differing(result) == 0, result
     assert "left none" in said
     read_and_run(dump)
+
+
+@needs_browser
+def test_the_report_of_an_engine(ran: Ran, tmp_path: Path) -> None:
+    """In a browser: what was replaced, where, and what the worker ran without a graph."""
+    _, _, dump = ran("qwen3", "bfloat16")
+    page = tmp_path / "report.html"
+    made = CliRunner().invoke(app, ["report", str(dump), "-o", str(page)])
+    assert made.exit_code == 0, made.output
+    read_and_search(page, "vllm_ir.rms_norm.default", "bi_compile.rms_norm.default", "qwen3.py")
+    with opened(page) as tab:
+        tab.click("[data-view=uncompiled]")
+        assert tab.locator("tbody tr").count() > 3 and "row-local" in tab.inner_text("main")
+        tab.click("[data-view=nodes]")
+        assert search(tab, "trusted unified_attention") == 2, "one for each layer"
+        assert "layers.0.self_attn" in tab.inner_text("#list")
 
 
 RUN = "import runpy, sys; [print(path, runpy.run_path(path, run_name='__main__')['__doc__']) for path in sys.argv[1:]]"

@@ -4,18 +4,21 @@
                           /01_softmax.py       the same after the pass `softmax`
                           /changes.json        how many nodes compute something, what each pass did, and how long it took
                           /changes.diff        from first to last
+                          /before.json         the nodes as data: dtype, size, stride, the lines of the user's program (see `describe`)
+                          /after.json          the same of what was handed on
        /graph_001_final/…/audit.json           the certificate: the verdict on each node of the graph that runs (see `certificate`)
 
-`bi-compile inspect DIR` prints them as tables.
+`bi-compile inspect DIR` prints them as tables, `bi-compile report DIR` makes a page of them. Under TORCH_TRACE programs, difference,
+counts and certificate are also artifacts of PyTorch's structured trace, which `tlparse` shows, with a folder or without.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import SymInt, Tensor, fx
 
-from ..errors import OptionError
-from .splice import Change
+from .audit.describe import describe
+from .errors import OptionError
+from .rewrite.splice import Change
 
 _PROGRAM = '''\
 """{title}
@@ -76,46 +80,55 @@ _REGISTERED_BY = {
 
 
 class Dump:
-    """Writes the graphs of one process into a folder; several processes may share it."""
+    """Writes the graphs of one process into a folder, if one is named; several processes may share it."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | None) -> None:
+        self.folder = Path(folder) if folder else None
         self.last: GraphDump | None = None
+        self._traced = itertools.count()
 
-    def begin(self, stage: str, graph: fx.Graph) -> GraphDump:
-        for number in range(len(list(self.folder.glob("graph_*"))), 1_000_000):
-            path = self.folder / f"graph_{number:03d}_{stage}"
-            if any(self.folder.glob(f"graph_{number:03d}_*")):
+    def begin(self, stage: str, graph: fx.Graph) -> GraphDump | None:
+        """The dump of one graph; None where nobody would see it."""
+        self.last = None
+        if self.folder is not None:
+            self.last = GraphDump(self._new(self.folder, stage).name, graph, self.folder)
+        elif _traced():
+            self.last = GraphDump(f"graph_{next(self._traced):03d}_{stage}", graph, None)
+        return self.last
+
+    @staticmethod
+    def _new(folder: Path, stage: str) -> Path:
+        """A folder for a graph, with the next number that is free."""
+        for number in range(len(list(folder.glob("graph_*"))), 1_000_000):
+            path = folder / f"graph_{number:03d}_{stage}"
+            if any(folder.glob(f"graph_{number:03d}_*")):
                 continue
             try:
                 path.mkdir(parents=True)
-                break
+                return path
             except FileExistsError:
                 continue
             except OSError as error:
                 raise OptionError(
-                    f"dump_dir={str(self.folder)!r} cannot be written ({error.strerror}): name a folder that can"
+                    f"dump_dir={str(folder)!r} cannot be written ({error.strerror}): name a folder that can"
                 ) from error
-        self.last = GraphDump(path, graph)
-        return self.last
-
-    def audit(self, certificate: Mapping[str, Any]) -> None:
-        if self.last is not None:
-            (self.last.path / "audit.json").write_text(json.dumps(certificate, indent=1))
+        raise OptionError(f"dump_dir={str(folder)!r} holds a million graphs: name a new folder")
 
 
 class GraphDump:
-    """The folder of one graph."""
+    """What is written of one graph."""
 
-    def __init__(self, path: Path, graph: fx.Graph) -> None:
-        self.path = path
+    def __init__(self, name: str, graph: fx.Graph, folder: Path | None) -> None:
+        self.name = name
+        self.path = None if folder is None else folder / name
         self.steps: list[dict[str, Any]] = []
         self.nodes_before = _computed(graph)
-        self.first = self._write("before", graph, "The graph as it came in.")
+        self.first = self._program("before", graph, "The graph as it came in.")
         self.latest = self.first
+        self._nodes("before.json", graph)
 
     def after(self, pass_name: str, graph: fx.Graph, changes: list[Change], seconds: float) -> None:
-        self.latest = self._write(
+        self.latest = self._program(
             pass_name,
             graph,
             f"The graph after the pass {pass_name}: {len(changes)} replaced in {seconds * 1e3:.1f} ms.",
@@ -124,22 +137,35 @@ class GraphDump:
 
     def end(self, graph: fx.Graph) -> None:
         counts = {"nodes_before": self.nodes_before, "nodes_after": _computed(graph)}
-        (self.path / "changes.json").write_text(json.dumps({**counts, "passes": self.steps}, indent=1))
+        self.write("changes.json", json.dumps({**counts, "passes": self.steps}, indent=1))
         lines = difflib.unified_diff(self.first, self.latest, "before", "after", lineterm="")
-        (self.path / "changes.diff").write_text("\n".join(lines) + "\n")
+        self.write("changes.diff", "\n".join(lines) + "\n")
+        self._nodes("after.json", graph)
 
-    def _write(self, label: str, graph: fx.Graph, title: str) -> list[str]:
+    def write(self, name: str, text: str) -> None:
+        """Into the folder, and into PyTorch's structured trace, if there is one."""
+        if self.path is not None:
+            (self.path / name).write_text(text)
+        torch._logging.trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": f"bi_compile_{self.name}_{name}", "encoding": "string"},
+            payload_fn=lambda: text,
+        )
+
+    def _nodes(self, name: str, graph: fx.Graph) -> None:
+        if self.path is not None:  # for `bi-compile report`, which reads folders
+            (self.path / name).write_text(json.dumps(describe(graph), separators=(",", ":")))
+
+    def _program(self, label: str, graph: fx.Graph, title: str) -> list[str]:
         name = f"{len(self.steps) + (label != 'before'):02d}_{label}.py"
         text = program(graph, title, name)
-        (self.path / name).write_text(text)
-        trace = getattr(torch._logging, "trace_structured", None)
-        if trace is not None:  # what `tlparse` shows
-            trace(
-                "artifact",
-                metadata_fn=lambda: {"name": f"bi_compile_{self.path.name}_{name}", "encoding": "string"},
-                payload_fn=lambda: text,
-            )
+        self.write(name, text)
         return text.splitlines()
+
+
+def _traced() -> bool:
+    """Whether PyTorch writes a structured trace, as TORCH_TRACE makes it do."""
+    return bool(torch._logging._internal.trace_log.handlers)
 
 
 def _computed(graph: fx.Graph) -> int:
@@ -149,7 +175,7 @@ def _computed(graph: fx.Graph) -> int:
 
 def program(graph: fx.Graph, title: str, name: str) -> str:
     """A Python program that runs `graph` on random inputs."""
-    code = graph.python_code(root_module="self")
+    code = graph.python_code(root_module="self", verbose=True, include_stride=True, include_device=True)
     _, _, body = code.src.lstrip().partition("\n")
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     constants = [n for n in graph.nodes if n.op == "get_attr"]
@@ -171,8 +197,14 @@ def program(graph: fx.Graph, title: str, name: str) -> str:
         stand_ins=_STAND_INS.format(names=in_an_engine, key=_dispatch_key(inputs)) if in_an_engine else "",
         parameters=", ".join(n.name for n in inputs),
         body=_constants(constants) + body.rstrip(),
-        inputs="\n".join(f"    lambda: {_make(n)},  # {n.name} {_type(n)}" for n in inputs),
+        inputs="\n".join(f"    lambda: {_make(n)},  # {_called(n)} {_type(n)}" for n in inputs),
     ).replace(os.linesep, "\n")
+
+
+def _called(node: fx.Node) -> str:
+    """The placeholder's name, and what the program calls it where that is known."""
+    name = node.meta.get("bi_compile_input")
+    return f"{node.name} ({name})" if name else node.name
 
 
 def _needs_an_engine(op: torch._ops.OpOverload) -> bool:

@@ -16,7 +16,7 @@ from support import captured, pipeline, python, rand, traced
 from torch import Tensor, fx
 
 from bi_compile import Pipeline
-from bi_compile.rewrite.dump import program
+from bi_compile.dump import program
 
 HERE = str(Path(__file__).parent)
 
@@ -54,7 +54,7 @@ def test_a_folder_for_each_graph(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["graph_000_captured", "graph_001_final"]
     assert sorted(p.name for p in (tmp_path / "graph_000_captured").iterdir()) == [
         "00_before.py", "01_layer_norm.py", "02_softmax.py", "03_matmul.py",
-        "audit.json", "changes.diff", "changes.json",
+        "after.json", "audit.json", "before.json", "changes.diff", "changes.json",
     ]  # fmt: skip
 
 
@@ -231,3 +231,41 @@ def test_a_program_with_vllms_operators_and_an_opaque_input(tmp_path: Path) -> N
     assert "0x" not in path.read_text() and "LayerName('model.layers.0')" in path.read_text()
     done = run(path)
     assert done.returncode == 0 and "0 (3, 8) torch.float32" in done.stdout, done.stdout + done.stderr
+
+
+TRACED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_dump import Traced, torch
+with torch.no_grad():
+    torch.compile(Traced().eval(), backend="bi_ascend", dynamic=True)(torch.randn(8, 4))
+"""
+
+
+class Traced(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).softmax(-1)  # the line
+
+
+def test_tlparse_shows_programs_difference_and_certificate(tmp_path: Path) -> None:
+    """Without dump_dir, under TORCH_TRACE; a program prints as PyTorch's own do."""
+    environment = os.environ | {"TORCH_TRACE": str(tmp_path / "trace")}
+    done = subprocess.run([sys.executable, "-c", TRACED, HERE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tlparse = Path(sys.executable).parent / "tlparse"
+    (log,) = (tmp_path / "trace").glob("*.log")
+    made = subprocess.run([tlparse, log, "-o", tmp_path / "page", "--no-browser"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    index = (tmp_path / "page" / "index.html").read_text()
+    for name in ("captured_00_before.py", "captured_02_matmul.py", "captured_changes.diff", "final_audit.json"):
+        assert re.search(rf"bi_compile_graph_\d+_{name}", index), name
+    (program_file,) = (tmp_path / "page").glob("*/bi_compile_graph_000_captured_00_before.py_*.txt")
+    text = program_file.read_text()
+    for said in (', 6][6, 1]cpu"', '"f32[4, 6][1, 4]cpu"', "# the line", "(inner.weight)", "test_dump.py:"):
+        assert said in text, text
+    (certificate,) = (tmp_path / "page").glob("*/bi_compile_graph_*_final_audit.json_*.txt")
+    assert json.loads(certificate.read_text())["invariant"] is True
