@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import pkgutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,13 @@ def _is_registered(name: str) -> bool:
     return found is not None and (not overload or overload in found.overloads())
 
 
+#: the entry points under which installed packages name passes of theirs: `mine = "package.module:Mine"`
+GROUP = "bi_compile.passes"
+
+
 def pass_names() -> list[str]:
     """The names that `passes` and `custom_passes` understand."""
-    return [ALL, *(p.name for p in PASSES)]
+    return [ALL, *(p.name for p in PASSES), *sorted(metadata.entry_points(group=GROUP).names)]
 
 
 def resolve_passes(names: Sequence[str]) -> list[type[Pass]]:
@@ -93,7 +98,9 @@ def resolve_passes(names: Sequence[str]) -> list[type[Pass]]:
         elif name in by_name:
             found.append(by_name[name])
         elif ":" in name:
-            found.append(_users_pass(name))
+            found.append(_users_pass(name, name))
+        elif installed := metadata.entry_points(group=GROUP, name=name):
+            found.append(_users_pass(name, _only(name, installed)))
         else:
             raise OptionError(
                 f'unknown pass {name!r}{meant(name, pass_names())}: known are {", ".join(pass_names())}, or "package.module:object" for one of yours'
@@ -101,10 +108,20 @@ def resolve_passes(names: Sequence[str]) -> list[type[Pass]]:
     return list(dict.fromkeys(found))
 
 
-def _users_pass(name: str) -> type[Pass]:
-    module, _, attribute = name.partition(":")
+def _only(name: str, installed: Iterable[metadata.EntryPoint]) -> str:
+    """What the entry points called `name` name. Raises OptionError: not all the same."""
+    values = sorted({e.value for e in installed})
+    if len(values) > 1:
+        raise OptionError(
+            f"the pass {name!r} is in several installed packages ({', '.join(values)}): write the one that is meant in full"
+        )
+    return values[0]
+
+
+def _users_pass(name: str, path: str) -> type[Pass]:
+    """The pass at "package.module:object", which goes by `name` in messages."""
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = pkgutil.resolve_name(path)
     except Exception as error:  # whatever a user's module does at import
         raise OptionError(
             f'the pass {name!r} cannot be imported ({error}): known are {", ".join(pass_names())}, or "package.module:object"'

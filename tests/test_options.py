@@ -248,3 +248,22 @@ print(Pipeline(Options(passes=("softmax",), trust={"a::b": "c", "d::e": "f"})).u
         assert python(program, PYTHONHASHSEED=seed).strip() == uuid(
             passes=("softmax",), trust={"a::b": "c", "d::e": "f"}
         )
+
+
+def test_a_pass_of_an_installed_package_goes_by_its_short_name(
+    mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry point of the group bi_compile.passes; two packages that disagree about a name are refused."""
+    for package, value in (("one", mine), ("two", mine)):
+        (tmp_path / f"{package}-1.dist-info").mkdir()
+        (tmp_path / f"{package}-1.dist-info" / "METADATA").write_text(f"Name: {package}\nVersion: 1\n")
+        (tmp_path / f"{package}-1.dist-info" / "entry_points.txt").write_text(
+            f"[bi_compile.passes]\nshared = {value}\n{package} = {value if package == 'one' else 'elsewhere:Mine'}\n"
+        )
+    assert resolve_passes(["one"]) == resolve_passes(["shared"]) == resolve_passes([mine])
+    assert pass_names()[-3:] == ["one", "shared", "two"]
+    with pytest.raises(OptionError, match="the pass 'two' cannot be imported"):
+        resolve_passes(["two"])
+    (tmp_path / "two-1.dist-info" / "entry_points.txt").write_text("[bi_compile.passes]\nshared = elsewhere:Mine\n")
+    with pytest.raises(OptionError, match=f"'shared' is in several installed packages \\(elsewhere:Mine, {mine}\\)"):
+        resolve_passes(["shared"])

@@ -1,4 +1,4 @@
-"""The command line: `bi-compile demo | bench | inspect DIR | report DIR | audit PATH | doctor | passes | verify … | bisect … | probe`.
+"""The command line: `bi-compile demo | bench | inspect DIR | report DIR | audit PATH | doctor | build | passes | verify … | bisect … | probe`.
 
 How a command ends stands in `exits`.
 """
@@ -199,6 +199,24 @@ def doctor(
     else:
         checks.show(out, lines)
     raise typer.Exit(OK if checks.well(lines) else FOUND)
+
+
+@app.command()
+@sentences
+def build() -> None:
+    """Compile the C++ kernels ahead, for this processor, PyTorch and Python, and say where they are.
+
+    Otherwise the first call compiles them, and a host that serves may have no compiler. TORCH_EXTENSIONS_DIR names the folder; it holds
+    for the command and for the host. CUDA's are built where PyTorch finds a CUDA device; Triton's kernels need no compiler."""
+    import torch
+
+    from ..kernels.cpu import EXTENSION
+    from ..kernels.cuda.build import EXTENSION as CUDA_EXTENSION
+
+    for extension in (EXTENSION, *([CUDA_EXTENSION] if torch.cuda.is_available() else [])):
+        there = extension.is_built()
+        extension.load()
+        typer.echo(f"{extension.prefix}: {'was built already' if there else 'built'}, {extension.build_folder()}")
 
 
 @app.command()

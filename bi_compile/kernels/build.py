@@ -46,6 +46,10 @@ class Extension:
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
         return Path(root) / self.name()
 
+    def is_built(self) -> bool:
+        """Whether a process finished building it, so that loading it needs no compiler."""
+        return (self.build_folder() / "finished").exists()
+
     def load(self) -> None:
         """Load the operators. The first process compiles them, the others wait; later ones find the build.
 

@@ -6,9 +6,9 @@ python -m bi_compile.measure.row_function FOLDER     # the second process: runs 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import os
+import pkgutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -165,11 +165,8 @@ class Case:
 
 def load(path: str) -> Any:
     """What "package.module:name" names. Raises MeasureError."""
-    module, _, name = path.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
+        found: Any = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise MeasureError(f"{path!r} cannot be imported ({error}): write it as package.module:name") from error
     if not callable(found):

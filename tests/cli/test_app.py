@@ -287,3 +287,18 @@ def test_bench_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         refused = CliRunner().invoke(app, ["bench", *arguments])
         assert refused.exit_code == 2 and said in refused.output
+
+
+def test_build_says_where_the_kernels_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built ahead, they need no compiler when they are loaded; where there is neither, it is said."""
+    from bi_compile import ops
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ops.mm(torch.ones(2, 3), torch.ones(3, 4))  # compiles them, if no other test did
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = runner.invoke(app, ["build"])
+    assert done.exit_code == 0 and "bi_compile_cpu: was built already, " in done.output, done.output
+    assert Path(done.output.split(", ")[1].strip(), "finished").is_file()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    refused = runner.invoke(app, ["build"])
+    assert refused.exit_code == 3 and "'no-such-compiler' is not on the PATH" in refused.output
