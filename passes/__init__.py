@@ -9,6 +9,7 @@ attention         scaled dot product attention
 matmul_allreduce  products fused with a collective, and the collectives that add up
 matmul            products
 npu_attention     Ascend's attention operator
+npu_mla           Ascend's fused operators of latent attention
 npu_moe           Ascend's operators for mixtures of experts and for quantised models
 ties              sorts, selections and maxima where elements are equal
 writes            writes at indices, where several go to one place
@@ -21,6 +22,7 @@ from .layer_norm import LayerNorm
 from .matmul import Matmul
 from .matmul_allreduce import MatmulAllreduce
 from .npu_attention import NpuAttention
+from .npu_mla import NpuMla
 from .npu_moe import NpuMoe
 from .pointwise import Pointwise
 from .reductions import Reductions
@@ -30,7 +32,8 @@ from .ties import Ties
 from .writes import Writes
 
 PASSES = (
-    AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, NpuAttention, NpuMoe, Ties, Writes, Pointwise,
+    AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, NpuAttention, NpuMla, NpuMoe, Ties,
+    Writes, Pointwise,
 )  # fmt: skip
 
 __all__ = ["PASSES", *(p.__name__ for p in PASSES)]

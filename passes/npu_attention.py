@@ -9,54 +9,73 @@ from torch import Tensor
 from bi_compile import ops
 from bi_compile.kernels.ascend import ascendc
 from bi_compile.table import Pass, given, refuse
+from bi_compile.targets import acl_graph
 from bi_compile.targets.ascend import is_capturing
 
+FIA, FIA_V2 = "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2"
+
+V2 = "the first version's meaning under other names (torch_npu 2.13's documentation); vllm-ascend calls it for latent attention"
 FUSION = "torch_npu takes scaled_dot_product_attention apart into it; what its kernel splits is not documented"
 #: arguments that the replacement reads; every other one has to have its default
 READ = ("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "block_table", "num_heads", "scale", "input_layout",
-        "num_key_value_heads", "sparse_mode", "block_size", "softmax_lse_flag", "inner_precise", "workspace")  # fmt: skip
+        "num_key_value_heads", "sparse_mode", "block_size", "softmax_lse_flag", "inner_precise", "workspace", "query_rope",
+        "key_rope")  # fmt: skip
 DEFAULTS = {"pre_tokens": 2147483647, "next_tokens": 2147483647}
+#: names of npu_fused_infer_attention_score_v2 -> those of the first version; the meaning is the same
+OF_V2 = {
+    "actual_seq_qlen": "actual_seq_lengths", "actual_seq_kvlen": "actual_seq_lengths_kv", "num_query_heads": "num_heads",
+    "softmax_scale": "scale", "return_softmax_lse": "softmax_lse_flag",
+}  # fmt: skip
 #: sparse_mode -> the arguments that name how far a query sees to both sides of its own position, which is that of the last
 #: query at the last key (torch_npu's documentation); under a causal mask next_tokens has no effect
 SEES: dict[int, dict[str, str]] = {0: {}, 3: {}, 4: {"left": "pre_tokens", "right": "next_tokens"}}
+#: input_layout -> (from it to [T, N, D]; from [T, N, D] to it, with B requests of S tokens each). T is B * S, request by request;
+#: what stands behind the underscore is the layout of the output
+FROM_BNSD: Callable[[Tensor], Tensor] = lambda x: x.transpose(1, 2).flatten(0, 1)
+FROM_BSND: Callable[[Tensor], Tensor] = lambda x: x.flatten(0, 1)
+TO_NBSD: Callable[[Tensor, int, int], Tensor] = lambda y, b, s: y.unflatten(0, (b, s)).permute(2, 0, 1, 3)
+QUERY_LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, int, int], Tensor]]] = {
+    "TND": (lambda x: x, lambda y, b, s: y),
+    "TND_NTD": (lambda x: x, lambda y, b, s: y.transpose(0, 1)),
+    "BNSD": (FROM_BNSD, lambda y, b, s: y.unflatten(0, (b, s)).transpose(1, 2)),
+    "BNSD_NBSD": (FROM_BNSD, TO_NBSD),
+    "BSND": (FROM_BSND, lambda y, b, s: y.unflatten(0, (b, s))),
+    "BSND_NBSD": (FROM_BSND, TO_NBSD),
+}
 
 
-def _check(arguments: dict[str, Any]) -> None:
+def _check(operator: str, arguments: dict[str, Any]) -> None:
     """Refuses what `_attention` does not compute."""
     layout, sparse_mode = arguments.get("input_layout", "BSH"), arguments.get("sparse_mode", 0)
     free = {3: ("next_tokens",), 4: ("pre_tokens", "next_tokens")}.get(sparse_mode, ())
     plain = DEFAULTS | {name: arguments.get(name) for name in free}
     named = given({name: value for name, value in arguments.items() if name not in READ}, plain)
-    if layout != "TND":
+    if layout not in QUERY_LAYOUTS or (not layout.startswith("TND") and arguments.get("block_table") is None):
         named.append(f"input_layout={layout!r}")
+    elif layout != "TND" and arguments.get("softmax_lse_flag"):
+        named.append(f"the logsumexp in the layout {layout}")
     if sparse_mode not in SEES:
         named.append(f"sparse_mode={sparse_mode}")
     if sparse_mode == 0 and arguments.get("atten_mask") is not None:
         named.append("an atten_mask of its own")
     if named:
         refuse(
-            "npu_fused_infer_attention_score",
+            operator,
             named,
-            "it has one for the layout TND without quantisation, rotation, shared prefix or padding, and with sparse_mode 0 (no "
-            "mask), 3 (causal) or 4 (a band)",
+            "it has one for the layouts TND and TND_NTD, and with a block_table BNSD, BNSD_NBSD, BSND and BSND_NBSD, without quantisation, "
+            "sinks, shared prefix or padding, and with sparse_mode 0 (no mask), 3 (causal) or 4 (a band)",
         )
-    if is_capturing():
+    if is_capturing() and not acl_graph.is_captured():
         refuse(
-            "npu_fused_infer_attention_score",
-            ["capture in an ACL graph"],
-            'the lengths of the requests would stay in the graph; set compilation_config={"cudagraph_mode": "PIECEWISE"}',
+            operator,
+            ["capture in an ACL graph outside of a group of tasks"],
+            "the lengths of the requests would stay in the graph; capture it between torch.npu.graph_task_group_begin and _end, as "
+            'vllm-ascend does, or set compilation_config={"cudagraph_mode": "PIECEWISE"}',
         )
 
 
 def _wrong(what: str) -> None:
     raise ValueError(f"npu_fused_infer_attention_score: {what}")
-
-
-def _on_device(query: Tensor, ends: Sequence[int], keys: Sequence[int]) -> Tensor:
-    """The lengths, [2, requests], in one copy that the host does not wait for."""
-    npu = query.device.type == "npu"
-    lengths = torch.tensor([ends, keys], dtype=torch.int32, pin_memory=npu)
-    return lengths.to(query.device, non_blocking=npu)
 
 
 def _in_pages(name: str, cache: Tensor, kv_heads: int, block_size: int) -> Tensor:
@@ -71,34 +90,65 @@ def _in_pages(name: str, cache: Tensor, kv_heads: int, block_size: int) -> Tenso
     return cache.transpose(1, 2)
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, *, out: Sequence[Tensor] | None = None, **arguments: Any
-) -> tuple[Tensor, Tensor]:
-    """All requests in one launch, and one copy of their lengths; AscendC's operator where its package is installed."""
-    _check(arguments)
-    ends, keys = list(arguments["actual_seq_lengths"]), list(arguments["actual_seq_lengths_kv"])
-    table, block_size = arguments.get("block_table"), arguments.get("block_size", 0)
+def _lengths(query: Tensor, arguments: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Ends of the requests' tokens, and their keys; without actual_seq_lengths [B, .., S, ..] has B requests of S tokens."""
+    layout, table, block_size = arguments["input_layout"], arguments.get("block_table"), arguments.get("block_size", 0)
+    ends, keys = (arguments.get(name) for name in ("actual_seq_lengths", "actual_seq_lengths_kv"))
+    if keys is None or (ends is None and layout.startswith("TND")):
+        _wrong("it takes the lengths of the requests' keys, and in the layout TND the ends of their tokens")
+    if layout.startswith("TND"):
+        ends, keys, tokens = list(ends), list(keys), query.shape[0]
+    else:
+        each = query.shape[2 if layout.startswith("BNSD") else 1]
+        if ends is not None and any(n != each for n in ends):
+            refuse(
+                "npu_fused_infer_attention_score",
+                ["padded queries"],
+                "use the layout TND for requests of several lengths",
+            )
+        ends, keys, tokens = [each * (i + 1) for i in range(query.shape[0])], list(keys), query.shape[0] * each
     if len(ends) != len(keys) or (table is not None and table.shape[0] < len(ends)):
         rows = "" if table is None else f", and block_table {table.shape[0]} rows"
         _wrong(f"actual_seq_lengths names {len(ends)} requests, actual_seq_lengths_kv {len(keys)}{rows}")
-    if ends and (ends[-1] > query.shape[0] or min(ends) < 0 or min(keys) < 0):
-        _wrong(f"lengths are negative, or more than the {query.shape[0]} tokens of query")
+    if ends and (ends[-1] > tokens or min(ends) < 0 or min(keys) < 0):
+        _wrong(f"lengths are negative, or more than the {tokens} tokens of query")
     if table is not None and max(keys, default=0) > table.shape[1] * block_size:
         _wrong(f"a request has {max(keys)} keys, and block_table names {table.shape[1]} pages of {block_size} for each")
-    theirs = ascendc.attention()
-    if theirs is not None and query.device.type == "npu":
+    return ends, keys
+
+
+def _attention(
+    operator: str, query: Tensor, key: Tensor, value: Tensor, out: Sequence[Tensor] | None, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """All requests in one launch, and one copy of their lengths; AscendC's operator where its package is installed."""
+    _check(operator, arguments)
+    ends, keys = _lengths(query, arguments)
+    table, block_size = arguments.get("block_table"), arguments.get("block_size", 0)
+    theirs, rope = ascendc.attention(), arguments.get("query_rope")
+    if theirs is not None and operator == FIA and rope is None and query.device.type == "npu":
         return ascendc.each_phase(theirs, query, key, value, out, **arguments)
+    lengths = acl_graph.lengths(ends, keys, table is None, query.device)
+    if acl_graph.is_update():
+        assert out is not None
+        return out[0], out[1]
     heads = arguments.get("num_heads", 1)
     kv_heads = arguments.get("num_key_value_heads", 0) or heads
+    parts: dict[str, Any] = {"query_rope": rope, "key_rope": arguments.get("key_rope")}
     if table is not None:
         key, value = _in_pages("key", key, kv_heads, block_size), _in_pages("value", value, kv_heads, block_size)
+        if parts["key_rope"] is not None:
+            parts["key_rope"] = _in_pages("key_rope", parts["key_rope"], kv_heads, block_size)
         table = table[: len(ends)]
     mode = arguments.get("sparse_mode", 0)
     sees = {side: arguments.get(name, DEFAULTS[name]) for side, name in SEES[mode].items()} or {
         "right": 0 if mode else None
     }
-    query, lengths = query.reshape(query.shape[0], heads, -1), _on_device(query, ends, keys)
-    y, lse = ops.paged_attention(query, key, value, lengths, table, scale=arguments.get("scale", 1.0), **sees)
+    there, back = QUERY_LAYOUTS[arguments["input_layout"]]
+    rows = there(query)
+    parts["query_rope"] = None if rope is None else there(rope).reshape(rows.shape[0], heads, -1)
+    q = rows.reshape(rows.shape[0], heads, -1)
+    y, lse = ops.paged_attention(q, key, value, lengths, table, scale=arguments.get("scale", 1.0), **parts, **sees)
+    y = back(y, query.shape[0], rows.shape[0] // max(query.shape[0], 1)).contiguous()
     if not arguments.get("softmax_lse_flag"):
         lse = lse.new_zeros(1) if out is None else out[1]
     else:
@@ -173,14 +223,32 @@ class NpuAttention(Pass):
 
 @NpuAttention.replaces("npu.npu_fused_infer_attention_score.default")
 def fused_infer_attention_score(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
-    return _attention(query, key, value, **arguments)
+    return _attention(FIA, query, key, value, None, arguments)
 
 
 @NpuAttention.replaces("npu.npu_fused_infer_attention_score.out")
 def fused_infer_attention_score_out(
     query: Tensor, key: Tensor, value: Tensor, *, out: Sequence[Tensor], **arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    return _attention(query, key, value, out=out, **arguments)
+    return _attention(FIA, query, key, value, out, arguments)
+
+
+def _of_v2(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {OF_V2.get(name, name): value for name, value in arguments.items()}
+
+
+@NpuAttention.replaces("npu.npu_fused_infer_attention_score_v2.default", source=V2)
+def fused_infer_attention_score_v2(
+    query: Tensor, key: Tensor, value: Tensor, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    return _attention(FIA_V2, query, key, value, None, _of_v2(arguments))
+
+
+@NpuAttention.replaces("npu.npu_fused_infer_attention_score_v2.out", source=V2)
+def fused_infer_attention_score_v2_out(
+    query: Tensor, key: Tensor, value: Tensor, *, out: Sequence[Tensor], **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    return _attention(FIA_V2, query, key, value, out, _of_v2(arguments))
 
 
 @NpuAttention.replaces("npu.npu_fusion_attention.default", source=FUSION)

@@ -17,21 +17,54 @@ def _int8(x1: Tensor, x2: Tensor, *args: Any, **kwargs: Any) -> bool:
     return x1.dtype == torch.int8 and x2.dtype == torch.int8 and kwargs.get("group_sizes") is None
 
 
+def _int8_groups(x: Sequence[Tensor], weight: Sequence[Tensor], **kwargs: Any) -> bool:
+    """Rows and weights of int8: their sums are exact in int32, and each is scaled and rounded by itself."""
+    return all(t.dtype == torch.int8 for t in (*x, *weight))
+
+
 def _per_token(input: Tensor, *args: Any, quant_mode: str = "pertoken", **kwargs: Any) -> bool:
     """quant_mode="pertoken": a row's scale is the row's maximum, the same in every order."""
     return quant_mode == "pertoken"
 
 
 def _gate(
-    x: Tensor, k: int, renorm: int, scale: float, eps: float, others: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax over all experts, the k largest, divided by their sum + eps where `renorm` says so, times `scale`."""
-    if named := given(others, {"k_group": 1, "group_count": 1}):
-        refuse("gating", named, "it has one for softmax over all experts, without groups and bias")
-    scores = ops.softmax(x, -1, dtype=torch.float32)
-    # a stable sort takes the first of equal experts in every batch
-    y, experts = (t[..., :k].contiguous() for t in torch.sort(scores, dim=-1, descending=True, stable=True))
-    if renorm:
+    x: Tensor, k: int, k_group: int, group_count: int, group_select_mode: int, renorm: int, norm_type: int, scale: float,
+    eps: float, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Scores of all experts (norm_type 0: softmax, 1: sigmoid), and the k largest with their experts, times `scale`.
+
+    `bias` is added to the scores for the choice alone. Of group_count groups of experts those k_group take part whose largest
+    score (group_select_mode 0), or sum of the two largest (1), is greatest. The k scores are divided by their sum + eps with
+    sigmoid, and with softmax where `renorm` says so.
+
+    Source: csrc/moe/moe_gating_top_k of vllm-ascend 0.23 (moe_gating_top_k_without_group.h, SelectTopKExpertScore).
+    """
+    named = [
+        f"{name}={value}"
+        for name, value, known in (("norm_type", norm_type, (0, 1)), ("group_select_mode", group_select_mode, (0, 1)))
+        if value not in known
+    ]
+    if x.shape[-1] % group_count or k_group > group_count:
+        named.append(f"{k_group} of {group_count} groups of {x.shape[-1]} experts")
+    if named:
+        refuse(
+            "gating",
+            named,
+            "it has one for softmax and sigmoid, and groups of one size chosen by their one or two largest scores",
+        )
+    scores = ops.softmax(x, -1, dtype=torch.float32) if norm_type == 0 else torch.sigmoid(x.float())
+    chosen_by = scores if bias is None else scores + bias.float()
+    if group_count > 1 and k_group < group_count:
+        groups = chosen_by.unflatten(-1, (group_count, -1))
+        # a stable sort takes the first of equal ones in every batch
+        best = torch.sort(groups, dim=-1, descending=True, stable=True)[0]
+        of_group = best[..., 0] if group_select_mode == 0 else best[..., 0] + best[..., 1]
+        order = torch.sort(of_group, dim=-1, descending=True, stable=True)[1]
+        rank = torch.sort(order, dim=-1, stable=True)[1]  # of each group
+        chosen_by = groups.masked_fill((rank >= k_group).unsqueeze(-1), -torch.inf).flatten(-2)
+    experts = torch.sort(chosen_by, dim=-1, descending=True, stable=True)[1][..., :k].contiguous()
+    y = scores.gather(-1, experts)
+    if renorm or norm_type == 1:
         y = y / (ops.sum(y, [-1], True) + eps)
     return (y * scale).to(x.dtype), experts.to(torch.int32), scores
 
@@ -45,6 +78,7 @@ class NpuMoe(Pass):
 
 @NpuMoe.replaces(
     "npu.npu_grouped_matmul.default",
+    unless=_int8_groups,
     why="the kernel's tiling follows the number of rows of each expert",
     source="the operator's documented meaning (torch_npu 2.13); vllm-ascend's batch-invariant mode leaves it",
 )
@@ -82,7 +116,7 @@ def grouped_matmul(
 def gating_top_k_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     if finished is not None:
         refuse("npu_moe_gating_top_k_softmax", ["finished"], "leave it out")
-    y, experts, _ = _gate(x, k, 0, 1.0, 0.0, {})
+    y, experts, _ = _gate(x, k, 1, 1, 0, 0, 0, 1.0, 0.0)
     rows = x.numel() // x.shape[-1]
     at = torch.arange(rows, device=x.device, dtype=torch.int32).reshape(*x.shape[:-1], 1)
     order = torch.arange(k, device=x.device, dtype=torch.int32) * rows + at
@@ -91,12 +125,13 @@ def gating_top_k_softmax(x: Tensor, finished: Tensor | None = None, k: int = 1) 
 
 @NpuMoe.replaces("npu.npu_moe_gating_top_k.default", why=GATE)
 def gating_top_k(
-    x: Tensor, k: int, *, group_select_mode: int = 0, renorm: int = 0, out_flag: bool = False,
-    routed_scaling_factor: float = 1.0, eps: float = 1e-20, **others: Any,
+    x: Tensor, k: int, *, bias: Tensor | None = None, input_ids: Tensor | None = None, tid2eid: Tensor | None = None,
+    k_group: int = 1, group_count: int = 1, group_select_mode: int = 0, renorm: int = 0, norm_type: int = 0,
+    out_flag: bool = False, routed_scaling_factor: float = 1.0, eps: float = 1e-20,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if renorm:
-        refuse("npu_moe_gating_top_k", ["renorm"], "renormalise outside of it")
-    return _gate(x, k, 0, routed_scaling_factor, eps, others)
+    if named := given({"renorm": renorm, "input_ids": input_ids, "tid2eid": tid2eid}):
+        refuse("npu_moe_gating_top_k", named, "renormalise outside of it, and choose experts by their scores")
+    return _gate(x, k, k_group, group_count, group_select_mode, 0, norm_type, routed_scaling_factor, eps, bias)
 
 
 @NpuMoe.replaces(
@@ -108,8 +143,7 @@ def ascend_gating_top_k(
     x: Tensor, k: int, k_group: int, group_count: int, group_select_mode: int, renorm: int, norm_type: int, out_flag: bool,
     routed_scaling_factor: float, eps: float, bias_opt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    others = {"k_group": k_group, "group_count": group_count, "norm_type": norm_type, "bias_opt": bias_opt}
-    return _gate(x, k, renorm, routed_scaling_factor, eps, others)
+    return _gate(x, k, k_group, group_count, group_select_mode, renorm, norm_type, routed_scaling_factor, eps, bias_opt)
 
 
 @NpuMoe.replaces(

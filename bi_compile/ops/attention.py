@@ -55,8 +55,8 @@ def scaled_dot_product_attention(
 
 
 @operator(
-    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? block_table=None, *, float? scale=None, "
-    "int? left=None, int? right=None) -> (Tensor, Tensor)",
+    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? block_table=None, *, "
+    "Tensor? query_rope=None, Tensor? key_rope=None, float? scale=None, int? left=None, int? right=None) -> (Tensor, Tensor)",
     batch=PagedAttention("query"),
 )
 def paged_attention(
@@ -66,6 +66,8 @@ def paged_attention(
     lengths: Tensor,
     block_table: Tensor | None = None,
     *,
+    query_rope: Tensor | None = None,
+    key_rope: Tensor | None = None,
     scale: float | None = None,
     left: int | None = None,
     right: int | None = None,
@@ -77,8 +79,11 @@ def paged_attention(
     value [pages, page_size, Hkv, Dv]; key n of request r is number n % page_size of the page block_table[r, n // page_size].
     Without one: key [S, Hkv, D], value [S, Hkv, Dv], the requests' keys one behind the other, and lengths[1] their ends.
 
+    query_rope [T, Hq, Dr] and key_rope, key's shape with Dr in place of D, are given together: a head's rotated part where it
+    is kept apart, as latent attention (MLA) does. A score is then the sum over D and after it, in the same accumulator, over Dr.
+
     The last query of a request stands at its last key: query i of L is at position p = keys - L + i, and sees the keys
-    from p - left to p + right (both in it; None: no limit). right=0 is causal. scale: 1/sqrt(D) unless given.
+    from p - left to p + right (both in it; None: no limit). right=0 is causal. scale: 1/sqrt(D + Dr) unless given.
 
     Returns the output [T, Hq, Dv], contiguous, in query's dtype, and the logsumexp of the scaled scores [T, Hq] in float32
     (float64 for float64). A token that sees no key, or lies behind the last request's end, gives 0 (and -inf).
@@ -103,6 +108,23 @@ def paged_attention(
         lambda: (
             f"{name}: query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: heads of one "
             "length in query and key, query heads a multiple of key heads, as many keys as values"
+        ),
+    )
+    check(
+        (query_rope is None) == (key_rope is None)
+        and (
+            query_rope is None
+            or key_rope is None
+            or (
+                query_rope.shape == (*query.shape[:2], query_rope.shape[-1])
+                and key_rope.shape == (*key.shape[:-1], query_rope.shape[-1])
+                and query_rope.dtype == key_rope.dtype == query.dtype
+            )
+        ),
+        lambda: (
+            f"{name}: query_rope and key_rope are given together, in the dtype {query.dtype} and the shapes of query and key but for the last "
+            "dimension, got "
+            + ", ".join("None" if t is None else f"{tuple(t.shape)} {t.dtype}" for t in (query_rope, key_rope))
         ),
     )
     tables = [lengths] if block_table is None else [lengths, block_table]

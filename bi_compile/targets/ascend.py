@@ -22,6 +22,8 @@ from .torch_npu_ops import ROW_LOCAL, TRUSTED, UNPROVEN
 _HOST = {
     "vllm::unified_attention_with_output": "its kernel, npu_fused_infer_attention_score, is called in eager code, where the table "
     "replaces it: each query by itself, or AscendC's in a call for prefill and one for decode",
+    "vllm::mla_forward": "latent attention, called in eager code, where the table replaces its norm, products and attention operator; all "
+    "tokens take one form (bi_compile/vllm/ascend_attention.py)",
     "vllm::unified_kv_cache_update": "copies keys and values into their slots",
     "vllm::maybe_chunk_residual": "takes this rank's rows (vllm_ascend/ops/register_custom_ops.py)",
     "vllm::maybe_all_gather_and_maybe_unpad": "joins the ranks' rows (vllm_ascend/ops/register_custom_ops.py)",
@@ -32,6 +34,7 @@ _HOST = {
     "vllm::maybe_pad_and_reduce": "sums over ranks in HCCL, whose order HCCL_DETERMINISTIC=strict keeps (it is set)",
     "vllm::prefetch_preprocess": "moves weights into the cache",
     "vllm::prefetch_postprocess": "waits for a stream",
+    "vllm::moe_forward_shared": "as vllm::moe_forward, and the shared experts' products, which run in eager code too",
     "vllm::moe_forward": "its kernels are called in eager code, where the table replaces them: products of each expert "
     "(npu_grouped_matmul), gating, and the sum over a token's experts (npu_moe_token_unpermute)",
 }

@@ -92,7 +92,7 @@ UNPROVEN = _named({
     "attention without an invariant kernel here: needs one with this operator's arguments, or the form "
     "npu_fused_infer_attention_score, which is replaced": """npu_attention_update npu_block_sparse_attention
         npu_fused_attention_layernorm_qkv_fwd npu_fused_attention_score npu_fused_attention_score_fwd npu_fused_floyd_attention
-        npu_fused_infer_attention_score_v2 npu_fused_infer_attention_score_v2.out npu_fusion_attention_v2
+        npu_fusion_attention_v2
         npu_fusion_attention_v3.out npu_incre_flash_attention npu_kv_quant_sparse_flash_attention
         npu_lightning_indexer npu_dense_lightning_indexer_softmax_lse npu_multi_head_attention npu_nsa_compress npu_nsa_compress_attention
         npu_nsa_compress_attention_infer npu_nsa_compress_infer.cache npu_nsa_select_attention npu_nsa_select_attention_infer
@@ -103,7 +103,7 @@ UNPROVEN = _named({
         npu_batch_gather_matmul npu_batch_gather_matmul_ npu_dual_level_quant_matmul npu_ffn npu_fused_matmul npu_grouped_matmul.List
         npu_grouped_matmul_add npu_grouped_matmul_add_ npu_grouped_matmul_finalize_routing npu_grouped_matmul_swiglu_quant
         npu_grouped_matmul_swiglu_quant_v2 npu_kronecker_quant npu_matmul_compress_dequant npu_quant_grouped_matmul_dequant
-        npu_quant_matmul_dequant npu_quant_matmul_gelu npu_quant_matmul_reduce_sum npu_rotate_quant npu_transpose_batchmatmul
+        npu_quant_matmul_dequant npu_quant_matmul_gelu npu_quant_matmul_reduce_sum npu_rotate_quant
         npu_transpose_quant_batchmatmul npu_weight_quant_batchmatmul npu_weight_quant_preprocess npu_mhc_pre npu_mhc_post
         npu_mhc_sinkhorn obfuscation_calculate obfuscation_finalize obfuscation_initialize""",
     "a product fused with communication: needs product and collective apart (switch the fusion off)": """npu_all_gather_base_mm
@@ -119,7 +119,7 @@ UNPROVEN = _named({
         _npu_moe_token_unpermute _npu_moe_token_unpermute_with_routing_map npu_moe_finalize_routing
         npu_moe_gating_top_k_softmax_v2 npu_moe_init_routing_quant npu_moe_token_unpermute_with_routing_map npu_moe_update_expert""",
     "a row sum in a fused kernel: needs the norm or softmax apart, which is replaced": """npu_add_rms_norm_dynamic_mx_quant
-        npu_add_rms_norm_v2 npu_add_rms_norm_v2_functional npu_attn_softmax_ npu_deep_norm npu_group_norm_swish npu_kv_rmsnorm_rope_cache npu_kv_rmsnorm_rope_cache_v2
+        npu_add_rms_norm_v2 npu_add_rms_norm_v2_functional npu_attn_softmax_ npu_deep_norm npu_group_norm_swish npu_kv_rmsnorm_rope_cache_v2
         npu_kv_rmsnorm_rope_cache_v2_functional npu_masked_softmax_with_rel_pos_bias npu_qkv_rms_norm_rope_cache
         npu_qkv_rms_norm_rope_cache_functional npu_rms_norm_dynamic_mx_quant npu_rms_norm_quant npu_rms_norm_quant_v2
         npu_scaled_masked_softmax npu_top_k_top_p""",

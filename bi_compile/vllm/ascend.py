@@ -24,8 +24,9 @@ from .. import eager_audit
 from ..errors import HostError
 from ..options import Options
 from ..targets import ascend
+from .ascend_attention import captured_attention, check_graph_mode, check_layers, one_latent_form
 from .inductor import VllmPass
-from .platforms import Platform, Switch, attention_layers
+from .platforms import Platform, Switch
 from .shared import attribute
 
 log = init_logger("vllm.plugins.bi_compile")
@@ -70,14 +71,8 @@ def before_config(vllm_config: Any) -> None:
     if compilation.cudagraph_mode is None:
         from vllm.config import CUDAGraphMode
 
-        # the lengths of the requests cannot be part of a captured graph (passes/npu_attention.py)
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
-    elif compilation.cudagraph_mode.has_full_cudagraphs():
-        log.warning(
-            "bi_compile: cudagraph_mode=%s captures attention, which has no invariant form in an ACL graph: the engine will stop when it "
-            'captures one. Write compilation_config={"cudagraph_mode": "PIECEWISE"}',
-            compilation.cudagraph_mode.name,
-        )
+    check_graph_mode(compilation.cudagraph_mode)
 
 
 def _check_parallel(vllm_config: Any) -> None:
@@ -223,42 +218,15 @@ def own_mode_off() -> Iterator[None]:
         yield
 
 
-def check_model(vllm_config: Any) -> None:
-    """Every attention layer calls operators that the table has.
-
-    Raises:
-        HostError: latent (MLA) or sparse attention, a state space, an 8-bit cache, heads of 512 on A2 and A3, sinks.
-    """
-    from vllm_ascend.ascend_config import get_ascend_config
-    from vllm_ascend.attention.attention_v1 import AscendAttentionBackendImpl
-    from vllm_ascend.attention.utils import using_paged_attention
-
-    for layer, impl in attention_layers(vllm_config):
-        what = None
-        if type(impl) is not AscendAttentionBackendImpl:
-            what = type(impl).__name__
-        elif any(
-            using_paged_attention(n, vllm_config, impl.head_size) for n in (1, *get_ascend_config().pa_shape_list)
-        ):
-            what = f"_npu_paged_attention (heads of {impl.head_size}, or pa_shape_list)"
-        elif impl.sinks is not None:
-            what = "npu_fused_infer_attention_score_v2, with sinks,"
-        elif impl.enable_hamming_sparse:
-            what = "sparse attention (enable_hamming_sparse)"
-        if what is not None:
-            raise HostError(
-                f"{layer} has {what} for attention, which vllm-ascend calls between the compiled graphs and about which nothing is known: "
-                "serve a model with ordinary attention"
-            )
-
-
 PLATFORM = Platform(
     device="npu",
     environment=ascend.ENVIRONMENT,
     before_config=before_config,
     prepare=load_custom_ops,
-    switches=(variant_custom_ops_off, atb_warm_up_not_judged, deterministic_algorithms, own_mode_off),
-    check_model=check_model,
+    switches=(
+        variant_custom_ops_off, atb_warm_up_not_judged, deterministic_algorithms, own_mode_off, one_latent_form, captured_attention,
+    ),
+    check_model=check_layers,
     make_pass=AscendPass,
     own_operators_in_table=True,
 )

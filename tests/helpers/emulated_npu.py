@@ -20,9 +20,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import emulated_deepseek
+import emulated_graph
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 #: allocation and metadata stay torch_npu's own, as views do
 OWN = {
@@ -78,7 +80,15 @@ def on_host(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             return next((npu for npu, cpu in given if cpu is x), None) if _is_given(x, given) else device(x)
 
         kwargs = {k: torch.device("cpu") if k == "device" and v is not None else v for k, v in kwargs.items()}
-        return tree_map(up, function(*tree_map(down, args), **tree_map(down, kwargs)))
+        args, kwargs = tree_map(down, args), tree_map(down, kwargs)
+        if emulated_graph.updating(name, args, kwargs):
+            return tree_map(up, kwargs["out"])
+        found = function(*args, **kwargs)
+        result = tree_map(up, found)
+        if emulated_graph.capturing():
+            written = [host(x) if isinstance(x, Tensor) else None for x in tree_leaves(result)]
+            emulated_graph.note(emulated_graph.Native(name, function, args, kwargs, written, (given, result)))
+        return result
 
     return run
 
@@ -157,10 +167,17 @@ class Native:
         self, x: Tensor, k: int, k_group: int, group_count: int, group_select_mode: int, renorm: int, norm_type: int,
         out_flag: bool, routed_scaling_factor: float, eps: float, bias_opt: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """_C_ascend.moe_gating_top_k: weights, experts, scores."""
-        scores = self.softmax(x.float(), -1)
-        y, experts = scores.topk(k, -1)
-        y = y / (self.sum(y, [-1], True) + eps) if renorm else y
+        """_C_ascend.moe_gating_top_k: weights, experts, scores (csrc/moe/moe_gating_top_k of vllm-ascend 0.23)."""
+        scores = torch.sigmoid(x.float()) if norm_type else self.softmax(x.float(), -1)
+        chosen_by = scores if bias_opt is None else scores + bias_opt.float()
+        if group_count > 1:
+            groups = chosen_by.unflatten(-1, (group_count, -1))
+            best = groups.topk(2, -1).values.sum(-1) if group_select_mode else groups.amax(-1)
+            left = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(k_group, -1).indices, True)
+            chosen_by = groups.masked_fill(~left[..., None], -torch.inf).flatten(-2)
+        experts = chosen_by.topk(k, -1).indices
+        y = scores.gather(-1, experts)
+        y = y / (self.sum(y, [-1], True) + eps) if renorm or norm_type else y
         return (y * routed_scaling_factor).to(x.dtype), experts.int(), scores
 
     def unpermute(self, tokens: Tensor, sorted_indices: Tensor, probs: Tensor, *_: Any) -> Tensor:
@@ -172,25 +189,36 @@ class Native:
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, *, actual_seq_lengths: Sequence[int],
         actual_seq_lengths_kv: Sequence[int], block_table: Tensor | None = None, num_heads: int = 1, scale: float = 1.0,
-        num_key_value_heads: int = 0, sparse_mode: int = 0, block_size: int = 0, **_: Any,
+        num_key_value_heads: int = 0, sparse_mode: int = 0, block_size: int = 0, query_rope: Tensor | None = None,
+        key_rope: Tensor | None = None, softmax_lse_flag: bool = False, input_layout: str = "TND", **_: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """npu_fused_infer_attention_score in the layout TND: ends of the queries, lengths (paged) or ends of the keys."""
-        heads, kv_heads, width = num_heads, num_key_value_heads or num_heads, query.shape[-1]
-        out = torch.zeros_like(query)
+        heads, kv_heads = num_heads, num_key_value_heads or num_heads
+        if query_rope is not None and key_rope is not None:
+            split = lambda c: c.unflatten(-1, (kv_heads, -1)) if c.dim() == 3 and block_table is not None else c
+            query, key = torch.cat([query, query_rope], -1), torch.cat([split(key), split(key_rope)], -1)
+        query = query.reshape(query.shape[0], heads, -1)
+        width = value.shape[-1] if value.dim() == 4 or block_table is None else value.shape[-1] // kv_heads
+        out = query.new_zeros(query.shape[0], heads, width)
+        lse = torch.full((query.shape[0], heads, 1), torch.inf)
         start = kv_start = 0
         for i, end in enumerate(actual_seq_lengths):
             if block_table is None:
                 count = actual_seq_lengths_kv[i] - kv_start
-                k, v = (c[kv_start : kv_start + count].reshape(-1, kv_heads, width) for c in (key, value))
+                k, v = (c[kv_start : kv_start + count].reshape(count, kv_heads, -1) for c in (key, value))
                 kv_start += count
             else:
                 count = actual_seq_lengths_kv[i]
                 blocks = block_table[i][: -(-count // block_size)].long()
-                k, v = (c[blocks].reshape(-1, kv_heads, width)[:count] for c in (key, value))
-            length = end - start
+                k, v = (
+                    c[blocks].flatten(0, 1).reshape(-1, kv_heads, c[0, 0].numel() // kv_heads)[:count]
+                    for c in (key, value)
+                )
+            length, first = end - start, start
+            start = end
             if length <= 0 or count <= 0:
                 continue
-            q = query[start:end].reshape(length, heads, width).transpose(0, 1).float()
+            q = query[first:end].transpose(0, 1).float()
             k, v = (c.repeat_interleave(heads // kv_heads, 1).transpose(0, 1).float() for c in (k, v))
             scores = q @ k.transpose(1, 2) * scale
             if sparse_mode in (3, 4):
@@ -199,9 +227,9 @@ class Native:
             weights, cuts = scores.softmax(-1), self.parts(query.shape[0])
             parts = zip(weights.tensor_split(cuts, 2), v.tensor_split(cuts, 1), strict=True)
             y = _add_up([w @ part for w, part in parts])
-            out[start:end] = y.transpose(0, 1).reshape(out[start:end].shape).to(out.dtype)
-            start = end
-        return out, torch.zeros(1)
+            out[first:end] = y.transpose(0, 1).to(out.dtype)
+            lse[first:end, :, 0] = scores.logsumexp(-1).t()
+        return out, lse if softmax_lse_flag else torch.zeros(1)
 
 
 def _add_up(parts: Sequence[Tensor]) -> Tensor:
@@ -249,6 +277,19 @@ def init_routing(
     return x[order // expert_idx.shape[1]], order.argsort().int(), counts, torch.empty(0)
 
 
+def paged_cache_load(
+    key_cache: Tensor, value_cache: Tensor, block_table: Tensor, context_lens: Tensor, *, seq_starts: Tensor, key: Tensor,
+    value: Tensor, cumsum: bool = False,
+) -> None:  # fmt: skip
+    """Of each request, the context_lens rows from seq_starts on, one request after the other."""
+    page, at = key_cache.shape[1], 0
+    for table, start, count in zip(block_table.long(), seq_starts.tolist(), context_lens.tolist(), strict=False):
+        n = torch.arange(start, start + count)
+        for rows, cache in ((key, key_cache), (value, value_cache)):
+            rows[at : at + count] = cache[table[n // page], n % page].view(count, *rows.shape[1:])
+        at += count
+
+
 def matmul_add(x: Tensor, weight: Tensor, c: Tensor) -> None:
     """c += x.t() @ weight: vllm-ascend calls it once, to warm ATB up."""
     c.add_(x.float().t() @ weight.float())
@@ -271,6 +312,11 @@ def install(perturb: bool = False) -> None:
 
     def copy_(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         LAUNCHES["aten::copy_"] += 1
+        if emulated_graph.capturing():
+            if to.device != source.device:
+                raise RuntimeError(f"a copy from {source.device} to {to.device} cannot be captured in an ACL graph")
+            emulated_graph.note(lambda: host(to).copy_(host(source)))
+            return to
         (host(to) if to.device.type == "npu" else to).copy_(host(source) if source.device.type == "npu" else source)
         return to
 
@@ -293,6 +339,10 @@ def install(perturb: bool = False) -> None:
         "npu_moe_init_routing_custom(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, int active_num=-1, int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, bool expert_tokens_num_flag=False, int quant_mode=0, int[2] active_expert_range=[], int row_idx_type=0) -> (Tensor, Tensor, Tensor, Tensor)",
     ):
         library("_C_ascend", "FRAGMENT").define(schema)
+    for schema in emulated_deepseek.SCHEMAS:
+        library("_C_ascend", "FRAGMENT").define(schema)
+    for namespace, operators in emulated_deepseek.operators(native).items():
+        own[namespace].update(operators)
     for namespace, operators in own.items():
         for name, function in operators.items():
             library(namespace).impl(name, on_host(function, f"{namespace}::{name}"), "PrivateUse1", allow_override=True)
@@ -301,10 +351,12 @@ def install(perturb: bool = False) -> None:
         "_npu_rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!) key, int head_size, Tensor cos_sin_cache, bool is_neox) -> ()": rotate,
         "_npu_reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_indices) -> ()": reshape_and_cache,
         "_npu_matmul_add_fp32(Tensor x, Tensor weight, Tensor(a!) c) -> ()": matmul_add,
+        "npu_paged_cache_load(Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor context_lens, *, Tensor? seq_starts=None, bool cumsum=False, Tensor(a!)? key=None, Tensor(b!)? value=None) -> ()": paged_cache_load,
     }.items():
         atb.define(schema)
         name = schema.split("(")[0]
         atb.impl(name, on_host(in_place, f"atb::{name}"), "PrivateUse1")
+    emulated_graph.install()
     _run_triton_on_this_memory()
 
 
@@ -320,6 +372,15 @@ def _run_triton_on_this_memory() -> None:
         LAUNCHES[f"triton.{self.fn.__name__}"] += 1
         return [down(x) for x in args], {k: down(v) for k, v in kwargs.items()}
 
+    run = GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        if emulated_graph.capturing():  # the arguments' memory is that of the capture
+            emulated_graph.note(lambda: run(self, *args, **kwargs))
+        else:
+            run(self, *args, **kwargs)
+
+    GridExecutor.__call__ = launch
     GridExecutor._init_args_hst = on_device
     GridExecutor._restore_args_dev = lambda self, *args: None
 
@@ -358,7 +419,7 @@ class _SlotMapping:
 
 
 def after_vllm() -> None:
-    """ACL graphs run as they are: there is nothing to capture."""
+    """ACL graphs are captured and replayed (`emulated_graph`)."""
     import vllm.model_executor.models.registry as registry
     import vllm.v1.worker.worker_base as worker_base
     import vllm_ascend.utils as utils
@@ -369,13 +430,9 @@ def after_vllm() -> None:
     plain = worker_base.WorkerWrapperBase.init_device
 
     def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
-        import vllm_ascend.compilation.acl_graph as acl_graph
         import vllm_ascend.worker.block_table as block_table
-        import vllm_ascend.worker.model_runner_v1 as runner
 
         block_table._compute_slot_mapping_kernel = _SlotMapping()
-        acl_graph.ACLGraphWrapper.__call__ = lambda self, *a, **k: self.runnable(*a, **k)
-        runner.NPUModelRunner.capture_model = lambda self: 0
         return plain(self, *args, **kwargs)
 
     worker_base.WorkerWrapperBase.init_device = init_device

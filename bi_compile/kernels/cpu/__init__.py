@@ -70,12 +70,27 @@ def paged_attention(
     lengths: Tensor,
     block_table: Tensor | None = None,
     *,
+    query_rope: Tensor | None = None,
+    key_rope: Tensor | None = None,
     scale: float | None = None,
     left: int | None = None,
     right: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `bi_compile.ops.paged_attention`: `scaled_dot_product_attention` for each request."""
-    out, lse = ops.paged_attention.meta(query, key, value, lengths, block_table, scale=scale, left=left, right=right)
+    out, lse = ops.paged_attention.meta(
+        query,
+        key,
+        value,
+        lengths,
+        block_table,
+        query_rope=query_rope,
+        key_rope=key_rope,
+        scale=scale,
+        left=left,
+        right=right,
+    )
+    if query_rope is not None and key_rope is not None:
+        query, key = torch.cat([query, query_rope], -1), torch.cat([key, key_rope], -1)
     out.zero_()
     lse.fill_(-torch.inf)
     start = first = 0

@@ -42,18 +42,19 @@ def _request_of(lengths, requests, index, group, steps, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "requests", "steps", "tiles", "left", "right", "stride_table"])
 def _paged_attention(
-    q, k, v, lengths, table, out, lse, tokens, requests, steps, tiles, group, D, DV, page, left, right,
+    q, k, v, q_rope, k_rope, lengths, table, out, lse, tokens, requests, steps, tiles, group, D, DV, DR, page, left, right,
     stride_qt, stride_qh, stride_qd, stride_kp, stride_kn, stride_kh, stride_kd,
-    stride_vp, stride_vn, stride_vh, stride_vd, stride_table,
-    SCALE: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    stride_vp, stride_vn, stride_vh, stride_vd, stride_qrt, stride_qrh, stride_qrd,
+    stride_krp, stride_krn, stride_krh, stride_krd, stride_table,
+    SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr,
 ):  # fmt: skip
     """`attention._attention` for a tile of one request's queries: the same blocks of BLOCK_N keys, ascending from key 0 of
     the request, and the same sums, so the same bits. Where a key lies changes nothing but its address.
 
     lengths [2, requests]: ends of the requests' tokens; numbers of their keys (PACKED: ends). Query i of L sees the keys
     from S - L + i - left to S - L + i + right of S. Blocks that no query of the tile sees are skipped, which leaves every
-    number as it is.
+    number as it is. ROPE: the rotated part of a head, [.., DR], is added to a score after the D of its other part.
     """
     index = tl.program_id(0) % tiles
     off_h = (tl.program_id(0) // tiles).to(tl.int64)
@@ -82,6 +83,10 @@ def _paged_attention(
 
     q_ptrs = q + row[:, None] * stride_qt + q_head[:, None] * stride_qh + offs_d[None, :] * stride_qd
     q_block = tl.load(q_ptrs, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
+    if ROPE:
+        offs_dr = tl.arange(0, BLOCK_DR)
+        qr_ptrs = q_rope + row[:, None] * stride_qrt + q_head[:, None] * stride_qrh + offs_dr[None, :] * stride_qrd
+        qr_block = tl.load(qr_ptrs, mask=valid[:, None] & (offs_dr < DR)[None, :], other=0.0)
 
     m_i = tl.full((BLOCK_M,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -94,24 +99,33 @@ def _paged_attention(
         if KEYS == 0:
             k_base = k + (first_key + start_n).to(tl.int64) * stride_kn
             v_base = v + (first_key + start_n).to(tl.int64) * stride_vn
+            kr_base = k_rope + (first_key + start_n).to(tl.int64) * stride_krn
             k_offs = offs_n * stride_kn
             v_offs = offs_n * stride_vn
+            kr_offs = offs_n * stride_krn
         elif KEYS == 1:
             block = tl.load(table + request.to(tl.int64) * stride_table + start_n // page).to(tl.int64)
             k_base = k + block * stride_kp + (start_n % page).to(tl.int64) * stride_kn
             v_base = v + block * stride_vp + (start_n % page).to(tl.int64) * stride_vn
+            kr_base = k_rope + block * stride_krp + (start_n % page).to(tl.int64) * stride_krn
             k_offs = offs_n * stride_kn
             v_offs = offs_n * stride_vn
+            kr_offs = offs_n * stride_krn
         else:
             n = start_n + offs_n
             block = tl.load(table + request.to(tl.int64) * stride_table + n // page, mask=inside, other=0).to(tl.int64)
             k_base = k
             v_base = v
+            kr_base = k_rope
             k_offs = block * stride_kp + n % page * stride_kn
             v_offs = block * stride_vp + n % page * stride_vn
+            kr_offs = block * stride_krp + n % page * stride_krn
         k_ptrs = k_base + off_h * stride_kh + k_offs[None, :] + offs_d[:, None] * stride_kd
         k_block = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
         qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
+        if ROPE:
+            kr_ptrs = kr_base + off_h * stride_krh + kr_offs[None, :] + offs_dr[:, None] * stride_krd
+            qk = _dot(qr_block, tl.load(kr_ptrs, mask=inside[None, :] & (offs_dr < DR)[:, None], other=0.0), qk)
         qk = qk * tl.full((BLOCK_M, BLOCK_N), SCALE, ACC)
         distance = start_n + offs_n[None, :] - position[:, None]
         seen = valid[:, None] & inside[None, :] & (distance <= right) & (distance >= -left)
@@ -152,12 +166,25 @@ def paged_attention(
     lengths: Tensor,
     block_table: Tensor | None = None,
     *,
+    query_rope: Tensor | None = None,
+    key_rope: Tensor | None = None,
     scale: float | None = None,
     left: int | None = None,
     right: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `bi_compile.ops.paged_attention`; the order of the sums: `_paged_attention`."""
-    outs = ops.paged_attention.meta(query, key, value, lengths, block_table, scale=scale, left=left, right=right)
+    outs = ops.paged_attention.meta(
+        query,
+        key,
+        value,
+        lengths,
+        block_table,
+        query_rope=query_rope,
+        key_rope=key_rope,
+        scale=scale,
+        left=left,
+        right=right,
+    )
     tokens, q_heads, dim = query.shape
     requests, heads, value_dim = lengths.shape[1], key.shape[-2], value.shape[-1]
     if outs[1].numel() == 0:
@@ -178,15 +205,21 @@ def paged_attention(
             f"Ascend NPU's on-chip memory, which holds {longest} there: use pages of a multiple of {tile.width} keys (vLLM's block_size)"
         )
     tiles = tokens * group // tile.height + requests + 1
-    k_strides, v_strides = ((0, *x.stride()) if block_table is None else x.stride() for x in (key, value))
+    rope = 0 if query_rope is None else query_rope.shape[2]
+    q_rope, k_rope = (query, key) if query_rope is None or key_rope is None else (query_rope, key_rope)
+    k_strides, v_strides, kr_strides = (
+        (0, *x.stride()) if block_table is None else x.stride() for x in (key, value, k_rope)
+    )
     launch(
-        _paged_attention, heads * tiles, query, query, key, value, lengths, block_table, *outs,
-        tokens, requests, requests.bit_length(), tiles, group, dim, value_dim, page,
+        _paged_attention, heads * tiles, query, query, key, value, q_rope, k_rope, lengths, block_table, *outs,
+        tokens, requests, requests.bit_length(), tiles, group, dim, value_dim, rope, page,
         UNLIMITED if left is None else min(left, UNLIMITED), UNLIMITED if right is None else min(right, UNLIMITED),
-        *query.stride(), *k_strides, *v_strides, 0 if block_table is None else block_table.stride(0),
-        SCALE=1 / math.sqrt(dim) if scale is None and dim else float(scale or 0), KEYS=keys,
+        *query.stride(), *k_strides, *v_strides, *q_rope.stride(), *kr_strides,
+        0 if block_table is None else block_table.stride(0),
+        SCALE=1 / math.sqrt(dim + rope) if scale is None and dim + rope else float(scale or 0), KEYS=keys, ROPE=rope > 0,
         HALF=size == 2, ACC=accumulator(query.dtype), FOLD=_uses_fold(query), BLOCK_M=tile.height, BLOCK_N=tile.width,
-        BLOCK_D=blocks[0], BLOCK_DV=blocks[1], num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_D=blocks[0], BLOCK_DV=blocks[1], BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0],
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return outs
 

@@ -127,3 +127,26 @@ def test_a_cache_in_other_strides_has_the_same_bits() -> None:
     wider = torch.nn.functional.pad(table, (0, 7))[:, : table.shape[1]]
     assert same(call("paged_attention", query, both[0], both[1], lengths(requests), table, right=0), want)
     assert same(call("paged_attention", wide, *heads_first, lengths(requests), wider, right=0), want)
+
+
+@pytest.mark.parametrize("size", [16, 128])
+def test_a_rotated_part_kept_apart(size: int) -> None:
+    """Latent attention (MLA): one key head, whose values are its keys. The bits of the request alone; near the scores of the
+    parts joined, whose sum over D + Dr is another."""
+    requests = [request_of(i, *n, torch.float16) for i, n in enumerate(MIXED)]
+    key, value, table = in_pages(requests, size)
+    query = torch.cat([q for q, _, _ in requests])
+    parts = {"query_rope": draw(*query.shape[:2], 8, dtype=query.dtype, seed=90), "key_rope": value[..., :8]}
+    got = call("paged_attention", query, key, key, lengths(requests), table, right=0, scale=0.2, **parts)
+    start = 0
+    for i, (tokens, _) in enumerate(MIXED):
+        rows = slice(start, start + tokens)
+        one = parts | {"query_rope": parts["query_rope"][rows]}
+        alone = call("paged_attention", query[rows], key, key, lengths(requests[i : i + 1]), table[i : i + 1], right=0, scale=0.2, **one)
+        assert same(alone, tuple(x[rows] for x in got)), i
+        start += tokens
+    joined = torch.cat([query, parts["query_rope"]], -1), torch.cat([key, parts["key_rope"]], -1)
+    out, lse = call("paged_attention", *joined, key, lengths(requests), table, right=0, scale=0.2)
+    torch.testing.assert_close((got[0].float(), got[1]), (out.float(), lse), atol=2e-3, rtol=2e-3)
+    with pytest.raises(RuntimeError, match="query_rope and key_rope are given together"):
+        call("paged_attention", query, key, key, lengths(requests), table, query_rope=parts["query_rope"])

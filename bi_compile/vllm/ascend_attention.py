@@ -1,0 +1,121 @@
+"""vllm-ascend's attention between the compiled graphs: latent attention in one form, and captured graphs.
+
+Latent attention (MLA) has two forms in vllm-ascend: decode multiplies queries into the latent space (absorbed), prefill
+multiplies keys and values out of it, and joins its parts at places that follow how many requests there are. Their bits
+differ, and which form a token takes follows the chunk that it is in, so the batch: the last token of a prompt alone in a chunk, or
+behind a prefix that was cached, is decoded. Here all tokens take the absorbed form, in one call of the attention operator over the
+latent keys in their pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..errors import HostError
+from ..kernels.ascend import ascendc
+from ..targets import acl_graph
+from .platforms import attention_layers
+from .shared import attribute
+
+
+@contextlib.contextmanager
+def one_latent_form() -> Iterator[None]:
+    """All tokens of `AscendMLAImpl` are decoded: in the absorbed form, several tokens of a request in the layout TND."""
+    import torch_npu
+    from vllm_ascend.attention.mla_v1 import AscendMLAImpl, AscendMLAMetadataBuilder
+
+    init, decode = AscendMLAMetadataBuilder.__init__, AscendMLAImpl._forward_decode
+
+    @functools.wraps(init)
+    def __init__(self: Any, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs)
+        # up to how many tokens in a step a request counts as one that decodes
+        self.decode_threshold = vllm_config.scheduler_config.max_num_batched_tokens
+        self.reorder_batch_threshold = self.decode_threshold
+
+    @functools.wraps(decode)
+    def _forward_decode(
+        self: Any, q_nope: Any, q_pe: Any, k_nope: Any, k_pe: Any, block_size: int, attn_metadata: Any, *args: Any
+    ) -> Any:
+        step = attn_metadata.decode
+        if attn_metadata.num_decode_tokens == attn_metadata.num_decodes:
+            return decode(self, q_nope, q_pe, k_nope, k_pe, block_size, attn_metadata, *args)
+        keys = [k.view(-1, self.num_kv_heads, block_size, k.shape[-1]) for k in (k_nope, k_pe)]
+        y, _ = torch_npu.npu_fused_infer_attention_score_v2(
+            q_nope.contiguous(), keys[0], keys[0], query_rope=q_pe, key_rope=keys[1], num_query_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads, input_layout="TND_NTD", atten_mask=step.attn_mask, sparse_mode=3,
+            softmax_scale=self.scale, block_table=step.block_table, block_size=block_size,
+            actual_seq_qlen=step.actual_seq_lengths_q, actual_seq_kvlen=step.seq_lens_list,
+        )  # fmt: skip
+        return self._v_up_proj(y)
+
+    with (
+        attribute(AscendMLAMetadataBuilder, "__init__", __init__),
+        attribute(AscendMLAImpl, "_forward_decode", _forward_decode),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def captured_attention() -> Iterator[None]:
+    """Groups of tasks and their updates are ours (`targets.acl_graph`): what they change is a tensor of lengths."""
+    with contextlib.ExitStack() as stack:
+        for name in (
+            "graph_task_group_begin", "graph_task_group_end", "graph_task_update_begin", "graph_task_update_end"
+        ):  # fmt: skip
+            stack.enter_context(attribute(torch.get_device_module("npu"), name, getattr(acl_graph, name)))
+        yield
+
+
+def check_graph_mode(mode: Any) -> None:
+    """Raise HostError where attention of this kind cannot be captured. `mode`: vLLM's CUDAGraphMode, or None."""
+    if mode is not None and mode.has_full_cudagraphs() and ascendc.attention() is not None:
+        raise HostError(
+            f"cudagraph_mode={mode.name} captures attention, and AscendC's of the package batch_invariant_ops, which serves it here, "
+            "cannot be captured (vllm-ascend's users found so): write "
+            'compilation_config={"cudagraph_mode": "PIECEWISE"}, or uninstall the package to use the Triton kernel'
+        )
+
+
+def check_layers(vllm_config: Any) -> None:
+    """Every attention layer calls operators that the table has.
+
+    Raises:
+        HostError: sparse attention, a state space, an 8-bit cache, heads of 512 on A2 and A3, sinks.
+    """
+    for layer, impl in attention_layers(vllm_config):
+        what = _unknown(vllm_config, impl)
+        if what is not None:
+            raise HostError(
+                f"{layer} has {what} for attention, which vllm-ascend calls between the compiled graphs and about which nothing is known: "
+                "serve a model with ordinary or latent attention"
+            )
+
+
+def _unknown(vllm_config: Any, impl: Any) -> str | None:
+    """What the table does not have of an attention layer's implementation."""
+    from vllm_ascend.ascend_config import get_ascend_config
+    from vllm_ascend.attention.attention_v1 import AscendAttentionBackendImpl
+    from vllm_ascend.attention.mla_v1 import AscendMLAImpl
+    from vllm_ascend.attention.utils import using_paged_attention
+
+    if type(impl) is AscendMLAImpl:
+        if impl.fa_quant_layer:
+            return "an 8-bit latent cache (fa_quant_layer)"
+        if impl.enable_kv_nz:
+            return "a latent cache in the NZ format (enable_kv_nz)"
+        return "mlapo (enable_mlapo)" if impl.enable_mlapo else None
+    if type(impl).__name__.startswith(("AscendSFA", "AscendDSA")):
+        return f"sparse attention ({type(impl).__name__}, as DeepSeek-V3.2 has)"
+    if type(impl) is not AscendAttentionBackendImpl:
+        return type(impl).__name__
+    if any(using_paged_attention(n, vllm_config, impl.head_size) for n in (1, *get_ascend_config().pa_shape_list)):
+        return f"_npu_paged_attention (heads of {impl.head_size}, or pa_shape_list)"
+    if impl.sinks is not None:
+        return "npu_fused_infer_attention_score_v2, with sinks,"
+    return "sparse attention (enable_hamming_sparse)" if impl.enable_hamming_sparse else None
