@@ -95,9 +95,11 @@ def _lengths(query: Tensor, arguments: dict[str, Any]) -> tuple[list[int], list[
     layout, table, block_size = arguments["input_layout"], arguments.get("block_table"), arguments.get("block_size", 0)
     ends, keys = (arguments.get(name) for name in ("actual_seq_lengths", "actual_seq_lengths_kv"))
     if keys is None or (ends is None and layout.startswith("TND")):
-        _wrong("it takes the lengths of the requests' keys, and in the layout TND the ends of their tokens")
+        raise ValueError(
+            "npu_fused_infer_attention_score takes the lengths of the requests' keys, and in the layout TND the ends of their tokens"
+        )
     if layout.startswith("TND"):
-        ends, keys, tokens = list(ends), list(keys), query.shape[0]
+        ends, keys, tokens = list(ends or ()), list(keys), query.shape[0]
     else:
         each = query.shape[2 if layout.startswith("BNSD") else 1]
         if ends is not None and any(n != each for n in ends):

@@ -181,6 +181,20 @@ def quant_matmul(x1: Tensor, x2: Tensor, scale: Tensor, **others: Any) -> NoRetu
 
 
 @NpuMoe.replaces(
+    "npu.npu_grouped_matmul_swiglu_quant.default",
+    "_C_ascend.grouped_matmul_swiglu_quant_weight_nz.default",
+    unless=_int8,
+    why="products of int4 are scaled in groups, each partial sum rounded",
+)
+def grouped_matmul_swiglu_quant(x: Tensor, weight: Tensor, *args: Any, **others: Any) -> NoReturn:
+    refuse(
+        "grouped_matmul_swiglu_quant",
+        [f"operands of {x.dtype} and {weight.dtype}"],
+        "sums of int8 are exact; quantise the model to int8 (W8A8), or serve it in bfloat16",
+    )
+
+
+@NpuMoe.replaces(
     "npu.npu_dynamic_quant.default",
     "npu.npu_dynamic_quant_asymmetric.default",
     unless=_per_token,

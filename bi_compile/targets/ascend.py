@@ -32,6 +32,8 @@ _HOST = {
     "vllm::npu_rotary_embedding": "each row is rotated by its own angle (vllm_ascend/ops/rotary_embedding.py)",
     "vllm::maybe_all_reduce_tensor_model_parallel": "sums over ranks in HCCL, whose order HCCL_DETERMINISTIC=strict keeps (it is set)",
     "vllm::maybe_pad_and_reduce": "sums over ranks in HCCL, whose order HCCL_DETERMINISTIC=strict keeps (it is set)",
+    "_C_ascend::npu_dequant_swiglu_quant": "int32 sums are scaled and activated each by itself, and each row is quantised by its own "
+    "largest element (csrc/moe of vllm-ascend 0.23)",
     "vllm::prefetch_preprocess": "moves weights into the cache",
     "vllm::prefetch_postprocess": "waits for a stream",
     "vllm::moe_forward_shared": "as vllm::moe_forward, and the shared experts' products, which run in eager code too",

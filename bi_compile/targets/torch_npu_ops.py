@@ -22,6 +22,7 @@ ROW_LOCAL = _named({
         npu_mish npu_swiglu npu_clipped_swiglu npu_geglu one_ npu_masked_fill_range""",
     "each element is scaled and rounded by itself": "npu_quantize npu_anti_quant npu_anti_mx_quant npu_group_quant npu_trans_quant_param",
     "each row is rotated by its own angle": "npu_rotary_mul npu_apply_rotary_pos_emb npu_interleave_rope npu_mrope",
+    "each element is scaled and activated by itself, and each row quantised by its own largest element": "npu_dequant_swiglu_quant",
     "a maximum or an order comes out the same in every order of work": "npu_max.dim npu_min.dim npu_sort_v2 npu_sort_v2.out",
     "makes or moves elements": """_npu_format_cast _npu_format_cast.aclnn _npu_format_cast.input_dtype npu_format_cast
         npu_format_cast.Tensor npu_format_cast_ npu_format_cast_.acl_format npu_transpose npu_transpose.out npu_reshape npu_reshape.out
@@ -101,7 +102,7 @@ UNPROVEN = _named({
     "a product without an invariant kernel here: needs one of its kind (quantised, grouped or fused), or the model in plain "
     "bfloat16 or float16": """_npu_matmul_abft_verify npu_add_quant_gmm npu_add_quant_gmm_ npu_add_quant_matmul npu_add_quant_matmul_
         npu_batch_gather_matmul npu_batch_gather_matmul_ npu_dual_level_quant_matmul npu_ffn npu_fused_matmul npu_grouped_matmul.List
-        npu_grouped_matmul_add npu_grouped_matmul_add_ npu_grouped_matmul_finalize_routing npu_grouped_matmul_swiglu_quant
+        npu_grouped_matmul_add npu_grouped_matmul_add_ npu_grouped_matmul_finalize_routing
         npu_grouped_matmul_swiglu_quant_v2 npu_kronecker_quant npu_matmul_compress_dequant npu_quant_grouped_matmul_dequant
         npu_quant_matmul_dequant npu_quant_matmul_gelu npu_quant_matmul_reduce_sum npu_rotate_quant
         npu_transpose_quant_batchmatmul npu_weight_quant_batchmatmul npu_weight_quant_preprocess npu_mhc_pre npu_mhc_post
@@ -125,7 +126,7 @@ UNPROVEN = _named({
         npu_scaled_masked_softmax npu_top_k_top_p""",
     "quantises in blocks that may hold several rows, or by a scale of the whole tensor: needs per-token quantisation": """
         _quantize_per_channel_impl.out _quantize_per_tensor_impl.out npu_dequant_bias npu_dequant_rope_quant_kvcache
-        npu_dequant_swiglu_quant npu_dynamic_block_mx_quant npu_dynamic_block_quant npu_dynamic_dual_level_mx_quant npu_dynamic_mx_quant
+        npu_dynamic_block_mx_quant npu_dynamic_block_quant npu_dynamic_dual_level_mx_quant npu_dynamic_mx_quant
         npu_dynamic_mx_quant_with_dual_axis npu_gelu_quant npu_grouped_dynamic_block_quant npu_grouped_dynamic_mx_quant npu_quant_max
         npu_quant_scatter npu_quant_scatter_ npu_rope_quant_kvcache npu_swiglu_group_quant npu_swiglu_mx_quant
         npu_swiglu_mx_quant_with_dual_axis npu_swiglu_quant""",

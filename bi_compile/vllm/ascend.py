@@ -224,7 +224,12 @@ PLATFORM = Platform(
     before_config=before_config,
     prepare=load_custom_ops,
     switches=(
-        variant_custom_ops_off, atb_warm_up_not_judged, deterministic_algorithms, own_mode_off, one_latent_form, captured_attention,
+        variant_custom_ops_off,
+        atb_warm_up_not_judged,
+        deterministic_algorithms,
+        own_mode_off,
+        one_latent_form,
+        captured_attention,
     ),
     check_model=check_layers,
     make_pass=AscendPass,

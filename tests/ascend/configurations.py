@@ -152,7 +152,9 @@ def paged_attention() -> Iterator[Configuration]:
             run = lambda q=q, k=k, t=t: IMPLEMENTATIONS["paged_attention"](q, k, k, lengths, t, right=0)
             yield Configuration("paged_attention", dtype, f"heads of {head}", variant, run)
         if head == tiles.LONGEST_HEAD["npu"][2]:  # latent attention (MLA): one key head, its rotated part apart
-            q, k, q_rope, k_rope = (empty(*n, dtype=dtype) for n in ((64, 16, 512), (9, 128, 1, 512), (64, 16, 64), (9, 128, 1, 64)))
+            q, k, q_rope, k_rope = (
+                empty(*n, dtype=dtype) for n in ((64, 16, 512), (9, 128, 1, 512), (64, 16, 64), (9, 128, 1, 64))
+            )
             run = lambda q=q, k=k, r={"query_rope": q_rope, "key_rope": k_rope}: IMPLEMENTATIONS["paged_attention"](
                 q, k, k, lengths, table, right=0, **r
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -76,7 +77,18 @@ def engine(model: str, arguments: dict[str, Any]) -> None:
     print("\n" + json.dumps(found))
 
 
+def printed(model: Path, arguments: dict[str, Any], environment: dict[str, str]) -> str:
+    """The last line of an engine's process."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(model), json.dumps(arguments)], env=os.environ | environment, capture_output=True, text=True,
+        check=False, timeout=540,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
 def main() -> None:
+    import npu_models
     import test_engine
 
     package = str(Path(__file__).parents[1] / "helpers" / "stand_in")
@@ -90,16 +102,15 @@ def main() -> None:
         "ours, through its pass manager, with `batch_invariant_ops`": ("pass manager", with_package),
     }
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        models = test_engine.make_models(Path(folder))
-        jobs = {
-            (kind, case): pool.submit(
-                test_engine.printed, Path(__file__), models[kind], Path(folder, f"{kind} {case}"), (test_engine.WITHOUT | test_engine.WITH)[name][0],
-                **((test_engine.WITHOUT | test_engine.WITH)[name][1] | environment),
-            )
-            for kind in test_engine.KINDS
-            for case, (name, environment) in cases.items()
-        }  # fmt: skip
-        results = {key: json.loads(job.result()[0]) for key, job in jobs.items()}
+        models = {kind: npu_models.make(kind, Path(folder, kind)) for kind in ("dense", "moe")}
+        jobs = {}
+        for kind in models:
+            for case, (name, environment) in cases.items():
+                arguments, own = (test_engine.WITHOUT | test_engine.WITH)[name]
+                cache = {"VLLM_CACHE_ROOT": str(Path(folder, f"{kind} {case}"))}
+                variables = test_engine.variables(environment.get("PYTHONPATH")) | own | cache
+                jobs[kind, case] = pool.submit(printed, models[kind], arguments, variables)
+        results = {key: json.loads(job.result()) for key, job in jobs.items()}
     print(table(results))
 
 

@@ -1,8 +1,12 @@
-"""A model served by the real vllm-ascend on the emulated NPU, its requests alone and together. One JSON line at the end.
+"""Models served by the real vllm-ascend on the emulated NPU, their requests alone and together. One JSON line for each.
 
-    python tests/ascend/serve.py MODEL '{"compilation_config": {"custom_passes": ["bi_ascend"]}}'
+    python tests/ascend/serve.py '{"name": {"model": MODEL, "arguments": {"compilation_config": {"custom_passes": ["bi_ascend"]}}}}'
 
-The environment: LD_LIBRARY_PATH with the stand-ins for CANN, VLLM_PLUGINS, TRITON_INTERPRET=1.
+A job may have "environment" too. Each is served in a fork of this process, which has imported everything, two at a time; what
+it prints goes to the file "log" of the job, or here. The environment: LD_LIBRARY_PATH with the stand-ins for CANN, VLLM_PLUGINS,
+TRITON_INTERPRET=1.
+
+The prompts have up to 60 tokens and are read in chunks; two of 140 have 128 tokens in common, which a cached prefix serves.
 """
 
 from __future__ import annotations
@@ -11,11 +15,13 @@ import json
 import os
 import random
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+import emulated_graph
 import emulated_npu
 
 REQUESTS = 16
@@ -41,32 +47,88 @@ def count_attention() -> Launches:
     return found
 
 
-def main(model: str, arguments: dict[str, Any]) -> None:
-    emulated_npu.before_vllm()
-    emulated_npu.install(perturb=True)
+def prompts() -> list[dict[str, list[int]]]:
+    rng = random.Random(0)
+    draw = lambda n: [rng.randrange(10, 500) for _ in range(n)]
+    lengths = [60, 1, 33, *(rng.randrange(2, 20) for _ in range(REQUESTS - 5))]
+    prefix = draw(128)
+    return [{"prompt_token_ids": tokens} for tokens in (*map(draw, lengths), prefix + draw(12), prefix + draw(1))]
+
+
+def serve(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    emulated_npu.after_vllm()
     llm = LLM(
-        model=model, skip_tokenizer_init=True, max_model_len=64, max_num_batched_tokens=64, max_num_seqs=REQUESTS, dtype="float16", seed=0,
-        enable_prefix_caching=False, gpu_memory_utilization=0.05, **arguments,
+        model=model, skip_tokenizer_init=True, max_model_len=256, max_num_batched_tokens=64, max_num_seqs=REQUESTS, dtype="float16", seed=0,
+        enable_prefix_caching=True, enable_chunked_prefill=True, gpu_memory_utilization=0.05, **arguments,
     )  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=2, logprobs=3, detokenize=False)
-    rng = random.Random(0)
-    prompts = [
-        {"prompt_token_ids": [rng.randrange(10, 500) for _ in range(rng.randrange(3, 12))]} for _ in range(REQUESTS)
-    ]
 
     def bits(output: Any) -> list[list[tuple[int, float]]]:
         return [[(token, entry.logprob) for token, entry in step.items()] for step in output.outputs[0].logprobs]
 
     attention = count_attention()
-    alone = [bits(llm.generate([p], greedy, use_tqdm=False)[0]) for p in prompts]
-    together = [bits(output) for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    alone = []
+    for prompt in prompts():
+        alone.append(bits(llm.generate([prompt], greedy, use_tqdm=False)[0]))
+        llm.reset_prefix_cache()
+    together = [bits(output) for output in llm.generate(prompts(), greedy, use_tqdm=False)]
+    # the second time the prefixes of the long ones are in the cache
+    again = [bits(output) for output in llm.generate(prompts()[-2:], greedy, use_tqdm=False)]
     differ = sum(a != b for a, b in zip(alone, together, strict=True))
     launches = {n: [dict(calls) for calls in sorted(found)] for n, found in sorted(attention.items())}
-    print("\n" + json.dumps({"differ": differ, "of": REQUESTS, "launches of attention": launches}))
+    return {
+        "differ": differ, "of": len(alone), "differ behind a cached prefix": sum(a != b for a, b in zip(alone[-2:], again, strict=True)),
+        "graphs": emulated_graph.COUNTS, "answers": alone, "launches of attention": launches,
+    }  # fmt: skip
+
+
+def in_a_fork(name: str, job: dict[str, Any]) -> int:
+    """The process that serves the job."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        if "log" in job:
+            file = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+        os.environ.update(job.get("environment", {}))
+        print("\n" + json.dumps({name: serve(job["model"], job["arguments"])}), flush=True)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main(jobs: dict[str, dict[str, Any]], at_a_time: int = 2) -> None:
+    emulated_npu.before_vllm()
+    emulated_npu.install(perturb=True)
+    import vllm  # noqa: F401
+    import vllm_ascend.worker.worker  # noqa: F401
+
+    emulated_npu.after_vllm()
+    failed, running = [], {}
+    for name, job in jobs.items():
+        if len(running) == at_a_time:
+            _wait(running, failed)
+        running[in_a_fork(name, job)] = name
+    while running:
+        _wait(running, failed)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+
+
+def _wait(running: dict[int, str], failed: list[str]) -> None:
+    pid, status = os.wait()
+    name = running.pop(pid)
+    if status:
+        failed.append(name)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(json.loads(sys.argv[1]))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import copy
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import npu_models
 import pytest
-import torch
-from npu_layers import CONFIGS
 
 SERVE = Path(__file__).with_name("serve.py")
 PASS = {"custom_passes": ["bi_ascend"]}
@@ -24,53 +21,6 @@ PIECEWISE: dict[str, Any] = {
     "compilation_config": {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [16]},
     "additional_config": {"ascend_compilation_config": {"enable_npugraph_ex": False, **PATTERNS}},
 }
-
-
-def make_models(folder: Path) -> dict[str, Path]:
-    """Qwen3 and Qwen3-MoE of two layers with random weights."""
-    import transformers
-
-    folders = {}
-    for kind in ("dense", "moe"):
-        folders[kind] = folder / kind
-        config = copy.deepcopy(CONFIGS[kind])
-        config.initializer_range = 0.1
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folders[kind])
-    return folders
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
-def printed(script: Path, model: Path, cache: Path, arguments: dict[str, Any], **environment: str) -> tuple[str, str]:
-    """(the last line that the script printed, everything that it printed)."""
-    path = [str(Path(sys.prefix) / "vision"), environment.pop("PYTHONPATH", os.environ.get("PYTHONPATH"))]
-    variables = {
-        "VLLM_PLUGINS": "ascend,bi_compile", "TRITON_INTERPRET": "1", "VLLM_CACHE_ROOT": str(cache),
-        "HCCL_DETERMINISTIC": "strict", "LCCL_DETERMINISTIC": "1",
-        "OMP_NUM_THREADS": "1",  # two of these processes run side by side
-        # torchvision, which vllm-ascend imports, lies apart (Makefile)
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        # vllm-ascend was made for torch 2.10; its vllm::maybe_pad_and_reduce returns its argument, which a newer torch forbids
-        # where CI is set
-        "TORCHINDUCTOR_AUTOGRAD_CACHE": "0", "TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING": "0",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(script), str(model), json.dumps(arguments)],
-        env=os.environ | variables | environment, capture_output=True, text=True, check=False, timeout=540,
-    )  # fmt: skip
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-6000:]
-    return done.stdout.strip().splitlines()[-1], said
-
-
-def serve(model: Path, cache: Path, arguments: dict[str, Any], **environment: str) -> tuple[int, str]:
-    """(requests that differ, everything that was printed)."""
-    last, said = printed(SERVE, model, cache, arguments, **environment)
-    return json.loads(last)["differ"], said
 
 
 def through(mode: str) -> dict[str, Any]:
@@ -90,35 +40,77 @@ WITH: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "npugraph_ex": (through("FULL_DECODE_ONLY"), {}),
     "eager fallback alone": (PIECEWISE | {"enforce_eager": True, "compilation_config": PASS}, {}),
 }
-KINDS = ("dense", "moe")
+KINDS = ("dense", "moe", "v3", "w8a8")
+
+
+def variables(path: str | None = None) -> dict[str, str]:
+    """The environment of a process that serves; `path`: in place of this one's PYTHONPATH."""
+    paths = [str(Path(sys.prefix) / "vision"), os.environ.get("PYTHONPATH") if path is None else path]
+    return {
+        "VLLM_PLUGINS": "ascend,bi_compile", "TRITON_INTERPRET": "1", "HCCL_DETERMINISTIC": "strict", "LCCL_DETERMINISTIC": "1",
+        "OMP_NUM_THREADS": "1",  # two of these processes run side by side
+        # torchvision, which vllm-ascend imports, lies apart (Makefile)
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # vllm-ascend was made for torch 2.10; its vllm::maybe_pad_and_reduce returns its argument, which a newer torch forbids
+        # where CI is set
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "0", "TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING": "0",
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def served(
-    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Callable[[str, str], tuple[int, str]]]:
-    """The result of a case for a kind of model; two engines run at a time, those of the tests that were chosen, in their order."""
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[str, str], tuple[dict[str, Any], str]]:
+    """What a case found for a kind of model, and what it printed; one process serves all that were chosen."""
     chosen = [i.callspec.params for i in request.session.items if getattr(i, "module", None) is request.module]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        results = {}
-        for kind, case in ((c["kind"], c["case"]) for c in chosen):
-            arguments, environment = (WITHOUT | WITH)[case]
-            results[kind, case] = pool.submit(
-                serve, models[kind], tmp_path_factory.mktemp(kind), arguments, **environment
-            )
-        yield lambda kind, case: results[kind, case].result()
+    folder, jobs = tmp_path_factory.mktemp("engines"), {}
+    models = {kind: npu_models.make(kind, folder / kind) for kind in {c["kind"] for c in chosen}}
+    for kind, case in ((c["kind"], c["case"]) for c in chosen):
+        arguments, environment = (WITHOUT | WITH)[case]
+        cache = str(tmp_path_factory.mktemp("cache"))
+        jobs[f"{kind}, {case}"] = {
+            "model": str(models[kind]), "arguments": arguments, "log": str(folder / f"{len(jobs)}.log"),
+            "environment": environment | {"VLLM_CACHE_ROOT": cache},
+        }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(SERVE), json.dumps(jobs)], env=os.environ | variables(), capture_output=True, text=True,
+        check=False, timeout=300 + 60 * len(jobs),
+    )  # fmt: skip
+
+    def result(kind: str, case: str) -> tuple[dict[str, Any], str]:
+        name = f"{kind}, {case}"
+        log = Path(jobs[name]["log"])
+        said = log.read_text() if log.exists() else done.stdout + done.stderr
+        last = said.strip().splitlines()[-1]
+        assert last.startswith(json.dumps({name: 0})[:-3]), said[-6000:]
+        return json.loads(last)[name], said
+
+    return result
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", WITHOUT)
-def test_without_the_pass_requests_differ(served: Callable[[str, str], tuple[int, str]], kind: str, case: str) -> None:
-    """Also with vllm-ascend's own mode: it finds no kernels, says so in its log and serves."""
-    differ, said = served(kind, case)
-    assert differ > 0
-    assert ("skipping batch-invariant initialization" in said) == (case == "VLLM_BATCH_INVARIANT")
+@pytest.mark.parametrize("case", ["plain"])
+def test_without_the_pass_requests_differ(served: Any, kind: str, case: str) -> None:
+    assert served(kind, case)[0]["differ"] > 0
+
+
+@pytest.mark.parametrize("kind", ["dense"])
+@pytest.mark.parametrize("case", ["VLLM_BATCH_INVARIANT"])
+def test_with_vllm_ascends_own_mode_they_differ(served: Any, kind: str, case: str) -> None:
+    """It finds no kernels, says so in its log and serves."""
+    found, said = served(kind, case)
+    assert found["differ"] > 0
+    assert "skipping batch-invariant initialization" in said
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", WITH)
-def test_with_the_pass_none_differs(served: Callable[[str, str], tuple[int, str]], kind: str, case: str) -> None:
-    assert served(kind, case)[0] == 0
+def test_with_the_pass_none_differs(served: Any, kind: str, case: str) -> None:
+    """Alone, among others, in chunks, and behind a cached prefix; and what a captured graph answers is what eager code answers."""
+    found, _ = served(kind, case)
+    assert found["differ"] == found["differ behind a cached prefix"] == 0
+    captured = case == "npugraph_ex"
+    assert (found["graphs"]["captured"] > 0) == (case != "eager fallback alone")
+    assert (found["graphs"]["replayed"] > 10) == (case != "eager fallback alone")
+    if captured:
+        assert found["answers"] == served(kind, "eager fallback alone")[0]["answers"]

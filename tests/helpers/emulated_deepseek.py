@@ -17,6 +17,7 @@ from torch.nn import functional
 #: _C_ascend's, which are not built here
 SCHEMAS = (
     "grouped_matmul_swiglu_quant_weight_nz(Tensor x, Tensor weight, Tensor weight_scale, Tensor x_scale, Tensor group_list, *, Tensor? bias=None, Tensor? offset=None, float swiglu_limit=0.0) -> (Tensor output, Tensor output_scale, Tensor output_offset)",
+    "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, Tensor? activation_scale=None, Tensor? bias=None, Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=True, int quant_mode=0, int swiglu_mode=0, float clamp_limit=0.0, float glu_alpha=1.0, float glu_bias=0.0) -> (Tensor y, Tensor scale)",
 )
 
 
@@ -32,6 +33,16 @@ def interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a = x.float().unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     first, second = a.chunk(2, -1)
     return (a * cos.float() + torch.cat([-second, first], -1) * sin.float()).to(x.dtype)
+
+
+def dynamic_quant(
+    input: Tensor, *, smooth_scales: Tensor | None = None, group_index: Tensor | None = None, dst_type: Any = None,
+    quant_mode: str = "pertoken", dst_type_max: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Each row by its largest element."""
+    assert smooth_scales is None and group_index is None and quant_mode == "pertoken"
+    scale = input.float().abs().amax(-1) / 127
+    return (input.float() / scale.clamp_min(1e-30).unsqueeze(-1)).round().to(torch.int8), scale
 
 
 class Latent:
@@ -106,15 +117,6 @@ class Latent:
 
     # -- int8 -----------------------------------------------------------------------------------------------------------
 
-    def dynamic_quant(
-        self, input: Tensor, *, smooth_scales: Tensor | None = None, group_index: Tensor | None = None, dst_type: Any = None,
-        quant_mode: str = "pertoken", dst_type_max: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Each row by its largest element."""
-        assert smooth_scales is None and group_index is None and quant_mode == "pertoken"
-        scale = input.float().abs().amax(-1) / 127
-        return (input.float() / scale.clamp_min(1e-30).unsqueeze(-1)).round().to(torch.int8), scale
-
     def quant_matmul(
         self, x1: Tensor, x2: Tensor, scale: Tensor, *, pertoken_scale: Tensor | None = None, bias: Tensor | None = None,
         output_dtype: Any = None, **_: Any,
@@ -151,7 +153,17 @@ class Latent:
                 (x[rows].int() @ weight[expert].int()).float() * weight_scale[expert].float() * x_scale[rows, None]
             )
         gate, up = y.chunk(2, -1)
-        return *self.dynamic_quant(functional.silu(gate) * up), torch.empty(0)
+        return *dynamic_quant(functional.silu(gate) * up), torch.empty(0)
+
+
+def dequant_swiglu_quant(
+    x: Tensor, *, weight_scale: Tensor, activation_scale: Tensor, group_index: Tensor | None = None, activate_left: bool = True,
+    quant_mode: int = 0, swiglu_mode: int = 0, clamp_limit: float = 0.0, **others: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """int32 sums, scaled; silu(left half) * right half; each row quantised."""
+    assert activate_left and quant_mode == 1 and not clamp_limit and not [v for v in others.values() if v is not None]
+    left, right = (x.float() * weight_scale.float() * activation_scale.unsqueeze(-1)).chunk(2, -1)
+    return dynamic_quant(functional.silu(left) * right)
 
 
 def _groups(group_list: Tensor, group_list_type: int) -> list[slice]:
@@ -171,8 +183,12 @@ def operators(native: Any) -> dict[str, dict[str, Callable[..., Any]]]:
             "npu_fused_infer_attention_score.out": latent.attention_out(native.attention),
             "_npu_fused_infer_attention_score_get_max_workspace": lambda *_, **__: torch.empty(1),
             "_npu_fused_infer_attention_score_v2_get_max_workspace": lambda *_, **__: torch.empty(1),
-            "npu_attention_update": latent.attention_update, "npu_dynamic_quant": latent.dynamic_quant,
+            "npu_format_cast": lambda x, *_, **__: x,  # the bench has one format
+            "npu_attention_update": latent.attention_update, "npu_dynamic_quant": dynamic_quant,
             "npu_quant_matmul": latent.quant_matmul, "npu_grouped_matmul": latent.grouped_matmul,
         },
-        "_C_ascend": {"grouped_matmul_swiglu_quant_weight_nz": latent.grouped_matmul_swiglu_quant},
+        "_C_ascend": {
+            "npu_dequant_swiglu_quant": dequant_swiglu_quant,
+            "grouped_matmul_swiglu_quant_weight_nz": latent.grouped_matmul_swiglu_quant,
+        },
     }  # fmt: skip

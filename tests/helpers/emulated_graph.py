@@ -1,6 +1,7 @@
 """A TEST BENCH, no part of the product: ACL graphs of the emulated NPU.
 
-A capture notes what the device is given to do, by the memory that it reads and writes, and a replay does it again. Numbers that
+A capture notes what the device is given to do, by the memory that it reads and writes, and a replay does it again. (In the
+capture itself, native operators compute too, which an NPU's do not: their results' shapes are wanted. Triton kernels do not.) Numbers that
 the host has read stay as they were, and a copy between host and device in a capture is an error, as on an NPU. A replay stops
 where the graph waits for an `ExternalEvent` and goes on when that is recorded, so what vllm-ascend's update tasks bring in
 between is seen, and in their order. A group of tasks holds the native operators that an update changes the arguments of.
@@ -8,11 +9,11 @@ between is seen, and in their order. A group of tasks holds the native operators
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: a step of a graph: what is done, or the event that has to be recorded first
 Step = Callable[[], Any] | Any
@@ -54,7 +55,8 @@ class Graph:
                 self.waits, step.waiting = step, self
                 return
             if not isinstance(step, Event):
-                step()
+                with _disable_current_modes():  # the host calls nothing in a replay, so nobody is asked
+                    step()
 
     def reset(self) -> None:
         self.steps = []
@@ -106,7 +108,7 @@ def note(step: Step) -> None:
         _capture.steps.append(step)
 
 
-class graph:  # noqa: N801
+class graph:
     """`torch.npu.graph`."""
 
     def __init__(self, npu_graph: Graph, *args: Any, **kwargs: Any) -> None:
@@ -158,6 +160,5 @@ def install() -> None:
     }  # fmt: skip
     for module in (torch.npu, torch_npu.npu, torch_npu.npu.graphs):
         for name, value in names.items():
-            if hasattr(module, name) or isinstance(module, types.ModuleType) and module is torch_npu.npu:
-                setattr(module, name, value)
+            setattr(module, name, value)
     torch_npu._C._weak_ref_tensor = lambda tensor: tensor

@@ -197,7 +197,7 @@ class Native:
         if query_rope is not None and key_rope is not None:
             split = lambda c: c.unflatten(-1, (kv_heads, -1)) if c.dim() == 3 and block_table is not None else c
             query, key = torch.cat([query, query_rope], -1), torch.cat([split(key), split(key_rope)], -1)
-        query = query.reshape(query.shape[0], heads, -1)
+        query = query.reshape(query.shape[0], heads, query[:1].numel() // heads if len(query) else query.shape[-1])
         width = value.shape[-1] if value.dim() == 4 or block_table is None else value.shape[-1] // kv_heads
         out = query.new_zeros(query.shape[0], heads, width)
         lse = torch.full((query.shape[0], heads, 1), torch.inf)
@@ -205,7 +205,7 @@ class Native:
         for i, end in enumerate(actual_seq_lengths):
             if block_table is None:
                 count = actual_seq_lengths_kv[i] - kv_start
-                k, v = (c[kv_start : kv_start + count].reshape(count, kv_heads, -1) for c in (key, value))
+                k, v = (c[kv_start : kv_start + count] for c in (key, value))
                 kv_start += count
             else:
                 count = actual_seq_lengths_kv[i]
@@ -268,13 +268,16 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
 
 
 def init_routing(
-    x: Tensor, expert_idx: Tensor, *, expert_num: int, active_expert_range: Sequence[int], **_: Any
+    x: Tensor, expert_idx: Tensor, *, expert_num: int, active_expert_range: Sequence[int], quant_mode: int = 0, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """_C_ascend.npu_moe_init_routing_custom: rows by expert, where each went, how many each expert has."""
+    """_C_ascend.npu_moe_init_routing_custom: rows by expert (quant_mode 1: in int8), where each went, how many each expert has, scales."""
     experts = expert_idx.flatten().long()
     order = experts.argsort(stable=True)
     counts = torch.bincount(experts, minlength=expert_num)
-    return x[order // expert_idx.shape[1]], order.argsort().int(), counts, torch.empty(0)
+    rows, scales = x[order // expert_idx.shape[1]], torch.empty(0)
+    if quant_mode == 1:
+        rows, scales = emulated_deepseek.dynamic_quant(rows)
+    return rows, order.argsort().int(), counts, scales
 
 
 def paged_cache_load(
@@ -316,7 +319,6 @@ def install(perturb: bool = False) -> None:
             if to.device != source.device:
                 raise RuntimeError(f"a copy from {source.device} to {to.device} cannot be captured in an ACL graph")
             emulated_graph.note(lambda: host(to).copy_(host(source)))
-            return to
         (host(to) if to.device.type == "npu" else to).copy_(host(source) if source.device.type == "npu" else source)
         return to
 

@@ -142,7 +142,17 @@ def test_a_rotated_part_kept_apart(size: int) -> None:
     for i, (tokens, _) in enumerate(MIXED):
         rows = slice(start, start + tokens)
         one = parts | {"query_rope": parts["query_rope"][rows]}
-        alone = call("paged_attention", query[rows], key, key, lengths(requests[i : i + 1]), table[i : i + 1], right=0, scale=0.2, **one)
+        alone = call(
+            "paged_attention",
+            query[rows],
+            key,
+            key,
+            lengths(requests[i : i + 1]),
+            table[i : i + 1],
+            right=0,
+            scale=0.2,
+            **one,
+        )
         assert same(alone, tuple(x[rows] for x in got)), i
         start += tokens
     joined = torch.cat([query, parts["query_rope"]], -1), torch.cat([key, parts["key_rope"]], -1)
