@@ -59,7 +59,7 @@ def serve(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=model, skip_tokenizer_init=True, max_model_len=256, max_num_batched_tokens=64, max_num_seqs=REQUESTS, dtype="float16", seed=0,
+        model=model, skip_tokenizer_init=True, max_model_len=256, max_num_batched_tokens=64, max_num_seqs=REQUESTS, seed=0,
         enable_prefix_caching=True, enable_chunked_prefill=True, gpu_memory_utilization=0.05, **arguments,
     )  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=2, logprobs=3, detokenize=False)

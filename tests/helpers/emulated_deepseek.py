@@ -121,7 +121,10 @@ class Latent:
         self, x1: Tensor, x2: Tensor, scale: Tensor, *, pertoken_scale: Tensor | None = None, bias: Tensor | None = None,
         output_dtype: Any = None, **_: Any,
     ) -> Tensor:  # fmt: skip
-        y = (x1.int() @ x2.int()).float() * scale.float()
+        sums = x1.int() @ x2.int()
+        if _dtype(output_dtype, torch.float16) == torch.int32:  # as they are
+            return sums
+        y = sums.float() * scale.float()
         y = y if pertoken_scale is None else y * pertoken_scale.unsqueeze(-1)
         return (y if bias is None else y + bias.float()).to(_dtype(output_dtype, torch.float16))
 
