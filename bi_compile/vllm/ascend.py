@@ -24,7 +24,7 @@ from .. import eager_audit
 from ..errors import HostError
 from ..options import Options
 from ..targets import ascend
-from .ascend_attention import captured_attention, check_graph_mode, check_layers, one_latent_form
+from .ascend_attention import captured_attention, check_config, check_graph_mode, check_layers, one_latent_form
 from .inductor import VllmPass
 from .platforms import Platform, Switch
 from .shared import attribute
@@ -60,6 +60,7 @@ def before_config(vllm_config: Any) -> None:
     """
     ascend.of_this_machine()
     ascend.check_kernels()
+    check_config(vllm_config.model_config)
     if vllm_config.additional_config is None:
         vllm_config.additional_config = {}
     additional = vllm_config.additional_config

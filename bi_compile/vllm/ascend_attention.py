@@ -72,6 +72,15 @@ def captured_attention() -> Iterator[None]:
         yield
 
 
+def check_config(model_config: Any) -> None:
+    """Raise HostError for a model whose attention chooses its keys by an indexer, before it loads."""
+    if getattr(getattr(model_config, "hf_text_config", None), "index_topk", None) is not None:
+        raise HostError(
+            f"{model_config.model} has sparse attention (index_topk, as DeepSeek-V3.2): its indexer's products and its attention run in "
+            "kernels of vllm-ascend (AscendSFAImpl) about which nothing is known: serve a model with ordinary or latent attention"
+        )
+
+
 def check_graph_mode(mode: Any) -> None:
     """Raise HostError where attention of this kind cannot be captured. `mode`: vLLM's CUDAGraphMode, or None."""
     if mode is not None and mode.has_full_cudagraphs() and ascendc.attention() is not None:

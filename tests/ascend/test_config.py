@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,9 @@ def test_a_package_without_the_operator_is_refused(tmp_path: Path, monkeypatch: 
         ascendc_operators()
 
 
+LATENT = {"fa_quant_layer": False, "enable_kv_nz": False, "enable_mlapo": False}
+
+
 @pytest.mark.parametrize(
     "module, name, attributes, words",
     [
@@ -124,7 +128,11 @@ def test_a_package_without_the_operator_is_refused(tmp_path: Path, monkeypatch: 
         ("attention_v1", "AscendAttentionBackendImpl", {"sinks": torch.zeros(4)}, "npu_fused_infer_attention_score_v2"),
         ("attention_v1", "AscendAttentionBackendImpl", {"head_size": 512}, "_npu_paged_attention .heads of 512"),
         ("attention_v1", "AscendAttentionBackendImpl", {"enable_hamming_sparse": True}, "sparse attention"),
-        ("mla_v1", "AscendMLAImpl", {}, "AscendMLAImpl"),
+        ("mla_v1", "AscendMLAImpl", LATENT, None),
+        ("mla_v1", "AscendMLAImpl", LATENT | {"fa_quant_layer": True}, "an 8-bit latent cache"),
+        ("mla_v1", "AscendMLAImpl", LATENT | {"enable_kv_nz": True}, "a latent cache in the NZ format"),
+        ("mla_v1", "AscendMLAImpl", LATENT | {"enable_mlapo": True}, "mlapo"),
+        ("sfa_v1", "AscendSFAImpl", {}, "sparse attention .AscendSFAImpl, as DeepSeek-V3.2 has"),
     ],
 )
 def test_attention_that_the_table_does_not_have_is_refused(
@@ -133,7 +141,7 @@ def test_attention_that_the_table_does_not_have_is_refused(
     """vLLM calls it between the compiled graphs, where no audit sees it."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-    from bi_compile.vllm.ascend import check_model
+    from bi_compile.vllm.ascend_attention import check_layers
 
     config = npu_layers.engine_config(model)
     layer = type("Layer", (AttentionLayerBase,), {"get_attn_backend": None, "get_kv_cache_spec": None})()
@@ -144,7 +152,26 @@ def test_attention_that_the_table_does_not_have_is_refused(
         pytest.raises(HostError, match=rf"model\.layers\.0\.attn has {words}") if words else contextlib.nullcontext()
     )
     with refused:
-        check_model(config)
+        check_layers(config)
+
+
+def test_sparse_attention_is_refused_before_the_model_loads() -> None:
+    from bi_compile.vllm.ascend_attention import check_config
+
+    text = types.SimpleNamespace(index_topk=2048)
+    with pytest.raises(HostError, match=r"some/V3.2 has sparse attention \(index_topk, as DeepSeek-V3.2\)"):
+        check_config(types.SimpleNamespace(model="some/V3.2", hf_text_config=text))
+
+
+def test_ascendcs_attention_is_not_captured(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full graph mode with the package `batch_invariant_ops` is refused when the configuration is made; without it, accepted."""
+    from bi_compile.kernels.ascend import ascendc
+
+    full = npu_layers.engine_config(model, "FULL_DECODE_ONLY")
+    assert full.compilation_config.cudagraph_mode.name == "FULL_DECODE_ONLY"
+    monkeypatch.setattr(ascendc, "attention", lambda: object())
+    with pytest.raises(HostError, match="cudagraph_mode=FULL_DECODE_ONLY captures attention, and AscendC's"):
+        npu_layers.engine_config(model, "FULL_DECODE_ONLY")
 
 
 def test_a_mixture_of_experts_without_vllm_ascends_operators_is_refused(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from bi_compile import HostError
+from bi_compile import HostError, invariant
 from bi_compile.passes import add_rms_norm, npu_attention, npu_moe
-from bi_compile.targets import ascend
+from bi_compile.targets import acl_graph, ascend
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_attention_of_prefill_chunk_and_decode_in_one_batch() -> None:
 @pytest.mark.parametrize(
     "argument",
     [
-        {"input_layout": "BNSD"},
+        {"input_layout": "BSH"},
         {"sparse_mode": 2},
         {"antiquant_mode": 1},
         {"pre_tokens": 128},
@@ -241,8 +241,153 @@ def test_gate_and_sum_over_experts() -> None:
     tokens, at = torch.randn(12, 16), torch.randperm(12)
     total = npu_moe.token_unpermute(tokens, at, y)
     assert torch.allclose(total, (tokens[at].view(6, 2, 16) * y[..., None]).sum(1), atol=1e-6)
-    with pytest.raises(NotImplementedError, match="norm_type"):
-        npu_moe.ascend_gating_top_k(x, 2, 1, 1, 1, 1, 1, False, 1.0, 1e-20)
+    with pytest.raises(NotImplementedError, match="norm_type=2"):
+        npu_moe.ascend_gating_top_k(x, 2, 1, 1, 1, 1, 2, False, 1.0, 1e-20)
+    with pytest.raises(NotImplementedError, match="1 of 3 groups of 8 experts"):
+        npu_moe.ascend_gating_top_k(x, 2, 1, 3, 1, 1, 1, False, 1.0, 1e-20)
+
+
+@pytest.mark.parametrize("by_two", [0, 1])
+@pytest.mark.parametrize("sigmoid", [0, 1])
+def test_gate_with_groups_and_a_bias(sigmoid: int, by_two: int) -> None:
+    """As DeepSeek-V3 writes it: the bias has a say in the choice, not in the weights. Rows alone have the bits they have together."""
+    x, bias = torch.randn(33, 16), torch.randn(16) * 0.1
+    gate = lambda rows: npu_moe.ascend_gating_top_k(rows, 3, 2, 4, by_two, 1, sigmoid, False, 2.5, 1e-20, bias)
+    with invariant():  # a CPU's sigmoid follows an element's place
+        y, experts, scores_of_all = gate(x)
+        alone = [gate(x[m : m + 1]) for m in range(len(x))]
+    for m in range(len(x)):
+        scores = x[m].sigmoid() if sigmoid else x[m].softmax(-1)
+        groups = (scores + bias).view(4, 4)
+        best = groups.topk(2).values.sum(-1) if by_two else groups.amax(-1)
+        among = [4 * g + i for g in best.topk(2).indices.tolist() for i in range(4)]
+        chosen = sorted(among, key=lambda e: -(scores + bias)[e].item())[:3]
+        assert experts[m].tolist() == chosen
+        weights = scores[chosen]
+        assert torch.allclose(y[m], weights / weights.sum() * 2.5, atol=1e-6)
+        assert all(torch.equal(a[0], b[m]) for a, b in zip(alone[m], (y, experts, scores_of_all), strict=True))
+
+
+def test_equal_experts_and_groups_are_taken_in_their_order() -> None:
+    y, experts, _ = npu_moe.ascend_gating_top_k(torch.zeros(3, 16), 4, 2, 4, 1, 1, 1, False, 1.0, 1e-20)
+    assert experts.tolist() == [[0, 1, 2, 3]] * 3 and torch.equal(y, torch.full((3, 4), 0.25))
+
+
+def latent(requests: list[tuple[int, int]], heads: int = 4) -> dict[str, Any]:
+    """Latent attention of requests of (queries, keys): one key head, whose values are its keys; the rotated part apart."""
+    one = paged(requests, heads=1, size=16)
+    tokens, pages = sum(n for n, _ in requests), one["key"].shape[0]
+    cache = one["key"].view(pages, 1, 16, 16)
+    return {
+        "query": torch.randn(tokens, heads, 16), "key": cache, "value": cache, "query_rope": torch.randn(tokens, heads, 8),
+        "key_rope": torch.randn(pages, 1, 16, 8), "num_query_heads": heads, "num_key_value_heads": 1, "block_size": 16,
+        "block_table": one["block_table"], "actual_seq_qlen": one["actual_seq_lengths"],
+        "actual_seq_kvlen": one["actual_seq_lengths_kv"], "softmax_scale": 0.2, "input_layout": "TND_NTD", "sparse_mode": 3,
+        "atten_mask": torch.ones(1, dtype=torch.bool),
+    }  # fmt: skip
+
+
+def test_latent_attention_in_its_layouts() -> None:
+    """Right, and in BNSD_NBSD, BSND and TND, as vllm-ascend decodes, the bits of TND_NTD."""
+    given = latent([(1, 40), (1, 7), (1, 1), (1, 0)])
+    out, _ = npu_attention.fused_infer_attention_score_v2(**given)
+    assert out.shape == (4, 4, 16)
+    for i, count in enumerate((40, 7, 1)):
+        blocks = given["block_table"][i, : -(-count // 16)].long()
+        keys = torch.cat([given[n][blocks].reshape(-1, given[n].shape[-1])[:count] for n in ("key", "key_rope")], -1)
+        scores = torch.cat([given["query"][i], given["query_rope"][i]], -1).double() @ keys.t().double() * 0.2
+        assert torch.allclose(out[:, i].double(), scores.softmax(-1) @ keys[:, :16].double(), atol=1e-5)
+    assert not out[:, 3].any()
+    of_decode = {"actual_seq_qlen": None, "sparse_mode": 0, "atten_mask": None}
+    views: dict[str, tuple[Any, Any]] = {
+        "BNSD_NBSD": (lambda x: x.unsqueeze(2), lambda y: y.squeeze(2)),
+        "BNSD": (lambda x: x.unsqueeze(2), lambda y: y.squeeze(2).transpose(0, 1)),
+        "BSND": (lambda x: x.unsqueeze(1), lambda y: y.squeeze(1).transpose(0, 1)),
+        "BSND_NBSD": (lambda x: x.unsqueeze(1), lambda y: y.squeeze(2)),
+    }
+    for layout, (there, back) in views.items():
+        queries = {name: there(given[name]) for name in ("query", "query_rope")}
+        y, _ = npu_attention.fused_infer_attention_score_v2(**given | of_decode | queries | {"input_layout": layout})
+        assert torch.equal(back(y), out), layout
+    y, lse = npu_attention.fused_infer_attention_score_v2(**given | {"input_layout": "TND", "return_softmax_lse": True})
+    assert torch.equal(y.transpose(0, 1), out) and lse.shape == (4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ({"learnable_sink": torch.zeros(4)}, "learnable_sink"),
+        ({"query_quant_mode": 3}, "query_quant_mode"),
+        ({"input_layout": "BSH"}, "input_layout='BSH'"),
+        ({"input_layout": "BNSD", "block_table": None}, "input_layout='BNSD'"),
+        ({"return_softmax_lse": True}, "the logsumexp in the layout TND_NTD"),
+    ],
+)
+def test_latent_attention_refuses_by_name(argument: dict[str, Any], words: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"npu_fused_infer_attention_score_v2 with {words}"):
+        npu_attention.fused_infer_attention_score_v2(**(latent([(1, 3)]) | argument))
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ({"actual_seq_kvlen": None}, "takes the lengths of the requests' keys"),
+        ({"actual_seq_kvlen": [3, 3]}, "names 1 requests, actual_seq_lengths_kv 2"),
+        ({"actual_seq_kvlen": [17]}, "a request has 17 keys, and block_table names 1 pages of 16"),
+        ({"actual_seq_kvlen": [-1]}, "lengths are negative"),
+        ({"actual_seq_qlen": [2]}, "more than the 1 tokens of query"),
+        ({"block_size": 8}, "a cache with block_size=8 and 1 key heads"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_a_sentence(argument: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        npu_attention.fused_infer_attention_score_v2(**(latent([(1, 3)]) | argument))
+
+
+def test_a_page_beyond_the_cache_is_a_sentence() -> None:
+    given = latent([(1, 3)])
+    given["block_table"] = torch.tensor([[7]], dtype=torch.int32)
+    with pytest.raises(IndexError, match="block_table names page 7, and the cache has 1"):
+        npu_attention.fused_infer_attention_score_v2(**given)
+
+
+def test_a_captured_task_takes_the_lengths_of_its_update() -> None:
+    """What vllm-ascend does around its graphs: a group in the capture, an update with other lengths before each replay."""
+    requests = [(1, 40), (1, 7), (1, 3)]
+    given, out = latent(requests), [torch.zeros(4, 3, 16), torch.zeros(1)]
+    acl_graph.graph_task_group_begin(None)
+    captured = acl_graph.lengths([1, 2, 3], [40, 7, 3], False, torch.device("cpu"))
+    task = acl_graph.graph_task_group_end(None)
+    assert task.lengths is captured and captured.shape == (2, 3)
+    for keys, ends in (([40, 7, 3], [1, 2, 3]), ([5, 6], [1, 2])):
+        acl_graph.graph_task_update_begin(None, task)
+        changed = given | {"actual_seq_kvlen": keys, "actual_seq_qlen": ends}
+        npu_attention.fused_infer_attention_score_v2_out(**changed, out=out, workspace=None)
+        acl_graph.graph_task_update_end(None)
+        more = 3 - len(keys)
+        assert captured.tolist() == [ends + [ends[-1]] * more, keys + [0] * more]
+    acl_graph.graph_task_update_begin(None, task)
+    try:
+        with pytest.raises(ValueError, match="names 4 requests, and 3 were captured"):
+            wide = latent([*requests, (1, 1)])
+            npu_attention.fused_infer_attention_score_v2_out(**wide, out=out, workspace=None)
+    finally:
+        acl_graph.graph_task_update_end(None)
+    acl_graph.graph_task_group_begin(None)
+    with pytest.raises(RuntimeError, match="without an attention operator that bi_compile replaces"):
+        acl_graph.graph_task_group_end(None)
+
+
+def test_int8_products_stay_and_others_are_refused() -> None:
+    entries = {e.operator: e for e in npu_moe.NpuMoe.entries}
+    int8, half = torch.zeros(4, 4, dtype=torch.int8), torch.zeros(4, 4, dtype=torch.float16)
+    assert entries["npu.npu_quant_matmul.default"].stays(int8, int8, torch.ones(4))
+    assert entries["npu.npu_grouped_matmul.default"].stays([int8], [int8[None]], group_list=torch.tensor([4]))
+    assert not entries["npu.npu_grouped_matmul.default"].stays([half], [int8[None]], group_list=torch.tensor([4]))
+    fused = entries["_C_ascend.grouped_matmul_swiglu_quant_weight_nz.default"]
+    assert fused.stays(int8, int8[None], torch.ones(1, 4), torch.ones(4), torch.tensor([4]))
+    with pytest.raises(NotImplementedError, match="operands of torch"):
+        fused.replacement(half, int8[None])
 
 
 def test_fused_norms_keep_every_output() -> None:

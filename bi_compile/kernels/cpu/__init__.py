@@ -100,6 +100,11 @@ def paged_attention(
             keys, first = keys - first, keys
         else:
             pages = block_table[i, : -(-keys // key.shape[1])].long()
+            if keys and not 0 <= int(pages.min()) <= int(pages.max()) < key.shape[0]:
+                wrong = int(pages.max()) if int(pages.min()) >= 0 else int(pages.min())
+                raise IndexError(
+                    f"bi_compile::paged_attention: block_table names page {wrong}, and the cache has {key.shape[0]}"
+                )
             k, v = key[pages].flatten(0, 1)[:keys], value[pages].flatten(0, 1)[:keys]
         if end > start and keys:
             distance = torch.arange(keys)[None] - torch.arange(keys - (end - start), keys)[:, None]
