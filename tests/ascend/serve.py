@@ -3,7 +3,7 @@
     python tests/ascend/serve.py '{"name": {"model": MODEL, "arguments": {"compilation_config": {"custom_passes": ["bi_ascend"]}}}}'
 
 A job may have "environment" too. Each is served in a fork of this process, which has imported everything, two at a time; what
-it prints goes to the file "log" of the job, or here. The environment: LD_LIBRARY_PATH with the stand-ins for CANN, VLLM_PLUGINS,
+it prints goes to the file "log" of the job, or here; its name is printed when it is done. The environment: LD_LIBRARY_PATH with the stand-ins for CANN, VLLM_PLUGINS,
 TRITON_INTERPRET=1.
 
 The prompts have up to 60 tokens and are read in chunks; two of 140 have 128 tokens in common, which a cached prefix serves.
@@ -60,7 +60,7 @@ def serve(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
     llm = LLM(
         model=model, skip_tokenizer_init=True, max_model_len=256, max_num_batched_tokens=64, max_num_seqs=REQUESTS, seed=0,
-        enable_prefix_caching=True, enable_chunked_prefill=True, gpu_memory_utilization=0.05, **arguments,
+        enable_prefix_caching=True, enable_chunked_prefill=True, kv_cache_memory_bytes=2**25, **arguments,
     )  # fmt: skip
     greedy = SamplingParams(temperature=0, max_tokens=2, logprobs=3, detokenize=False)
 
@@ -126,6 +126,7 @@ def main(jobs: dict[str, dict[str, Any]], at_a_time: int = 2) -> None:
 def _wait(running: dict[int, str], failed: list[str]) -> None:
     pid, status = os.wait()
     name = running.pop(pid)
+    print(name, flush=True)
     if status:
         failed.append(name)
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def variables(path: str | None = None) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def served(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Callable[[str, str], tuple[dict[str, Any], str]]:
+) -> Iterator[Callable[[str, str], tuple[dict[str, Any], str]]]:
     """What a case found for a kind of model, and what it printed; one process serves all that were chosen."""
     chosen = [i.callspec.params for i in request.session.items if getattr(i, "module", None) is request.module]
     folder, jobs = tmp_path_factory.mktemp("engines"), {}
@@ -72,20 +72,27 @@ def served(
             "model": str(models[kind]), "arguments": arguments, "log": str(folder / f"{len(jobs)}.log"),
             "environment": environment | {"VLLM_CACHE_ROOT": cache},
         }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(SERVE), json.dumps(jobs)], env=os.environ | variables(), capture_output=True, text=True,
-        check=False, timeout=300 + 60 * len(jobs),
-    )  # fmt: skip
+    finished: set[str] = set()
+    with open(folder / "all.log", "w") as errors, subprocess.Popen(
+        [sys.executable, str(SERVE), json.dumps(jobs)], env=os.environ | variables(), stdout=subprocess.PIPE, stderr=errors, text=True
+    ) as process:  # fmt: skip
 
-    def result(kind: str, case: str) -> tuple[dict[str, Any], str]:
-        name = f"{kind}, {case}"
-        log = Path(jobs[name]["log"])
-        said = log.read_text() if log.exists() else done.stdout + done.stderr
-        last = said.strip().splitlines()[-1]
-        assert last.startswith(json.dumps({name: 0})[:-3]), said[-6000:]
-        return json.loads(last)[name], said
+        def result(kind: str, case: str) -> tuple[dict[str, Any], str]:
+            name = f"{kind}, {case}"
+            assert process.stdout is not None
+            while name not in finished:
+                line = process.stdout.readline()
+                assert line, (folder / "all.log").read_text()[-6000:]
+                finished.add(line.strip())
+            said = Path(jobs[name]["log"]).read_text()
+            last = said.strip().splitlines()[-1]
+            assert last.startswith(json.dumps({name: 0})[:-3]), said[-6000:]
+            return json.loads(last)[name], said
 
-    return result
+        try:
+            yield result
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("kind", KINDS)
