@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import OptionError, meant
+from ..errors import HostError, OptionError, meant
 from .measured import Measured, write
 
 
@@ -19,18 +20,26 @@ def run(names: Sequence[str], folder: Path | None) -> Iterator[tuple[str, Measur
 
     Raises:
         OptionError: an unknown name, or the folder cannot be written.
+        HostError: a package that one of them needs is not installed.
     """
     import torch
 
+    needs: dict[str, tuple[str, ...]] = {}
     if torch.cuda.is_available():
         from .cuda import BENCHES
     else:
         from .cpu import BENCHES
+        from .cpu import NEEDS as needs
     unknown = [n for n in names if n not in BENCHES]
     if unknown:
         raise OptionError(
             f"unknown benchmark {', '.join(n + meant(n, BENCHES) for n in unknown)}: known here are {', '.join(BENCHES)}"
         )
+    missing = {n: [m for m in needs.get(n, ()) if find_spec(m) is None] for n in names or BENCHES}
+    if any(missing.values()):
+        said = "; ".join(f"{n} needs {' and '.join(m)}" for n, m in missing.items() if m)
+        rest = [n for n, m in missing.items() if not m] or [n for n in BENCHES if n not in needs]
+        raise HostError(f"{said}, which cannot be imported: install it, or run `bi-compile bench {' '.join(rest)}`")
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)

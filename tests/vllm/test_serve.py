@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from bi_compile.measure import verify_server
 from bi_compile.measure.models import SIZES
 from bi_compile.measure.process import ENVIRONMENT
 
@@ -99,3 +100,5 @@ def test_one_at_a_time_against_sixteen_at_once(server: str) -> None:
         together = list(pool.map(ask, prompts))
     assert all(len(tokens) == 16 for tokens, *_ in alone)
     assert sum(a != b for a, b in zip(alone, together, strict=True)) == 0
+    asked = verify_server.verify(server, requests=8, tokens=4, sizes=[8], seed=1)
+    assert asked["mismatch"] is None and asked["rows"] == 24
