@@ -44,8 +44,7 @@ def root(
 ) -> None:
     """Batch-invariant compilation: the same bits whether a request runs alone or in a batch.
 
-    Exit codes: 0 done, nothing found; 1 found: a row differs, a graph is not batch-invariant or was never judged, something is missing; 2 wrong
-    usage; 3 it failed.
+    Exit codes: 0 nothing was found; 1 a row differs, a graph is not batch-invariant, something is missing; 2 wrong usage; 3 it failed.
     """
     exits.show_traces = traceback
 
@@ -62,9 +61,7 @@ def demo() -> None:
 @app.command()
 @sentences
 def bench(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="these alone: product, engine, …")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="these alone: product, engine, …")] = None,
     csv: Annotated[Path | None, typer.Option(metavar="DIR", help="write each table into DIR/NAME.csv too")] = None,
 ) -> None:
     """Measure what invariance costs on this device, as ratios against peers in the same run."""

@@ -49,10 +49,12 @@ def console(stderr: bool = False) -> Console:
     return found if found.is_terminal or os.environ.get("COLUMNS", "").isdigit() else Console(stderr=stderr, width=160)
 
 
-def table(title: str, *columns: str, right: Sequence[str] = (), lines: bool = False) -> Table:
+def table(
+    title: str, *columns: str, right: Sequence[str] = (), whole: Sequence[str] = (), lines: bool = False
+) -> Table:
     """A table in which nothing is cut: what does not fit its column goes on in the next line.
 
-    right: the columns of numbers. lines: a line between rows, where a cell has several.
+    right: the columns of numbers. whole: columns whose words are not broken. lines: a line between rows, where a cell has several.
     """
     from rich import box
     from rich.table import Table
@@ -67,7 +69,7 @@ def table(title: str, *columns: str, right: Sequence[str] = (), lines: bool = Fa
         show_lines=lines,
     )
     for name in columns:
-        found.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        found.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in whole)
     return found
 
 

@@ -231,7 +231,7 @@ def well(lines: Iterable[Line]) -> bool:
 
 def show(console: Any, lines: Iterable[Line]) -> None:
     """Print the table."""
-    shown = table("bi-compile doctor", "", "what", "found, and what to do")
+    shown = table("bi-compile doctor", "", "what", "found, and what to do", whole=("",))
     for line in lines:
         found = escape(line.found) + (f"\n[bold]{escape(line.remedy)}[/]" if line.remedy else "")
         shown.add_row(f"[{_COLOURS[line.state]}]{line.state}[/]", escape(line.what), found)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import OptionError
+from ..ops import NAMESPACE
 from .console import table
 
 #: verdicts that keep a graph from being batch-invariant, as `audit` names them
@@ -134,13 +135,14 @@ _COLOURS = {"batch-invariant": "green", "NOT batch-invariant": "red", "not judge
 
 
 def _graphs(graphs: list[DumpedGraph]) -> Table:
-    numbers = ("nodes", "after", "replaced", "trusted", "left")
-    found = table("Graphs", "graph", "verdict", *numbers, right=numbers)
+    numbers = ("nodes", "replaced", "trusted", "left")
+    found = table("Graphs", "graph", "verdict", *numbers, right=numbers, whole=("graph",))
     for g in graphs:
         verdict = f"{g.verdict} on {g.audit['target']}" if g.audit else g.verdict
         colour = _COLOURS.get(g.verdict, "default")
-        counts = (g.before, g.after, sum(len(step["changes"]) for step in g.steps), len(g.trusted), len(g.objections))
-        found.add_row(g.name, f"[{colour}]{verdict}[/]", *("" if n is None else str(n) for n in counts))
+        counts = (sum(len(step["changes"]) for step in g.steps), len(g.trusted), len(g.objections))
+        nodes = "" if g.before is None else f"{g.before} to {g.after}"
+        found.add_row(g.name, f"[{colour}]{verdict}[/]", nodes, *map(str, counts))
     return found
 
 
@@ -152,13 +154,19 @@ def _counted_changes(step: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _passes(graph: DumpedGraph) -> Table:
     title = f"{graph.name}: what the passes did"
-    found = table(title, "pass", "operator", "replaced by", "count", "ms", right=("count", "ms"))
+    found = table(title, "pass", "operator", "replaced by", "count", "ms", right=("count", "ms"), whole=("pass",))
     for step in graph.steps:
         for i, c in enumerate(_counted_changes(step)):
             first = (step["pass"], f"{step['seconds'] * 1e3:.1f}") if i == 0 else ("", "")
-            by = ", ".join(name if n == 1 else f"{n} {name}" for name, n in Counter(c["by"]).items())
+            by = ", ".join(name if n == 1 else f"{n} {name}" for name, n in Counter(map(_ours, c["by"])).items())
             found.add_row(first[0], c["operator"], by, str(c["count"]), first[1])
     return found
+
+
+def _ours(operator: str) -> str:
+    """Our operators as the documentation writes them."""
+    space, _, name = operator.partition(".")
+    return f"{space}::{name.removesuffix('.default')}" if space == NAMESPACE else operator
 
 
 def _verdicts(title: str, nodes: list[dict[str, Any]]) -> Table:

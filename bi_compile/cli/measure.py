@@ -322,4 +322,6 @@ def probe_table(data: dict[str, Any]) -> Table:
 
 def _cell(measured: dict[str, Any]) -> str:
     cut = f", {measured['batches_left']} batches left" if measured["batches_left"] else ""
-    return f"[red]varies[/]{cut}" if measured["mismatches"] else f"{measured['rows']} rows equal{cut}"
+    if measured["mismatches"]:
+        return f"[red]varies[/]{cut}"
+    return f"{measured['rows']} rows equal{cut}" if measured["rows"] else "not run: the time was up"

@@ -35,7 +35,7 @@ def test_inspect_shows_graphs_passes_and_counts(dump: Path) -> None:
         "graph_001_final",
         "softmax",
         "matmul",
-        "bi_compile.softmax.default",
+        "bi_compile::softmax",
         "batch-invariant on cpu",
     ):
         assert word in result.output, result.output
