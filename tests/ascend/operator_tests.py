@@ -2,7 +2,7 @@
 
     python tests/ascend/operator_tests.py test_batch_invariant_ops.py [pytest's arguments]
 
-The file is vllm-ascend's tests/e2e/nightly/single_node/ops/singlecard_ops/triton/test_batch_invariant_ops.py of its main branch;
+The file is vllm-ascend/tests/e2e/nightly/single_node/ops/singlecard_ops/triton/test_batch_invariant_ops.py of its main branch;
 it is not kept here. What it imports from vllm_ascend are here the functions of PyTorch that a program calls: torch.mm,
 addmm, bmm(out=), linear, mean, rms_norm and softmax, with the replacements at the dispatcher. Without an NPU it runs on the
 emulated one (LD_LIBRARY_PATH with the stand-ins for CANN, TRITON_INTERPRET=1); on an NPU machine, on the NPU.
