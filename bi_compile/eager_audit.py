@@ -103,7 +103,9 @@ class Observer(TorchDispatchMode):
         super().__init__()
         if options.batch is not None or options.probe is not None:
             name = "probe" if options.batch is None else "batch"
-            raise OptionError(f"the option {name} speaks of a graph, and here is none: leave it out for eager code")
+            raise OptionError(
+                f"the option {name} is about a graph, and there is none here: leave it out for eager code"
+            )
         self.options = options
         self.passes = resolve(options).passes
         self.device = device

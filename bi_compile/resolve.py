@@ -58,7 +58,7 @@ def check_trust(trust: Mapping[str, str]) -> None:
     unknown = [name for name in trust if not _is_registered(name)]
     if unknown:
         raise OptionError(
-            f"trust names {', '.join(map(repr, unknown))}, which nobody registered: correct it, or import what registers it first"
+            f"trust names {', '.join(map(repr, unknown))}, which is not registered: correct it, or import what registers it first"
         )
 
 
@@ -127,7 +127,7 @@ def _users_pass(name: str, path: str) -> type[Pass]:
             f'the pass {name!r} cannot be imported ({error}): known are {", ".join(pass_names())}, or "package.module:object"'
         ) from error
     if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise OptionError(f"{name!r} is {found!r}, which is no subclass of bi_compile.Pass")
+        raise OptionError(f"{name!r} is {found!r}, which is not a subclass of bi_compile.Pass")
     return found
 
 

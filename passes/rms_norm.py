@@ -60,7 +60,7 @@ def rms_norm_ir(x: Tensor, weight: Tensor | None, epsilon: float, variance_size:
 
 @RmsNorm.replaces(
     "npu.npu_gemma_rms_norm.default",
-    source="a fused kernel of which nothing is known; AclnnAddRmsNorm varies",
+    source="a fused kernel about which nothing is known; AclnnAddRmsNorm varies",
 )
 def npu_gemma_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     return ops.rms_norm(input, gamma.float() + 1, epsilon)

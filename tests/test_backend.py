@@ -360,7 +360,7 @@ def test_the_target_is_of_the_graphs_device() -> None:
 
 def test_trust_in_an_operator_that_nobody_registered() -> None:
     with pytest.raises(
-        Exception, match=r"trust names 'aten::cumprodd', 'no::such', 'aten::prod.no', which nobody registered"
+        Exception, match=r"trust names 'aten::cumprodd', 'no::such', 'aten::prod.no', which is not registered"
     ):
         trust = dict.fromkeys(
             ("aten::cumprodd", "aten::prod", "no::such", "aten::prod.no", "aten.prod.dim_int", "cond"), "a test"

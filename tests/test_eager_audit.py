@@ -149,7 +149,7 @@ def test_only_the_thread_that_asked_is_judged() -> None:
 
 
 def test_an_option_that_speaks_of_a_graph_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"batch speaks of a graph"), judged(Options(batch={"x": 0})):
+    with pytest.raises(OptionError, match=r"batch is about a graph"), judged(Options(batch={"x": 0})):
         pass
 
 

@@ -76,7 +76,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "pass that is none": (
         {"passes": ["bi_compile.passes:PASSES"]},
-        r"'bi_compile.passes:PASSES' is .* which is no subclass of bi_compile.Pass",
+        r"'bi_compile.passes:PASSES' is .* which is not a subclass of bi_compile.Pass",
     ),
     "pass without an attribute": ({"passes": ["bi_compile:"]}, r"'bi_compile:'"),
     "pass without a module": ({"passes": [":Mine"]}, r"the pass ':Mine' cannot be imported"),
@@ -172,7 +172,7 @@ def test_a_users_module_without_that_pass_is_refused(mine: str) -> None:
     module = mine.split(":")[0]
     with pytest.raises(OptionError, match=rf"the pass '{module}:Nothing' cannot be imported"):
         resolve(Options(passes=(f"{module}:Nothing",)))
-    with pytest.raises(OptionError, match=rf"'{module}:OTHER' is 3, which is no subclass of bi_compile.Pass"):
+    with pytest.raises(OptionError, match=rf"'{module}:OTHER' is 3, which is not a subclass of bi_compile.Pass"):
         resolve(Options(passes=(f"{module}:OTHER",)))
 
 

@@ -94,16 +94,16 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise OptionError(f"{str(path)!r} cannot be read ({error.strerror}): name an audit.json of a dump") from error
     except ValueError as error:
-        raise OptionError(f"{str(path)!r} is truncated or no JSON ({error}): make the dump again") from error
+        raise OptionError(f"{str(path)!r} is truncated, or is not JSON ({error}): make the dump again") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else None
         raise OptionError(
-            f"{str(path)!r} is no certificate of this version of bi_compile: its format is {found!r}, not {FORMAT!r}"
+            f"{str(path)!r} is not a certificate of this version of bi_compile: its format is {found!r}, not {FORMAT!r}"
         )
     wrong = [key for key, kind in _KEYS.items() if not isinstance(data.get(key, ...), kind)]
     if wrong or not all(isinstance(n, dict) and set(_NODE_KEYS) <= n.keys() for n in data["nodes"]):
         raise OptionError(
-            f"{str(path)!r} is no whole certificate ({', '.join(wrong) or 'an entry of nodes'} is missing or malformed): make the dump again"
+            f"{str(path)!r} is not a whole certificate ({', '.join(wrong) or 'an entry of nodes'} is missing or malformed): make the dump again"
         )
     if _graph_hash(data["nodes"]) != data["graph"]:
         raise OptionError(

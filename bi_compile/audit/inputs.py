@@ -248,7 +248,7 @@ def _batch_size(groups: Mapping[Any, Sequence[_Input]]) -> Any:
     names = ", ".join(str(i) for group in groups.values() for i in group)
     first = next(iter(groups.values()))[0].name
     raise OptionError(
-        f"the batch is dimension 0 of every input that is no parameter or buffer, and its size differs: {names}; name the "
+        f"the batch is dimension 0 of every input that is not a parameter or a buffer, and its size differs: {names}; name the "
         f"inputs that carry the batch and its dimension, as in batch={{{first!r}: 0}}"
     )
 

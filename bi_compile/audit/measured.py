@@ -48,7 +48,7 @@ def read(path: str | Path) -> dict[str, Any]:
         {k: data[k] for k in ("date", "device", "device_name", "torch", "operators")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(
-            f"probe={str(path)!r} is no file of this version's `bi-compile probe` ({error}): make it again"
+            f"probe={str(path)!r} is not a file of this version's `bi-compile probe` ({error}): make it again"
         ) from None
     return data
 

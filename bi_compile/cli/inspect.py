@@ -64,7 +64,7 @@ def read(folder: Path) -> list[DumpedGraph]:
     """The graphs of a dump.
 
     Raises:
-        OptionError: the folder is no dump, or a file in it cannot be read.
+        OptionError: the folder is not a dump, or a file in it cannot be read.
     """
     found = (
         sorted(p for p in folder.glob("graph_*") if any((p / name).is_file() for name in _MARKS))

@@ -70,7 +70,7 @@ def read(counterexample: Path) -> tuple[Path | None, dict[str, Any]]:
         return model if model is None else Path(model), {**plan, "only": plan["only"]}
     except (ValueError, KeyError, AttributeError) as error:
         raise MeasureError(
-            f"{counterexample} is no counterexample ({error!r}): name a model's folder, or a file that `bi-compile verify vllm` wrote"
+            f"{counterexample} is not a counterexample ({error!r}): name a model's folder, or a file that `bi-compile verify vllm` wrote"
         ) from None
 
 

@@ -25,7 +25,7 @@ class Target:
     row_local: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Native operators of this device (`ns::packet`) that are row-local by their meaning, each with what that is."""
     unproven: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Native operators (`ns::packet`) of which nothing is known, each with what would be needed."""
+    """Native operators (`ns::packet`) about which nothing is known, each with what would be needed."""
     inductor: Mapping[str, object] = dataclasses.field(default_factory=dict)
     """Settings of Inductor (`torch._inductor.config`) that the guarantee needs."""
     native: Callable[[], Mapping[str, str]] = dict

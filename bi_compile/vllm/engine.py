@@ -77,7 +77,7 @@ def configure(vllm_config: Any) -> None:
     if vllm_config.lora_config is not None:
         raise HostError(f"{KEY} does not cover LoRA's kernels: serve the merged model, or remove {KEY}")
     _check_mode(vllm_config, platform)
-    # without a compiler vLLM calls fused kernels of its own, of which nothing is known; its plain PyTorch code is in the table
+    # without a compiler vLLM calls fused kernels of its own, about which nothing is known; its plain PyTorch code is in the table
     custom_ops = vllm_config.compilation_config.custom_ops
     if "all" in custom_ops and not platform.own_operators_in_table:
         custom_ops[custom_ops.index("all")] = "none"

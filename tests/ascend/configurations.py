@@ -197,7 +197,7 @@ a chip; what a closed assembler makes of the HIVM modules is not seen here.
 A product's tile is rows x columns x K of one step. Its rows and columns follow the number of rows, K does not, and a
 block of K fits whole into L0A and L0B in every tile.
 
-Refused by name: float64, and attention with heads of more than 512 elements (float32: 256; in pages that are no multiple of 64
+Refused by name: float64, and attention with heads of more than 512 elements (float32: 256; in pages that are not a multiple of 64
 keys 128, float32: 64). triton-ascend refuses a launch
 of more than 65,535 programs unless TRITON_ALL_BLOCKS_PARALLEL=1 is set.
 

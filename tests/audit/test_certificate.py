@@ -156,11 +156,11 @@ def test_trust_of_the_user_is_in_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (lambda text: text[: len(text) // 2], "is truncated or no JSON"),
-        (lambda text: "", "is truncated or no JSON"),
-        (lambda text: '{"target": "cpu"}', "is no certificate of this version of bi_compile: its format is None"),
-        (lambda text: "[1]", "is no certificate"),
-        (lambda text: json.dumps({"format": "bi_compile certificate 1"}), r"is no whole certificate \(graph, target"),
+        (lambda text: text[: len(text) // 2], "is truncated, or is not JSON"),
+        (lambda text: "", "is truncated, or is not JSON"),
+        (lambda text: '{"target": "cpu"}', "is not a certificate of this version of bi_compile: its format is None"),
+        (lambda text: "[1]", "is not a certificate"),
+        (lambda text: json.dumps({"format": "bi_compile certificate 1"}), r"is not a whole certificate \(graph, target"),
         (lambda text: text.replace("bi_compile.mm.default", "aten.mm.default"), "was changed: its nodes do not have the hash"),
     ],
     ids=["half", "empty", "foreign", "a list", "without content", "changed"],

@@ -49,7 +49,7 @@ def test_an_engine_without_it_and_its_counterexample(
 def test_what_is_no_counterexample(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     result = CliRunner().invoke(app, ["verify", "vllm", str(tmp_path / "other.json")])
-    assert result.exit_code == 2 and "is no counterexample" in result.output
+    assert result.exit_code == 2 and "is not a counterexample" in result.output
 
 
 PRODUCTS = {entry.operator for p in PASSES if p.name == "matmul" for entry in p.entries}
