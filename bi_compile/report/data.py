@@ -69,10 +69,11 @@ def _graph(path: Path, frames: _Table, stacks: _Table, reasons: _Table) -> dict[
     uncompiled = before is None
     if uncompiled:  # what ran without a graph has verdicts alone
         after = [_bare(n, frames, stacks) for n in verdicts.values()]
-    if after is None and verdicts:  # cannot be: a graph is judged after its passes
-        raise OptionError(f"{str(path)!r} holds a certificate and no after.json: make the dump again")
-    nodes, came = after or [], before or []
-    rows = _aligned(came, nodes) if after is not None and not uncompiled else []
+    if (uncompiled and (path / "00_before.py").is_file()) or (after is None and verdicts):
+        raise OptionError(f"{str(path)!r} is not of this version of bi_compile: make the dump again")
+    came = before or []
+    nodes = came if after is None else after  # a compilation that stopped handed nothing on
+    rows = [] if after is None or uncompiled else _aligned(came, nodes)
     taken = {c["node"]: c for step in (changes or {}).get("passes", ()) for c in step["changes"]}
     at = {json.dumps(n): i for i, n in enumerate(nodes)}
     shared = [at.get(json.dumps(n), n) for n in came]

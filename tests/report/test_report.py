@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,18 @@ def test_a_refused_graph_says_why_first(tmp_path: Path) -> None:
 
 
 @needs_browser
+def test_a_compilation_that_stopped(dump: Path, tmp_path: Path) -> None:
+    """Its nodes are there, and that none of them was judged."""
+    shutil.copytree(dump / "graph_000_captured", tmp_path / "dump" / "graph_000_captured")
+    for name in ("after.json", "changes.json", "changes.diff"):
+        (tmp_path / "dump" / "graph_000_captured" / name).unlink()
+    with opened(page_of(tmp_path / "dump", tmp_path / "report.html")) as tab:
+        assert tab.inner_text("#verdict") == "The compilation stopped"
+        assert search(tab, "aten._softmax.default") == 2
+        assert "stopped before this graph was judged" in tab.inner_text("#detail")
+
+
+@needs_browser
 def test_the_curve_of_a_bisection(dump: Path, tmp_path: Path) -> None:
     steps = [
         {
@@ -115,7 +128,15 @@ def test_what_is_no_dump_is_refused(dump: Path, tmp_path: Path) -> None:
     (tmp_path / "graph_000_final").mkdir()
     (tmp_path / "graph_000_final" / "before.json").write_text("{")
     (tmp_path / "empty").mkdir()
+    shutil.copytree(dump / "graph_000_captured", tmp_path / "old" / "graph_000_captured")
+    (tmp_path / "old" / "graph_000_captured" / "before.json").unlink()
+    (tmp_path / "old" / "graph_001_final").mkdir()
+    (tmp_path / "old" / "graph_001_final" / "before.json").write_text('{"frames": [], "nodes": []}')
+    (tmp_path / "old" / "graph_000_captured" / "audit.json").write_bytes(
+        (dump / "graph_001_final" / "audit.json").read_bytes()
+    )
     for arguments, said in (
+        ([str(tmp_path / "old")], "is not of this version"),
         ([str(tmp_path / "none")], "is not a folder"),
         ([str(tmp_path / "empty")], "holds no dump"),
         ([str(tmp_path)], "before.json"),
