@@ -94,29 +94,6 @@ def vllm_throughput() -> None:
     save("vllm_throughput", figure, said)
 
 
-def equal_answers() -> None:
-    """The share of requests whose answer is still the one that they got alone, by position in the answer."""
-    said, rows = read("equal_answers")
-    figure, axis = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
-    for (what, points), colour, dash in zip(
-        grouped(rows, "what").items(), (*COLOURS[:2], *COLOURS[:2]), ("-", "-", "--", "--"), strict=False
-    ):
-        axis.step(
-            [int(p["position"]) for p in points],
-            [float(p["share"]) for p in points],
-            dash,
-            color=colour,
-            label=what,
-            where="mid",
-        )
-    axis.set_ylim(-0.03, 1.06)
-    axis.set_xlabel("token of the answer")
-    axis.set_ylabel("share still equal")
-    axis.legend(frameon=False)
-    save("equal_answers", figure, said)
-
-
 if __name__ == "__main__":
-    for plot in (decode_steps, vllm_throughput, equal_answers):
-        if (DOCS / "data" / f"{plot.__name__}.csv").exists():
-            plot()
+    decode_steps()
+    vllm_throughput()
