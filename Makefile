@@ -50,12 +50,11 @@ test-ascend: $(STAND_INS)
 bench: $(READY)
 	$(BIN)/bi-compile bench
 
-lint: $(READY)
+lint: $(READY) site
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) site
 
 # strict: a link that leads nowhere, a page outside of the navigation, or a docstring that cannot be read stops it
 site: $(READY)
