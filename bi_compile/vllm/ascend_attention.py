@@ -127,4 +127,5 @@ def _unknown(vllm_config: Any, impl: Any) -> str | None:
         return f"_npu_paged_attention (heads of {impl.head_size}, or pa_shape_list)"
     if impl.sinks is not None:
         return "npu_fused_infer_attention_score_v2, with sinks,"
-    return "sparse attention (enable_hamming_sparse)" if impl.enable_hamming_sparse else None
+    # vllm-ascend's main of August 2026 has this no more
+    return "sparse attention (enable_hamming_sparse)" if getattr(impl, "enable_hamming_sparse", False) else None
