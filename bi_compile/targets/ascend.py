@@ -26,6 +26,7 @@ _HOST = {
     "tokens take one form (bi_compile/vllm/ascend_attention.py)",
     "vllm::unified_kv_cache_update": "copies keys and values into their slots",
     "vllm::maybe_chunk_residual": "takes this rank's rows (vllm_ascend/ops/register_custom_ops.py)",
+    "vllm::all_gather": "joins the ranks' parts, adds nothing up",
     "vllm::maybe_all_gather_and_maybe_unpad": "joins the ranks' rows (vllm_ascend/ops/register_custom_ops.py)",
     "vllm::muls_add": "x * scale + y, pointwise (vllm_ascend/ops/triton/muls_add.py)",
     "vllm::quantize": "each element by itself (npu_quantize)",

@@ -1,6 +1,7 @@
 """Every kernel configuration that an operator can choose on Ascend, and the table of docs/reference/ascend-kernels.md.
 
-    python tests/ascend/configurations.py > docs/reference/ascend-kernels.md     # lowers each for each chip, some minutes
+    python tests/ascend/configurations.py > docs/reference/ascend-kernels.md     # lowers each for each chip, half an hour
+    python tests/ascend/configurations.py paged_attention > new.md               # these operators, and lines that the page lacks
 
 A configuration is made by calling the operator's own host function, with the tiles of an NPU.
 """
@@ -204,19 +205,23 @@ of more than 65,535 programs unless TRITON_ALL_BLOCKS_PARALLEL=1 is set.
 """
 
 
-def document() -> str:
-    found = launches()
-    keys = list(found)
-    return table(keys, {chip: plans([(found[key], chip) for key in keys]) for chip in lowering.CHIPS.values()})
-
-
-def table(keys: list[tuple[str, str, str, str]], results: dict[str, list[dict[str, float] | str]]) -> str:
+def document(operators: list[str]) -> str:
+    """The page; if operators are named, with the old page's lines of the others."""
+    page = Path(__file__).parents[2] / "docs" / "reference" / "ascend-kernels.md"
+    old = {
+        tuple(line[2:].split(" | ")[:3]): line
+        for line in page.read_text().splitlines()
+        if operators and line.startswith("| ")
+    }
     lines = ["| operator | dtype | tile | variants | " + " | ".join(lowering.CHIPS) + " |", "|---" * 7 + "|"]
-    for name, group in itertools.groupby(range(len(keys)), key=lambda i: keys[i][:3]):
-        places = list(group)
-        cells = [cell([results[chip][i] for i in places]) for chip in lowering.CHIPS.values()]
-        variants = ", ".join(keys[i][3] for i in places)
-        lines.append("| " + " | ".join([*name, variants, *cells]) + " |")
+    found = launches()
+    for name, group in itertools.groupby(found, key=lambda key: key[:3]):
+        keys = list(group)
+        kept = old.get(name)
+        if kept is None or name[0] in operators:
+            results = (plans([(found[key], chip) for key in keys]) for chip in lowering.CHIPS.values())
+            kept = "| " + " | ".join([*name, ", ".join(key[3] for key in keys), *map(cell, results)]) + " |"
+        lines.append(kept)
     chips = ", ".join(f"{chip} ({name})" for name, chip in lowering.CHIPS.items())
     return HEADER.format(chips=chips) + "\n".join(lines) + "\n"
 
@@ -230,4 +235,4 @@ def cell(results: list[dict[str, float] | str]) -> str:
 
 
 if __name__ == "__main__":
-    print(document(), end="")
+    print(document(sys.argv[1:]), end="")

@@ -60,12 +60,15 @@ def _attention(
     off_h = off_zh % heads
     m0 = tl.program_id(0) % num_pid_m * BLOCK_M
     offs_m = m0 + tl.arange(0, BLOCK_M)
-    query = (offs_m // group).to(tl.int64)
+    position = offs_m // group
+    query = position.to(tl.int64)
     q_head = off_h * group + offs_m % group
-    valid = query < L
+    valid = position < L
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    # masks in 32 bits: Ascend's vector unit does not compare 64, and its compiler then takes one element after the other
+    offs_key = tl.arange(0, BLOCK_N)
+    offs_n = offs_key.to(tl.int64)
 
     q_ptrs = (
         q + off_z * stride_qz + q_head[:, None] * stride_qh + query[:, None] * stride_qm + offs_d[None, :] * stride_qd
@@ -84,12 +87,12 @@ def _attention(
     if CAUSAL:
         end = tl.minimum(S, (m0 + BLOCK_M - 1) // group + 1)
     for start_n in range(0, end, BLOCK_N):
-        k_block = tl.load(k_ptrs, mask=(offs_n < S - start_n)[None, :] & (offs_d < D)[:, None], other=0.0)
+        k_block = tl.load(k_ptrs, mask=(offs_key < S - start_n)[None, :] & (offs_d < D)[:, None], other=0.0)
         qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
         scale = tl.full((BLOCK_M, BLOCK_N), SCALE, ACC)
-        seen = valid[:, None] & (offs_n < S - start_n)[None, :]
+        seen = valid[:, None] & (offs_key < S - start_n)[None, :]
         if CAUSAL:
-            seen = seen & (start_n + offs_n[None, :] <= query[:, None])
+            seen = seen & (start_n + offs_key[None, :] <= position[:, None])
         if MASK == 1:
             seen = seen & (tl.load(mask_ptrs, mask=seen, other=0) != 0)
         if MASK == 2:
@@ -104,7 +107,7 @@ def _attention(
         shift = tl.where(m_ij == float("-inf"), 0.0, m_ij)
         p = _exp(qk - shift[:, None], HALF)
         alpha = _exp(m_i - shift, HALF)
-        v_block = tl.load(v_ptrs, mask=(offs_n < S - start_n)[:, None] & (offs_dv < DV)[None, :], other=0.0)
+        v_block = tl.load(v_ptrs, mask=(offs_key < S - start_n)[:, None] & (offs_dv < DV)[None, :], other=0.0)
         new_l_i = tl.fma(l_i, tl.broadcast_to(alpha[:, None], BLOCK_M, BLOCK_N), p)
         new_acc = _dot(p.to(v.dtype.element_ty), v_block, acc * alpha[:, None])
         if CAUSAL or MASK:

@@ -47,7 +47,8 @@ def _paged_attention(
     stride_vp, stride_vn, stride_vh, stride_vd, stride_qrt, stride_qrh, stride_qrd,
     stride_krp, stride_krn, stride_krh, stride_krd, stride_table,
     SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_DR: tl.constexpr,
 ):  # fmt: skip
     """`attention._attention` for a tile of one request's queries: the same blocks of BLOCK_N keys, ascending from key 0 of
     the request, and the same sums, so the same bits. Where a key lies changes nothing but its address.
@@ -58,7 +59,7 @@ def _paged_attention(
     """
     index = tl.program_id(0) % tiles
     off_h = (tl.program_id(0) // tiles).to(tl.int64)
-    request = _request_of(lengths, requests, index, group, steps, BLOCK_M)
+    request = _request_of(lengths, requests, index, GROUP, steps, BLOCK_M)
     last = tl.minimum(request, requests - 1)
     behind = request == requests
     token = tl.where(request > 0, tl.load(lengths + tl.maximum(request - 1, 0)), 0)
@@ -70,16 +71,18 @@ def _paged_attention(
         S = S - first_key
     S = tl.where(behind, 0, S)
 
-    m0 = (index - (token * group // BLOCK_M + request)) * BLOCK_M
+    m0 = (index - (token * GROUP // BLOCK_M + request)) * BLOCK_M
     offs_m = m0 + tl.arange(0, BLOCK_M)
-    query = offs_m // group
-    q_head = off_h * group + offs_m % group
-    valid = query < L
+    query = offs_m // GROUP
+    q_head = off_h * group + offs_m % GROUP
+    valid = (query < L) & (offs_m % GROUP < group)
     row = (token + query).to(tl.int64)
     position = S - L + query
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    # masks in 32 bits: Ascend's vector unit does not compare 64, and its compiler then takes one element after the other
+    offs_key = tl.arange(0, BLOCK_N)
+    offs_n = offs_key.to(tl.int64)
 
     q_ptrs = q + row[:, None] * stride_qt + q_head[:, None] * stride_qh + offs_d[None, :] * stride_qd
     q_block = tl.load(q_ptrs, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
@@ -91,11 +94,11 @@ def _paged_attention(
     m_i = tl.full((BLOCK_M,), float("-inf"), ACC)
     l_i = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
-    begin = tl.maximum(S - L + m0 // group - left, 0) // BLOCK_N * BLOCK_N
-    end = tl.minimum(S, S - L + (m0 + BLOCK_M - 1) // group + right + 1)
-    end = tl.where(m0 < L * group, end, 0)
+    begin = tl.maximum(S - L + m0 // GROUP - left, 0) // BLOCK_N * BLOCK_N
+    end = tl.minimum(S, S - L + (m0 + BLOCK_M - 1) // GROUP + right + 1)
+    end = tl.where(m0 < L * GROUP, end, 0)
     for start_n in range(begin, end, BLOCK_N):
-        inside = offs_n < S - start_n
+        inside = offs_key < S - start_n
         if KEYS == 0:
             k_base = k + (first_key + start_n).to(tl.int64) * stride_kn
             v_base = v + (first_key + start_n).to(tl.int64) * stride_vn
@@ -127,7 +130,7 @@ def _paged_attention(
             kr_ptrs = kr_base + off_h * stride_krh + kr_offs[None, :] + offs_dr[:, None] * stride_krd
             qk = _dot(qr_block, tl.load(kr_ptrs, mask=inside[None, :] & (offs_dr < DR)[:, None], other=0.0), qk)
         qk = qk * tl.full((BLOCK_M, BLOCK_N), SCALE, ACC)
-        distance = start_n + offs_n[None, :] - position[:, None]
+        distance = start_n + offs_key[None, :] - position[:, None]
         seen = valid[:, None] & inside[None, :] & (distance <= right) & (distance >= -left)
         qk = tl.where(seen, qk, float("-inf"))
 
@@ -155,8 +158,25 @@ def _paged_attention(
     heads = tl.num_programs(0) // tiles * group
     out_row = row * heads + q_head
     tl.store(lse + out_row, tl.where(no_key, float("-inf"), m_i + tl.log(total)), mask=valid)
-    out_ptrs = out + out_row[:, None] * DV + offs_dv[None, :]
-    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=valid[:, None] & (offs_dv < DV)[None, :])
+    # tokens, heads of each, elements: what a division of rows hides from Ascend's compiler, which then stores single elements
+    HEADS: tl.constexpr = GROUP if GROUP < BLOCK_M else BLOCK_M
+    TOKENS: tl.constexpr = BLOCK_M // HEADS
+    tokens_ahead = tl.arange(0, TOKENS)
+    heads_ahead = tl.arange(0, HEADS)
+    first_head = m0 % GROUP
+    out_base = out + ((token + m0 // GROUP).to(tl.int64) * heads + off_h * group + first_head) * DV
+    out_ptrs = (
+        out_base
+        + (tokens_ahead.to(tl.int64) * heads * DV)[:, None, None]
+        + (heads_ahead.to(tl.int64) * DV)[None, :, None]
+        + offs_dv[None, None, :]
+    )
+    there = (
+        (tokens_ahead < L - m0 // GROUP)[:, None, None]
+        & (heads_ahead < group - first_head)[None, :, None]
+        & (offs_dv < DV)[None, None, :]
+    )
+    tl.store(out_ptrs, tl.reshape(acc.to(out.dtype.element_ty), (TOKENS, HEADS, BLOCK_DV)), mask=there)
 
 
 def paged_attention(
@@ -194,7 +214,8 @@ def paged_attention(
     group, device, size = q_heads // heads, target(query), query.element_size()
     blocks = blocks_of_head("paged_attention", query, dim, value_dim)
     # the average request's tile: its height changes no bits (tiles.py)
-    tile = choose(ATTENTION[device][size], cdiv(tokens, requests) * group)
+    padded = triton.next_power_of_2(group)
+    tile = choose(ATTENTION[device][size], cdiv(tokens, requests) * padded)
     tile = _fit_to_head(tile, max(blocks), ATTENTION_HEAD[device][1])
     page = 1 if block_table is None else key.shape[1]
     keys = PACKED if block_table is None else WHOLE_TILES if page % tile.width == 0 else PAGES
@@ -204,7 +225,7 @@ def paged_attention(
             f"bi_compile::paged_attention: heads of {max(dim, value_dim)} in {query.dtype} in pages of {page} keys do not fit into an "
             f"Ascend NPU's on-chip memory, which holds {longest} there: use pages of a multiple of {tile.width} keys (vLLM's block_size)"
         )
-    tiles = tokens * group // tile.height + requests + 1
+    tiles = tokens * padded // tile.height + requests + 1
     rope = 0 if query_rope is None else query_rope.shape[2]
     q_rope, k_rope = (query, key) if query_rope is None or key_rope is None else (query_rope, key_rope)
     k_strides, v_strides, kr_strides = (
@@ -217,7 +238,7 @@ def paged_attention(
         *query.stride(), *k_strides, *v_strides, *q_rope.stride(), *kr_strides,
         0 if block_table is None else block_table.stride(0),
         SCALE=1 / math.sqrt(dim + rope) if scale is None and dim + rope else float(scale or 0), KEYS=keys, ROPE=rope > 0,
-        HALF=size == 2, ACC=accumulator(query.dtype), FOLD=_uses_fold(query), BLOCK_M=tile.height, BLOCK_N=tile.width,
+        HALF=size == 2, ACC=accumulator(query.dtype), FOLD=_uses_fold(query), GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width,
         BLOCK_D=blocks[0], BLOCK_DV=blocks[1], BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0],
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

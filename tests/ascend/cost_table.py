@@ -1,0 +1,201 @@
+"""The kernels' cost on paper, for each chip: docs/reference/ascend-costs.md.
+
+    python tests/ascend/cost_table.py > docs/reference/ascend-costs.md      # lowers some 25 kernels for three chips, a few minutes
+
+Counts come from the lowered code (`tests/helpers/costs.py`), times from them and the chips' published peaks. Estimates, all of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+import costs
+import lowering
+import torch
+from triton.runtime.jit import JITFunction
+
+from bi_compile.kernels.triton import IMPLEMENTATIONS, launch, tiles
+
+BF16 = torch.bfloat16
+#: what a cube core multiplies and adds in a cycle, in 16 bits (16 x 16 x 16), and the bytes of one vector instruction's repeat
+MACS, REPEAT = 4096, 256
+
+
+class Peak(NamedTuple):
+    """16-bit products, in multiply-adds a second, and bytes a second from memory."""
+
+    macs: float
+    memory: float
+
+
+#: one die of a 910C for A2 and A3: half of its published 752 TFLOPS and 3.2 TB/s (CloudMatrix384 paper, arXiv 2506.12708)
+PEAKS = {"A2": Peak(188e12, 1.6e12), "A3": Peak(188e12, 1.6e12)}
+CUBE = ("mm", "grouped_mm", "paged_attention")
+
+
+class Case(NamedTuple):
+    operator: str
+    shape: str
+    run: Callable[[], Any]
+    steps: int
+    """Of the loop over K, keys or columns, for each program (their average)."""
+    programs: int | None
+    """That have work, where fewer than are launched."""
+    least: float
+    """Bytes that have to move: every operand once."""
+
+
+def products() -> Iterator[Case]:
+    n = k = 4096
+    for m in (1, 16, 64, 128, 256, 4096):
+        a, b, out = torch.empty(m, k, dtype=BF16), torch.empty(n, k, dtype=BF16).t(), 2 * (m * k + n * k + m * n)
+        yield Case("mm", f"{m} x {k} x {n}", lambda a=a, b=b: IMPLEMENTATIONS["mm"](a, b), k // 128, None, out)
+    rows, experts, k, n = 2048, 128, 2048, 1536
+    a, b = torch.empty(rows, k, dtype=BF16), torch.empty(experts, n, k, dtype=BF16).mT
+    ends = torch.arange(1, experts + 1, dtype=torch.int32) * (rows // experts)
+    height = launch.choose(tiles.PRODUCT["npu"][2], rows // experts).height
+    busy = experts * math.ceil(rows / experts / height) * n // 64
+    yield Case(
+        "grouped_mm", f"{rows} rows, {experts} experts {k} x {n}", lambda: IMPLEMENTATIONS["grouped_mm"](a, b, ends), k // 128, busy,
+        2 * (rows * k + experts * k * n + rows * n),
+    )  # fmt: skip
+
+
+def attention() -> Iterator[Case]:
+    heads, kv, d, page = 32, 8, 128, 128
+    for name, requests, tokens, keys in (("decode", 1, 1, 2048), ("decode", 256, 1, 2048), ("prefill", 1, 2048, 2048)):
+        q = torch.empty(requests * tokens, heads, d, dtype=BF16)
+        k = torch.empty(requests * keys // page, page, kv, d, dtype=BF16)
+        lengths, table = (
+            torch.zeros(2, requests, dtype=torch.int32),
+            torch.zeros(requests, keys // page, dtype=torch.int32),
+        )
+        height = tiles.ATTENTION["npu"][2][0][1].height
+        tile_count = requests * kv * math.ceil(tokens * heads // kv / height)
+        steps = keys // 64 if tokens == 1 else (keys // 64 + 1) // 2
+        yield Case(
+            "paged_attention", f"{name}: {requests} x {keys} keys, {heads} / {kv} heads of {d}",
+            lambda q=q, k=k, ends=lengths, t=table: IMPLEMENTATIONS["paged_attention"](q, k, k, ends, t, right=0), steps, tile_count,
+            2 * (2 * q.numel() + 2 * k.numel()),
+        )  # fmt: skip
+
+
+def rows() -> Iterator[Case]:
+    calls: dict[str, tuple[Callable[..., Any], float]] = {
+        "rms_norm": (lambda x, w: IMPLEMENTATIONS["rms_norm"](x, w, 1e-6), 2),
+        "add_rms_norm": (lambda x, w: IMPLEMENTATIONS["add_rms_norm"](x, x, w, 1e-6), 4),
+        "layer_norm": (lambda x, w: IMPLEMENTATIONS["layer_norm"](x, w, w, 1e-5), 2),
+        "softmax": (lambda x, w: IMPLEMENTATIONS["softmax"](x, 1), 2),
+        "log_softmax": (lambda x, w: IMPLEMENTATIONS["log_softmax"](x, 1), 2),
+        "logsumexp": (lambda x, w: IMPLEMENTATIONS["logsumexp"](x, [1]), 1),
+        "sum": (lambda x, w: IMPLEMENTATIONS["sum"](x, [1]), 1),
+        "mean": (lambda x, w: IMPLEMENTATIONS["mean"](x, [1]), 1),
+        "var_mean": (lambda x, w: IMPLEMENTATIONS["var_mean"](x, [1]), 1),
+    }
+    for (name, (call, passes)), count in itertools.product(calls.items(), (16, 256)):
+        width = 151936 if "softmax" in name else 4096
+        x, w = torch.empty(count, width, dtype=BF16), torch.empty(width, dtype=BF16)
+        yield Case(
+            name,
+            f"{count} x {width}",
+            lambda c=call, x=x, w=w: c(x, w),
+            math.ceil(width / 4096),
+            None,
+            2 * passes * x.numel(),
+        )
+
+
+def launched(case: Case) -> tuple[lowering.Launch, int]:
+    """The kernel that the operator launches for the shape, and how many programs of it."""
+    grids: list[int] = []
+    plain, before = JITFunction.run, launch.HOST
+
+    def run(self: Any, *args: Any, grid: Any, **kwargs: Any) -> Any:
+        grids.append(grid[0])
+        return plain(self, *args, grid=grid, **kwargs)
+
+    JITFunction.run, launch.HOST = run, "npu"
+    try:
+        with lowering.captured() as found:
+            case.run()
+    finally:
+        JITFunction.run, launch.HOST = plain, before
+    return found[-1], grids[-1]
+
+
+def line(case: Case, name: str, chip: str) -> str:
+    kernel, programs = launched(case)
+    module = lowering.lower(kernel, chip)
+    if module.hivm is None:
+        raise RuntimeError(f"{case.operator} {case.shape} on {chip}: {module.refusal}")
+    programs = case.programs or programs
+    cores, on = costs.cores(module.hivm), "cube" if case.operator in CUBE else "vector"
+    waves = math.ceil(programs / cores[on])
+    begin = [case.operator, case.shape, name, f"{programs}", f"{min(programs, cores[on])} of {cores[on]} {on}"]
+    begin.append(f"{100 * programs / (waves * cores[on]):.0f} %")
+    if name not in PEAKS:
+        return "| " + " | ".join([*begin, *["-"] * 6]) + " |"
+    each, peak = costs.work(module.hivm).of(case.steps), PEAKS[name]
+    cycles = peak.macs / (cores["cube"] * MACS)
+    moved = programs * (each["read"] + each["written"])
+    times = {
+        "memory": moved / peak.memory,
+        "cube": waves * each["macs"] / MACS / cycles,
+        "vector": waves * each["vector"] / cycles,
+    }
+    bound = max(times, key=lambda t: times[t])
+    floor = max(case.least / peak.memory, programs * each["macs"] / peak.macs)
+    cells = [
+        *begin, f"{moved / 1e6:.1f} ({case.least / 1e6:.1f})", *(f"{1e6 * t:.1f}" for t in times.values()),
+        f"{programs * each['single'] / 1e3:.1f}", f"{bound}, {100 * floor / times[bound]:.0f} %",
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = f"""# Cost of the kernels on paper
+
+**Estimates: none of this was measured on a chip.** The work that is written in the code which Ascend's compiler (triton-ascend 3.2.0,
+bishengir-compile of ascendnpu-ir 1.2.0) lowers our kernels to, in bfloat16 at shapes of Qwen3-8B (experts: Qwen3-30B-A3B), and the
+time that it would take at the chips' published peaks. Generated: `python tests/ascend/cost_table.py > docs/reference/ascend-costs.md`;
+how it counts: `tests/helpers/costs.py`.
+
+- Peaks: A2 and A3 are taken as one die of a 910C, half of its published 752 TFLOPS (16 bits) and 3.2 TB/s (CloudMatrix384 paper,
+  arXiv 2506.12708). Numbers of cores come from the compiler. On a 950 the compiler puts loops and vector work into another form, which is
+  not read here: programs and cores alone. A cube core does {MACS:,} multiply-adds a cycle (16 x 16 x 16), a vector core {REPEAT} bytes; the
+  length of a cycle follows from the peak.
+- Programs: those with work. Busy: the share of the cores that has a program, over all rounds of programs.
+- MB moved: what programs load and store, in brackets every operand once. Caches are not seen: what several programs read counts several
+  times, and so does what cube and vector cores hand each other through memory on A2 and A3. So the memory time is too high where
+  operands fit into the L2 cache.
+- Vector time: every instruction at full speed, and all of a program on one vector core, though the compiler may share it between two.
+- Single: thousands of elements that the scalar unit loads or stores one by one, of which no time is known.
+- The last column: what bounds it, and the time of the least that has to be done (operands once, products at peak) as a share of it.
+
+What followed from it:
+
+- Attention's masks were in 64 bits, which the vector unit does not compare: for each block of 64 keys the scalar unit took 2,048 elements
+  one by one, three times, and at the end it stored the 4,096 elements of the output one by one. Now they are in 32 bits, and the output is
+  stored by rows; the bits are the same.
+- At 64 and 128 rows a third of the cube cores idles in the second round of programs. Narrower tiles keep 89 % busy and move more: at a
+  core's share of the bandwidth, 67 GB/s, 64 x 64 would take 48 us as 64 x 128 does, and 64 x 128 72 us where 128 x 128 takes 64. So the
+  tiles stay.
+- Decoding one request keeps as many cores busy as there are key heads, and 16 rows of a norm 16: a row's sum is not divided among cores.
+
+| operator | shape | chip | programs | cores | busy | MB moved | memory us | cube us | vector us | single | bound, share |
+|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    cases = list(itertools.chain(products(), attention(), rows()))
+    print(HEADER + "\n".join(line(case, name, chip) for case in cases for name, chip in lowering.CHIPS.items()))
+
+
+if __name__ == "__main__":
+    main()
