@@ -158,25 +158,29 @@ def _paged_attention(
     heads = tl.num_programs(0) // tiles * group
     out_row = row * heads + q_head
     tl.store(lse + out_row, tl.where(no_key, float("-inf"), m_i + tl.log(total)), mask=valid)
-    # tokens, heads of each, elements: what a division of rows hides from Ascend's compiler, which then stores single elements
-    HEADS: tl.constexpr = GROUP if GROUP < BLOCK_M else BLOCK_M
-    TOKENS: tl.constexpr = BLOCK_M // HEADS
-    tokens_ahead = tl.arange(0, TOKENS)
-    heads_ahead = tl.arange(0, HEADS)
-    first_head = m0 % GROUP
-    out_base = out + ((token + m0 // GROUP).to(tl.int64) * heads + off_h * group + first_head) * DV
-    out_ptrs = (
-        out_base
-        + (tokens_ahead.to(tl.int64) * heads * DV)[:, None, None]
-        + (heads_ahead.to(tl.int64) * DV)[None, :, None]
-        + offs_dv[None, None, :]
-    )
-    there = (
-        (tokens_ahead < L - m0 // GROUP)[:, None, None]
-        & (heads_ahead < group - first_head)[None, :, None]
-        & (offs_dv < DV)[None, None, :]
-    )
-    tl.store(out_ptrs, tl.reshape(acc.to(out.dtype.element_ty), (TOKENS, HEADS, BLOCK_DV)), mask=there)
+    if BLOCK_DV < 512:
+        # tokens, heads of each, elements: what a division of rows hides from Ascend's compiler, which then stores single elements
+        HEADS: tl.constexpr = GROUP if GROUP < BLOCK_M else BLOCK_M
+        TOKENS: tl.constexpr = BLOCK_M // HEADS
+        tokens_ahead = tl.arange(0, TOKENS)
+        heads_ahead = tl.arange(0, HEADS)
+        first_head = m0 % GROUP
+        out_base = out + ((token + m0 // GROUP).to(tl.int64) * heads + off_h * group + first_head) * DV
+        out_ptrs = (
+            out_base
+            + (tokens_ahead.to(tl.int64) * heads * DV)[:, None, None]
+            + (heads_ahead.to(tl.int64) * DV)[None, :, None]
+            + offs_dv[None, None, :]
+        )
+        there = (
+            (tokens_ahead < L - m0 // GROUP)[:, None, None]
+            & (heads_ahead < group - first_head)[None, :, None]
+            & (offs_dv < DV)[None, None, :]
+        )
+        tl.store(out_ptrs, tl.reshape(acc.to(out.dtype.element_ty), (TOKENS, HEADS, BLOCK_DV)), mask=there)
+    else:  # an Ascend 950 has no room for the output's tile twice
+        wide_ptrs = out + out_row[:, None] * DV + offs_dv[None, :]
+        tl.store(wide_ptrs, acc.to(out.dtype.element_ty), mask=valid[:, None] & (offs_dv < DV)[None, :])
 
 
 def paged_attention(
