@@ -164,7 +164,9 @@ def _bisection(path: Path) -> Any:
     data = _json(path)
     if not isinstance(data, dict) or not isinstance(data.get("steps"), list):
         raise OptionError(f"{str(path)!r} is no bisection: name what `bi-compile bisect … --write FILE` wrote")
-    return data
+    # an infinite distance in value is no number that a browser's JSON has
+    shown = ("operator", "layer", "where", "elements", "of", "ulps")
+    return {"line": data.get("line", ""), "steps": [{k: s.get(k) for k in shown} for s in data["steps"]]}
 
 
 def _json(path: Path) -> Any:

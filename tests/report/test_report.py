@@ -109,6 +109,7 @@ def test_the_curve_of_a_bisection(dump: Path, tmp_path: Path) -> None:
             "elements": i % 3,
             "of": 9,
             "ulps": 10**i,
+            "absolute": float("inf"),
         }
         for i in range(8)
     ]
