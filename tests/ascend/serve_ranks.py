@@ -3,7 +3,7 @@
     python tests/ascend/serve_ranks.py MODEL '{"compilation_config": {"custom_passes": ["bi_ascend"]}}'
 
 Two processes, a rank each, as torchrun starts them; both schedule the same requests. Prints for each rank how many of 16 requests
-differ between running alone and together. Environment: as `serve.py`'s.
+differ between running alone and together. Environment: as `serve.py`'s. It has not run to its end yet: no number stands for it.
 """
 
 from __future__ import annotations
