@@ -8,6 +8,8 @@ reductions        sum, mean, var, std, norms, logsumexp, cumsum
 attention         scaled dot product attention
 matmul_allreduce  products fused with a collective, and the collectives that add up
 matmul            products
+convolution       convolutions, average pools
+recurrent         LSTMs
 npu_attention     Ascend's attention operator
 npu_mla           Ascend's fused operators of latent attention
 npu_moe           Ascend's operators for mixtures of experts and for quantised models
@@ -18,6 +20,7 @@ pointwise         functions that a CPU computes differently by an element's plac
 
 from .add_rms_norm import AddRmsNorm
 from .attention import Attention
+from .convolution import Convolution
 from .layer_norm import LayerNorm
 from .matmul import Matmul
 from .matmul_allreduce import MatmulAllreduce
@@ -25,6 +28,7 @@ from .npu_attention import NpuAttention
 from .npu_mla import NpuMla
 from .npu_moe import NpuMoe
 from .pointwise import Pointwise
+from .recurrent import Recurrent
 from .reductions import Reductions
 from .rms_norm import RmsNorm
 from .softmax import Softmax
@@ -32,8 +36,8 @@ from .ties import Ties
 from .writes import Writes
 
 PASSES = (
-    AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, NpuAttention, NpuMla, NpuMoe, Ties,
-    Writes, Pointwise,
+    AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, Convolution, Recurrent,
+    NpuAttention, NpuMla, NpuMoe, Ties, Writes, Pointwise,
 )  # fmt: skip
 
 __all__ = ["PASSES", *(p.__name__ for p in PASSES)]

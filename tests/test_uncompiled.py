@@ -99,22 +99,11 @@ def test_without_the_backend_they_vary() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [Disabled, Traced, InATry, lambda: Recurrent(nn.GRU), lambda: Recurrent(nn.RNN)],
-    ids=["disable", "jit.trace", "a break inside try", "GRU", "RNN"],
+    "model", [Disabled, Traced, InATry, lambda: Recurrent(nn.GRU), lambda: Recurrent(nn.RNN), lambda: Recurrent(nn.LSTM)],
+    ids=["disable", "jit.trace", "a break inside try", "GRU", "RNN", "LSTM"],
 )  # fmt: skip
 def test_rows_are_equal(compiled: Callable[..., Any], model: Callable[[], nn.Module]) -> None:
     assert rows_equal(compiled(model().eval()), ROWS, BATCHES)
-
-
-def test_an_lstm_is_refused_with_its_place(compiled: Callable[..., Any]) -> None:
-    with pytest.raises(
-        AuditError, match=r"rnn_layer.default variant: its products follow the number of rows.*test_uncompiled"
-    ):
-        compiled(Recurrent(nn.LSTM).eval())(ROWS)
-    module = nn.Sequential(Body(), nn.LSTM(WIDTH, 64, batch_first=True)).eval()
-    module.compile(backend="bi_ascend", options={"inner": "eager"})
-    with pytest.raises(AuditError, match="rnn_layer"):
-        module(ROWS)
 
 
 def test_layers_compiled_one_by_one(compiled: Callable[..., Any]) -> None:

@@ -375,6 +375,18 @@ def _convolved(n: Node) -> Result:
     return (layout[0], *((Factor(m, False),) for m in n.shape[1:])), [(n.first, d) for d in range(1, len(layout))]
 
 
+def _pooled(n: Node) -> Result:
+    """Windows over the last dimensions."""
+    layout = n.layout(n.first)
+    k = 3 if "3d" in n.packet else len(n.arg("kernel_size")) if n.packet.startswith("_low_memory") else 2
+    found = [
+        (*layout[:-k], *((Factor(size_of(m), False),) for m in value.shape[-k:])) if isinstance(value, Tensor) else ()
+        for value in as_list(n.value)
+    ]
+    out = found[0] if isinstance(n.value, Tensor) else tuple(found)
+    return out, [(n.first, d) for d in range(len(layout) - k, len(layout))]
+
+
 def _fresh(n: Node) -> Result:
     return tuple((Factor(m, False),) for m in n.shape), ()
 
@@ -428,6 +440,8 @@ RULES: dict[str, Rule] = _table(
     ("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training", _batch_norm),
     ("_native_batch_norm_legit_functional cudnn_batch_norm _batch_norm_with_update", _batch_norm),
     ("convolution _convolution", _convolved),
+    ("max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d", _pooled),
+    ("avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d _low_memory_max_pool_with_offsets", _pooled),
     ("_embedding_bag _embedding_bag_forward_only", _bag),
 )  # fmt: skip
 

@@ -148,8 +148,12 @@ MOVES = Row(
 )
 #: a maximum, a count or a test; of equal elements the first
 ORDER_FREE = Row(
-    aten("amax amin aminmax max min argmax argmin any all count_nonzero cummax cummin searchsorted bucketize isin")
-    | default("prims", "amax amin xor_sum"),
+    aten(
+        "amax amin aminmax max min argmax argmin any all count_nonzero cummax cummin searchsorted bucketize isin "
+        "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d"
+    )
+    | default("prims", "amax amin xor_sum")
+    | inductor("_low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices"),
     Verdict.ROW_LOCAL,
     "the same in every order",
 )

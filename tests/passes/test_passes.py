@@ -29,6 +29,7 @@ from torch._ops import OpOverload
 from bi_compile import RewriteError
 from bi_compile.passes import PASSES
 from bi_compile.passes.pointwise import Pointwise
+from bi_compile.passes.recurrent import Recurrent
 from bi_compile.passes.ties import Ties
 from bi_compile.passes.writes import Writes
 from bi_compile.rewrite.splice import rewrite
@@ -241,6 +242,38 @@ def attentions(dtype: torch.dtype, n: int) -> Iterator[Case]:
     yield flash, (q, k, v), {"attn_mask": rand(n, 1, 6, 9, dtype=dtype)}
 
 
+def convolutions(dtype: torch.dtype, n: int) -> Iterator[Case]:
+    op = "aten.convolution.default"
+    for places in ([3], [3, 2], [2, 1, 3]):
+        one = [1] * len(places)
+        x, w, b = (
+            rand(n, 4, *[9, 7, 6][: len(places)], dtype=dtype),
+            rand(6, 4, *places, dtype=dtype),
+            rand(6, dtype=dtype),
+        )
+        yield op, (x, w, b, one, [0], one, False, [0], 1), {}
+        yield op, (x, w, None, [2], one, [2], False, [0], 1), {}
+        yield op, (x, w[:, :2], b, one, one, one, False, [0], 2), {}
+        yield op, (x, w[:4, :1], None, [2], one, one, False, [0], 4), {}
+        yield op, (x, rand(4, 3, *places, dtype=dtype), b, [2], one, one, True, one, 2), {}
+        yield op, (x, rand(4, 3, *places, dtype=dtype), None, one, [2], [2], True, [0], 1), {}
+        yield op, (rand(0, 4, *x.shape[2:], dtype=dtype), w, b, one, [0], one, False, [0], 1), {}
+    image = rand(n, 4, 9, 8, dtype=dtype)
+    channels_last = image.contiguous(memory_format=torch.channels_last)
+    yield op, (channels_last, rand(6, 4, 3, 3, dtype=dtype), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1), {}
+    for x in (image, image[0], channels_last):
+        yield "aten.avg_pool2d.default", (x, [3]), {}
+        yield "aten.avg_pool2d.default", (x, [3, 2], [2, 1], [1, 0]), {}
+        yield "aten.avg_pool2d.default", (x, [3, 2], [2, 1], [1, 1], False, False), {}
+        yield "aten.avg_pool2d.default", (x, [3, 3], [1], [1], False, True, 3), {}
+        for size in ([2, 3], [9, 8], [12, 7]):
+            yield "aten._adaptive_avg_pool2d.default", (x, size), {}
+    yield "aten._adaptive_avg_pool2d.default", (image, [1, 1]), {}
+    if dtype in (torch.float32, torch.float64):
+        yield "aten.avg_pool3d.default", (rand(n, 2, 6, 7, 4, dtype=dtype), [2], [2], [1], False, False), {}
+    yield "aten._adaptive_avg_pool3d.default", (rand(n, 2, 6, 7, 4, dtype=dtype), [2, 2, 3]), {}
+
+
 #: PyTorch has no CPU kernel for these: their outputs by place, and those that mean something
 ON_ACCELERATORS = {
     "aten._scaled_dot_product_efficient_attention.default": (None, False),
@@ -250,7 +283,7 @@ ON_ACCELERATORS = {
 }
 REFUSED = ("aten._scaled_mm.default", "aten._scaled_grouped_mm.default")
 
-FAMILIES = {f.__name__: f for f in (reductions, softmaxes, norms, products, attentions)}
+FAMILIES = {f.__name__: f for f in (reductions, softmaxes, norms, products, attentions, convolutions)}
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -276,8 +309,8 @@ def taken(call: Call, outs: Iterator[Any]) -> list[Any]:
     return list(itertools.islice(outs, len(tensors(call[0](*call[1], **call[2])))))
 
 
-#: passes whose operators are tried below, in test_ties and in test_writes
-OF_THEIR_OWN = (Pointwise, Ties, Writes)
+#: passes whose operators are tried below, in test_ties, in test_writes and in test_eager
+OF_THEIR_OWN = (Pointwise, Ties, Writes, Recurrent)
 
 
 def test_every_aten_operator_of_the_tables_is_tried() -> None:
