@@ -37,11 +37,17 @@ def _windows(x: Tensor, sizes: Sequence[int], stride: Sequence[int], dilation: S
 
 def _padded(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
     """With so many elements before and after each spatial dimension; fewer than none cuts off."""
+    # constant_pad_nd would make a symbolic batch a number while it is traced
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         if a < 0 or b < 0:
             x = x.narrow(2 + i, max(-a, 0), x.shape[2 + i] + min(a, 0) + min(b, 0))
-    pads = [max(p, 0) for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
-    return aten.constant_pad_nd(x, pads, 0.0) if any(pads) else x
+        left, right = (_zeros(x, 2 + i, p) for p in (a, b))
+        x = torch.cat([*left, x, *right], 2 + i) if left or right else x
+    return x
+
+
+def _zeros(x: Tensor, dim: int, n: int) -> list[Tensor]:
+    return [x.new_zeros(*x.shape[:dim], n, *x.shape[dim + 1 :])] if n > 0 else []
 
 
 def _each(values: Sequence[int], n: int, default: Sequence[int] = ()) -> list[int]:
@@ -65,8 +71,10 @@ def convolution(
         for i, s in enumerate(stride):
             if s > 1:
                 length = input.shape[2 + i]
-                apart = aten.constant_pad_nd(input.unsqueeze(3 + i), [0, 0] * (n - 1 - i) + [0, s - 1], 0.0)
-                input = apart.flatten(2 + i, 3 + i).narrow(2 + i, 0, (length - 1) * s + 1)
+                each = input.unsqueeze(3 + i)
+                apart = torch.cat([each, *_zeros(each, 3 + i, s - 1)], 3 + i)
+                joined = apart.reshape(*input.shape[: 2 + i], length * s, *input.shape[3 + i :])
+                input = joined.narrow(2 + i, 0, (length - 1) * s + 1)
         before = [d * (k - 1) - p for d, k, p in zip(dilation, sizes, padding, strict=True)]
         after = [b + p for b, p in zip(before, _each(output_padding, n), strict=True)]
         stride = [1] * n

@@ -205,6 +205,27 @@ HOLES: dict[str, Hole] = {
     "three heaps of rows": Hole(lambda x, w: x + x.reshape(2, -1).sum(0).amax(), "aten.sum"),
     "a row's rank": Hole(lambda x, w: x * x[:, 0].argsort().argsort()[:, None], "aten.sort"),
     "the best two": Hole(lambda x, w: x + x[:, 0].topk(2)[0].sum(), "aten.topk"),
+    # rows that meet behind something
+    "mean over the batch, of a copy in columns": Hole(lambda x, w: x - x.t().contiguous().mean(1), "aten.mean"),
+    "mean over batch and length": Hole(lambda x, w: x - x.view(-1, 3, 4).mean((0, 1)).repeat(3), "aten.mean"),
+    "heads in front, then their rows": Hole(
+        lambda x, w: x.view(-1, 3, 4).permute(1, 0, 2).softmax(1).permute(1, 0, 2).flatten(1), "aten._softmax"
+    ),
+    "neighbours in pairs": Hole(lambda x, w: (x.view(-1, 24).softmax(-1)).view(-1, 12), "aten._softmax"),
+    "neighbours by a shift": Hole(lambda x, w: torch.stack([x, x.roll(1, 0)]).flatten(1).mean(1).sum() + x, "aten.mean"),
+    "every second row, added up": Hole(lambda x, w: x + x[::2].sum(0), "aten.sum"),
+    "padded, then merged": Hole(lambda x, w: x + F.pad(x, (0, 0, 1, 1)).amax(0), "aten.amax"),
+    "rows against a queue of rows": Hole(lambda x, w: (x @ torch.cat([x, w]).t()).softmax(-1) @ torch.cat([x, w]), "aten._softmax"),
+    "diagonal of rows by rows": Hole(lambda x, w: x * (x @ x.t()).diagonal().logsumexp(0), "aten.logsumexp"),
+    "a norm of all": Hole(lambda x, w: x / x.norm(), "aten.linalg_vector_norm"),
+    "einsum over the batch": Hole(lambda x, w: x @ torch.einsum("rk,rn->kn", x, x), "aten.bmm"),
+    "average pool over rows": Hole(
+        lambda x, w: F.avg_pool2d(x.view(1, 1, -1, 12), (2, 1), 1, (1, 0)).view(-1, 12)[: x.shape[0]], "aten.avg_pool2d"
+    ),
+    "maximum pool over rows": Hole(
+        lambda x, w: F.max_pool2d(x.view(1, 1, -1, 12), (3, 1), 1, (1, 0)).view(-1, 12), "aten.max_pool2d_with_indices"
+    ),
+    "convolution along the rows": Hole(lambda x, w: F.conv1d(x.t()[None], w[:, :, None].expand(12, 12, 3), padding=1)[0].t(), "aten.convolution"),
 }  # fmt: skip
 
 CLEAN: dict[str, Function] = {
@@ -279,4 +300,10 @@ CLEAN: dict[str, Function] = {
     ).softmax(-1),
     "modulated": lambda x, w: F.layer_norm(x, [12]) * (1 + F.silu(x[:, :1] * w[0]) @ w) + x,
     "a matrix for each row": lambda x, w: torch.bmm(x[:, None], (w * x[:, None, :1]).transpose(1, 2))[:, 0],
+    "convolution of a row": lambda x, w: F.conv2d(_three(x), w[:2, :4].reshape(2, 1, 2, 2), w[0, :2]).flatten(1),
+    "convolution of each channel": lambda x, w: F.conv1d(x.view(-1, 3, 4), w[:3, None, :2], groups=3).flatten(1),
+    "convolution of the patches that are rows": lambda x, w: F.conv1d(x.view(-1, 1, 4), w[:2, None, :3]).view(x.shape[0], -1),
+    "transposed convolution": lambda x, w: F.conv_transpose1d(x.view(-1, 3, 4), w[:3, :6].view(3, 2, 3), stride=2).flatten(1),
+    "pools": lambda x, w: F.max_pool2d(_three(x), 2, 1).flatten(1) + F.avg_pool2d(_three(x), 2, 1).flatten(1),
+    "mean over a window of time": lambda x, w: F.adaptive_avg_pool2d(_three(x), (2, 3)).flatten(1),
 }  # fmt: skip
