@@ -1,6 +1,6 @@
 """Programs that people compile, each with a verdict: how many of six rows differ in a batch from what they are alone.
 
-    python tests/helpers/people.py [name ...]           the table of docs/use/torch-compile.md, with Inductor beside it: 20 minutes
+    python tests/helpers/people.py [name ...]           the table of docs/use/torch-compile.md, with Inductor beside it
     python tests/helpers/people.py --ours [name ...]    bi_ascend alone
 
 Each is compiled for six rows, called again with three and with one, so that graphs of static and of symbolic sizes are compared.
