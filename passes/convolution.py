@@ -11,6 +11,10 @@ from bi_compile import ops
 from bi_compile.table import Pass, refuse
 
 aten = torch.ops.aten
+POOL = "its code, and with it the order of the sum, follows how the memory lies"
+POOL_SOURCE = (
+    "assumed from aten/src/ATen/native/cpu/AvgPoolKernel.cpp, with a loop for each memory format; not measured"
+)
 
 
 def _exact(input: Tensor, *args: object, **kwargs: object) -> bool:
@@ -120,7 +124,7 @@ def _average(
     return found if self.dim() == n + 2 else found.squeeze(0)
 
 
-@Convolution.replaces(aten.avg_pool2d.default, why="its vector code adds up in another order than its scalar code")
+@Convolution.replaces(aten.avg_pool2d.default, why=POOL, source=POOL_SOURCE)
 def avg_pool2d(
     self: Tensor, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,), ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
@@ -130,7 +134,7 @@ def avg_pool2d(
     )
 
 
-@Convolution.replaces(aten.avg_pool3d.default, why="its vector code adds up in another order than its scalar code")
+@Convolution.replaces(aten.avg_pool3d.default, why=POOL, source=POOL_SOURCE)
 def avg_pool3d(
     self: Tensor, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,), ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
@@ -142,7 +146,7 @@ def avg_pool3d(
 
 @Convolution.replaces(
     aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default,
-    why="its vector code adds up in another order than its scalar code",
+    why=POOL, source=POOL_SOURCE,
 )  # fmt: skip
 def adaptive_avg_pool(self: Tensor, output_size: Sequence[int]) -> Tensor:
     n = len(output_size)
