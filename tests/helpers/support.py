@@ -51,7 +51,7 @@ def tensors(x: Any) -> list[Tensor]:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Whether two results are equal bit for bit, NaN being equal to NaN."""
+    """Whether two results are equal bit for bit, the sign of zero included; any NaN is equal to any NaN."""
     xs, ys = tensors(a), tensors(b)
     return len(xs) == len(ys) and all(_same(x, y) for x, y in zip(xs, ys, strict=True))
 
@@ -59,10 +59,13 @@ def same_bits(a: Any, b: Any) -> bool:
 def _same(x: Tensor, y: Tensor) -> bool:
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
+    if x.is_complex():
+        return _same(torch.view_as_real(x.resolve_conj()), torch.view_as_real(y.resolve_conj()))
     if not x.is_floating_point():
         return torch.equal(x, y)
-    nan = x.isnan()
-    return torch.equal(nan, y.isnan()) and torch.equal(torch.where(nan, 0, x), torch.where(nan, 0, y))
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    differ = x.contiguous().view(bits) != y.contiguous().view(bits)
+    return not bool((differ & ~(x.isnan() & y.isnan())).any())
 
 
 def close(a: Any, b: Any) -> None:
