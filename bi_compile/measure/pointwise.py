@@ -1,5 +1,11 @@
 """Every pointwise operator of ATen, measured: a row alone and among others, at every width and place, eager and compiled.
 
+    python -m bi_compile.measure.pointwise native|eager|compiled [dtype …]
+
+prints a table with the first place where each operator's row differs, those that never do left out, and exits with 1 if there
+is any: as PyTorch runs it, under the eager fallback, or as Inductor compiles it with the passes. The last takes a C++
+compiler some 6 minutes of one core for each dtype.
+
 An operator is called with fixed numbers (`NUMBERS`) on operands whose values stand in for what rows hold: normal numbers,
 numbers between 0 and 1, large ones, zeros of both signs, subnormals, infinities and NaN. The last are neighbours on purpose:
 vector code of some functions takes another way for a whole vector where one of its lanes is large.
@@ -8,11 +14,14 @@ vector code of some functions takes another way for a whole vector where one of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from ..table import find_operator
@@ -54,6 +63,18 @@ class Pointwise:
         return str(self.op)
 
     def __call__(self, *tensors: Tensor) -> Any:
+        args, kwargs = self.arguments(tensors)
+        return self.op(*args, **kwargs)
+
+    def widened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Operands whose result has their width: glu halves it."""
+        if self.name != "aten.glu.default":
+            return list(tensors)
+        (x,) = tensors
+        return [_like(torch.cat([x, x.flip(1)], 1), x)]
+
+    def arguments(self, tensors: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments, the operands in their places."""
         given, args, kwargs = iter(tensors), [], {}
         for a in self.op._schema.arguments:
             is_tensor = "Tensor" in str(a.type)
@@ -62,7 +83,7 @@ class Pointwise:
                 kwargs[a.name] = value
             else:
                 args.append(value)
-        return self.op(*args, **kwargs)
+        return tuple(args), kwargs
 
 
 def operators() -> list[Pointwise]:
@@ -110,6 +131,13 @@ def _outputs(result: Any) -> list[Tensor]:
     return [x for x in (result if isinstance(result, (tuple, list)) else [result]) if x.numel()]
 
 
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """`x` in memory as `other` lies: contiguous, transposed or a slice of columns."""
+    if other.is_contiguous():
+        return x
+    return next(y for name, y in _layouts(x) if (name == "transposed") == (other.stride(0) == 1))
+
+
 def _layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The same values, differently in memory."""
     yield "contiguous", x
@@ -135,13 +163,11 @@ def eager(
 ) -> str | None:
     """The first place where a row's bits are not those of the row alone, or None. Called operator by operator."""
     for width in widths:
-        if width % 2 and p.name == "aten.glu.default":
-            continue
         want: list[Tensor] | None = None
         for size, at, operands in _batches(p.tensors, width, dtype, batches if width < WIDE else (1, 3)):
             for layout, given in _in_layouts(operands):
                 try:
-                    got = [y[at] for y in _outputs(p(*given))]
+                    got = [y[at] for y in _outputs(p(*p.widened(given)))]
                 except (RuntimeError, NotImplementedError) as error:
                     if "not implemented for" in str(error) or "not supported" in str(error) or "expected" in str(error):
                         return f"refused: {str(error).splitlines()[0]}"
@@ -155,3 +181,114 @@ def eager(
 def _in_layouts(operands: list[Tensor]) -> Iterator[tuple[str, list[Tensor]]]:
     for each in zip(*(_layouts(x) for x in operands), strict=True):
         yield each[0][0], [x for _, x in each]
+
+
+# -- compiled ---------------------------------------------------------------------------------------------------------
+
+
+def in_one_graph(points: Sequence[Pointwise]) -> fx.GraphModule:
+    """A graph that calls each on operands of its own, so that none is fused with another."""
+    graph = fx.Graph()
+    outs = []
+    for i, p in enumerate(points):
+        args, kwargs = p.arguments([graph.placeholder(f"x{i}_{k}") for k in range(p.tensors)])
+        outs.append(graph.call_function(p.op, args, kwargs))
+    graph.output(tuple(outs))
+    return fx.GraphModule({}, graph)
+
+
+def refused(p: Pointwise, dtype: torch.dtype) -> str | None:
+    """Why PyTorch or the decompositions of its compiler do not take the operator with this dtype, or None."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    operands = [values(2, 6, dtype, i) for i in range(p.tensors)]
+    gm = in_one_graph([p])
+    try:
+        p(*operands)
+        make_fx(lambda *xs: gm(*xs), decomposition_table=select_decomp_table(), tracing_mode="fake")(*operands)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def compiled(
+    points: Sequence[Pointwise],
+    dtype: torch.dtype,
+    widths: Sequence[int] = WIDTHS,
+    batches: Sequence[int] = BATCHES,
+    dynamic: bool = True,
+    options: dict[str, Any] | None = None,
+) -> dict[str, str | None]:
+    """Operator -> the first place where a row's bits are not those of the row alone, or None; by torch.compile with bi_ascend.
+
+    All in one graph, each in a loop of its own. With symbolic sizes there is one graph for the row alone, and one for each
+    layout of several rows (as slices of columns two dimensions do not become one loop); width 1 has graphs of its own.
+    Those that are `refused` are told so.
+    """
+    found: dict[str, str | None] = {p.name: f"refused: {why}" if (why := refused(p, dtype)) else None for p in points}
+    some = [p for p in points if found[p.name] is None]
+    gm = in_one_graph(some)
+    for width in widths if some else ():
+        if width == widths[0] or not dynamic:
+            torch._dynamo.reset()
+            run = torch.compile(gm, backend="bi_ascend", dynamic=dynamic, fullgraph=True, options=options)
+        want: list[Any] = []
+        for size, at, layout, operands in _everywhere(some, width, dtype, batches):
+            got = [[y[at] for y in _outputs(result)] for result in run(*operands)]
+            want = want or got
+            for p, a, b in zip(some, got, want, strict=True):
+                if found[p.name] is None and not all(map(same_bits, a, b)):
+                    found[p.name] = f"{width} wide, row {at} of {size}, {layout}"
+    return found
+
+
+def _everywhere(
+    points: Sequence[Pointwise], width: int, dtype: torch.dtype, sizes: Sequence[int]
+) -> Iterator[tuple[int, int, str, list[Tensor]]]:
+    """Batch size, place of the row, layout, the operands of all of `points`; the row alone comes first."""
+    most = max(p.tensors for p in points)
+    for size, at, operands in _batches(most, width, dtype, sizes):
+        for layout, given in _in_layouts(operands):
+            if layout != "contiguous" and (size == 1 or width == 1):
+                continue
+            if layout != "transposed":
+                yield size, at, layout, [_copy(x) for p in points for x in p.widened(given[: p.tensors])]
+
+
+def _copy(x: Tensor) -> Tensor:
+    """Memory of its own, and the same strides."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+
+
+def main(way: str, names: Sequence[str]) -> bool:
+    """Print the table of one way; whether no row differs."""
+    from .. import invariant
+
+    points = operators()
+    with torch.no_grad(), warnings.catch_warnings(), invariant() if way == "eager" else nullcontext():
+        warnings.simplefilter("ignore")
+        columns: dict[str, dict[str, str | None]] = {}
+        for name in names:
+            dtype = getattr(torch, name)
+            columns[name] = compiled(points, dtype) if way == "compiled" else {p.name: eager(p, dtype) for p in points}
+            said = [where for where in columns[name].values() if where]
+            silent = [where for where in said if not where.startswith("refused")]
+            print(
+                f"{way}, {name}: {len(points)} operators, {len(said) - len(silent)} refused, {len(silent)} differ",
+                flush=True,
+            )
+    print(f"| operator | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for p in points:
+        if any(columns[name][p.name] for name in names):
+            print(f"| `{p.name}` | {' | '.join(columns[name][p.name] or '' for name in names)} |")
+    return not any(
+        where and not where.startswith("refused") for column in columns.values() for where in column.values()
+    )
+
+
+if __name__ == "__main__":
+    ways, dtypes = sys.argv[1:2], sys.argv[2:] or [str(d).removeprefix("torch.") for d in DTYPES]
+    if ways not in (["native"], ["eager"], ["compiled"]):
+        sys.exit("python -m bi_compile.measure.pointwise native|eager|compiled [dtype …]")
+    sys.exit(0 if main(ways[0], dtypes) else 1)

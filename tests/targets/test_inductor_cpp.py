@@ -109,6 +109,8 @@ def test_another_generator_is_refused() -> None:
     assert OptionError.__name__ in str(error.value) or isinstance(error.value, OptionError)
 
 
-def test_the_helper_tells_signs_of_zero_apart() -> None:
-    zero = torch.zeros(1)
-    assert same_bits(zero, -zero) and not pointwise.same_bits(zero, -zero)
+def test_the_helpers_tell_signs_of_zero_apart() -> None:
+    zero, nan = torch.zeros(1), torch.full((1,), torch.nan)
+    for same in (same_bits, pointwise.same_bits):
+        assert not same(zero, -zero) and same(zero, zero) and same(nan, -nan)
+    assert not same_bits(zero.to(torch.complex64), -zero.to(torch.complex64))
