@@ -75,8 +75,11 @@ class FinalPass(CustomGraphPass):
         self.pipeline.audit(graph, self.extra_trust, target=target, batch=batch)
 
     def uuid(self) -> Any:
+        target = self.target or self.pipeline.resolved.target
+        made_for = target.code_for() if target is not None else ""
+        ours: Any = f"{self.pipeline.uuid()} {made_for}".rstrip()
         # where the batch is decides the verdict: a graph that was judged with another batch is no answer
-        ours = (self.pipeline.uuid(), tuple(self.batch)) if self.batch else self.pipeline.uuid()
+        ours = (ours, tuple(self.batch)) if self.batch else ours
         if self.theirs is None:
             return ours
         # a pass without uuid() cannot be part of a key: then Inductor must not cache

@@ -18,9 +18,21 @@ def _not_float(*args: Any, **kwargs: Any) -> bool:
     return not any(isinstance(a, Tensor) and a.is_floating_point() for a in args)
 
 
+def _makes_no_float(op: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether the operator makes integers of integers, or complex numbers."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if all(t.is_floating_point() for t in tensors):
+        return False
+    if any(t.is_complex() for t in tensors):
+        return True
+    without = [torch.empty([0] * min(a.dim(), 1), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a for a in args]
+    made: Tensor = op(*without, **kwargs)
+    return not made.is_floating_point()
+
+
 def _square(self: Any, exponent: Any) -> bool:
     """Whether the power is a product of the tensor with itself, or no floating-point function at all."""
-    return exponent == 2 or _not_float(self)
+    return exponent == 2 or _makes_no_float(aten.pow.Tensor_Scalar, self, exponent)
 
 
 def _plain_sum(self: Tensor, other: Any, alpha: float = 1) -> bool:
@@ -53,11 +65,11 @@ VARY = (
 ).split()  # fmt: skip
 
 
-def _whole(name: str, unless: Any = _not_float) -> None:
+def _whole(name: str, unless: Any = None) -> None:
     """Replace an operator by itself on whole vectors."""
     op: Any = find_operator(name)
 
-    @Pointwise.replaces(name, unless=unless, targets=EAGER)
+    @Pointwise.replaces(name, unless=unless or functools.partial(_makes_no_float, op), targets=EAGER)
     def function(*args: Any, **kwargs: Any) -> Tensor:
         tensors: list[Any] = []
         numbers: list[float] = []
@@ -75,10 +87,10 @@ def _whole(name: str, unless: Any = _not_float) -> None:
 
 def _of_one_type(values: list[Any]) -> list[Tensor]:
     """The operands in the type that PyTorch would compute in; a number, which the dispatcher hands on as one, as a tensor."""
-    if len(values) == 1:
-        return values
     like = next(v for v in values if isinstance(v, Tensor))
     dtype = functools.reduce(torch.promote_types, (torch.result_type(like, v) for v in values))
+    if not dtype.is_floating_point:  # a function of integers
+        dtype = torch.get_default_dtype()
     if all(isinstance(v, Tensor) and v.dtype == dtype for v in values):
         return values
     return [v.to(dtype) if isinstance(v, Tensor) else like.new_full((), v, dtype=dtype) for v in values]

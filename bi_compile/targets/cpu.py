@@ -1,6 +1,6 @@
 """The CPU, with Inductor's C++ as the compiler."""
 
-from .inductor_cpp import one_code
+from .inductor_cpp import one_code, vector_instructions
 from .target import ROUND_EVERY_OPERATOR, Device, Target
 
 TARGET = Target(
@@ -8,6 +8,7 @@ TARGET = Target(
     device="cpu",
     inductor=ROUND_EVERY_OPERATOR,
     before_codegen=one_code,
+    code_for=vector_instructions,
     trusted={
         "vllm.unified_attention_with_output.default": "vLLM's CPU attention computes each query's tile by itself once its KV split is off "
         "(VLLM_CPU_ATTN_SPLIT_KV=0, which the plugin sets); measured: rows equal alone and among others",

@@ -62,6 +62,13 @@ def one_code(graph: fx.Graph) -> None:
         graph.owning_module.meta[_MARK] = True
 
 
+def vector_instructions() -> str:
+    """The vector instructions that Inductor generates code for, which ATEN_CPU_CAPABILITY and `cpp.simdlen` change."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return str(pick_vec_isa())
+
+
 def _wanted() -> bool:
     """Whether the graph for which code is generated now, or one that holds it, was marked."""
     from torch._inductor.virtualized import V

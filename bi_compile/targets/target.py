@@ -32,6 +32,8 @@ class Target:
     """What its kernels rest on besides this package, and by what proof, for certificates."""
     before_codegen: Callable[[fx.Graph], None] | None = None
     """Called with each graph that Inductor is about to generate code for."""
+    code_for: Callable[[], str] = str
+    """What the generated code is made for beside the graph, where the compiler's own cache takes no account of it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +10,10 @@ import torch.nn.functional as F
 from support import same_bits
 from torch import Tensor
 
-from bi_compile import OptionError
+from bi_compile import OptionError, Options, Pipeline
+from bi_compile.backend import FinalPass
 from bi_compile.measure import pointwise
+from bi_compile.targets import get_target
 
 ROWS = 33
 Function = Callable[[Tensor], Tensor]
@@ -51,12 +51,6 @@ def rows(n: int, at: int, dtype: torch.dtype) -> Tensor:
     x[:, 5] = 4000.0
     x[at] = torch.linspace(-3, 3, 35)
     return x.to(dtype)
-
-
-@pytest.fixture(autouse=True)
-def fresh_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor's cache takes no account of the vector instructions that its code was made for."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(tmp_path)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -100,6 +94,16 @@ def test_other_graphs_are_left_alone() -> None:
 
     before, ours, after = code("inductor"), code("bi_ascend"), code("inductor")
     assert "std::exp" in "".join(before) and "std::exp" not in "".join(ours) and before == after
+
+
+def test_the_cache_key_follows_the_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own takes no account of them."""
+    target = get_target("cpu")
+    final = FinalPass(Pipeline(Options()), target=target)
+    before = final.uuid()
+    assert before == final.uuid() == FinalPass(Pipeline(Options()), target=target).uuid()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    assert final.uuid() != before
 
 
 def test_another_generator_is_refused() -> None:
