@@ -87,11 +87,23 @@ REFUSED: dict[str, str] = {
     }.items()
 }
 
+#: the same of sparse tensors, whose operators have kernels of their own (`SPARSE_KEYS`) beside those that are replaced
+REFUSED_SPARSE = _all(
+    " ".join(
+        f"aten::{name}"
+        for name in "mm addmm addmv bmm baddbmm sum softmax _softmax _log_softmax _sparse_softmax _sparse_log_softmax "
+        "_sparse_mm_reduce_impl sparse_sampled_addmm _sparse_addmm _sparse_sparse_matmul".split()
+    ),
+    "the library divides the sum of a sparse tensor among threads by its shape: call to_dense() first",
+)
+SPARSE_KEYS = {"cpu": ("SparseCPU", "SparseCsrCPU"), "cuda": ("SparseCUDA", "SparseCsrCUDA")}
+
 _lock = threading.RLock()
 #: what is installed, the oldest first; exchanged as a whole, so that a thread sees one state or the other
 _installed: tuple[EagerFallback, ...] = ()
 #: the operators that have a kernel of ours, for good, with the libraries that hold them
 _kernels: set[tuple[OpOverload, str]] = set()
+"""(operator, dispatch key)"""
 _libraries: dict[str, torch.library.Library] = {}
 
 
@@ -131,6 +143,13 @@ class EagerFallback:
         }
         self.apart = self._taken_apart(key) if key == "PrivateUse1" else frozenset()
         """Operators that PyTorch composes and the device's library has a kernel of its own for."""
+        self.refused_sparse: dict[OpOverload, str] = {
+            op: why
+            for name, why in REFUSED_SPARSE.items()
+            if name not in options.trust
+            for op in _with_siblings(name)
+            if str(op) not in options.trust and torch._C._dispatch_has_kernel(op.name())
+        }
         self.seen: Observed | None = None
         """What the audit of `invariant(audit=True)` saw."""
         self._warned: set[OpOverload] = set()
@@ -166,11 +185,11 @@ class EagerFallback:
         with _lock:
             _installed = tuple(f for f in _installed if f is not self)
 
-    def refuse(self, op: OpOverload, args: Any) -> None:
+    def refuse(self, op: OpOverload, args: Any, why: str) -> None:
         """Raise AuditError, or say it once, that `op` varies; not so for integers, nor in a backward pass."""
         if exact(op, *args) or torch._C._current_graph_task_id() != -1:
             return
-        message = f"{op} is not batch-invariant and has no replacement: {self.refused[op]} — {place()}"
+        message = f"{op} is not batch-invariant and has no replacement: {why} — {place()}"
         if self.options.on_unproven == "error":
             name = op.name().removesuffix(".default")
             raise AuditError(f'{message}; if it is invariant for you, say so and why: trust={{"{name}": "the reason"}}')
@@ -221,9 +240,9 @@ def _of_its_own(key: str) -> frozenset[OpOverload]:
     return frozenset(found)
 
 
-def _put_in(op: OpOverload, device: str, autograd: bool = False) -> None:
-    """Give `op` our kernel on `device`, or under its autograd's key, if it does not have one there yet."""
-    key = f"{'Autograd' * autograd}{KERNELS[device][0]}"
+def _put_in(op: OpOverload, device: str, autograd: bool = False, sparse: str = "") -> None:
+    """Give `op` our kernel on `device`, or under its autograd's key, or under the key `sparse`, if it does not have one there yet."""
+    key = sparse or f"{'Autograd' * autograd}{KERNELS[device][0]}"
     if (op, key) in _kernels or (autograd and not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)):
         return
     original = torch.library.get_kernel(op, key)
@@ -232,7 +251,7 @@ def _put_in(op: OpOverload, device: str, autograd: bool = False) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
         name = op.name().partition("::")[2]
-        kernel = (_autograd_kernel if autograd else _kernel)(op, device, original)
+        kernel = (_sparse_kernel if sparse else _autograd_kernel if autograd else _kernel)(op, device, original)
         _libraries[op.namespace].impl(name, kernel, key, with_keyset=True, allow_override=True)
     _kernels.add((op, key))
 
@@ -256,7 +275,17 @@ def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
             if found is None and not inside:
                 for fallback in fallbacks:
                     if fallback.device == device and op in fallback.refused:
-                        fallback.refuse(op, (args, kwargs))
+                        fallback.refuse(op, (args, kwargs), fallback.refused[op])
+        return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
+
+    return run
+
+
+def _sparse_kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
+    def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        for fallback in _installed + _active.fallbacks:
+            if fallback.device == device and op in fallback.refused_sparse and not _active.operators:
+                fallback.refuse(op, (args, kwargs), fallback.refused_sparse[op])
         return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
 
     return run
@@ -331,6 +360,10 @@ def prepare(options: Options, device: str) -> EagerFallback:
                 _put_in(op, device)
         for op in fallback.apart:
             _put_in(op, device, autograd=True)
+        for op in fallback.refused_sparse:
+            for key in SPARSE_KEYS.get(device, ()):
+                if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key):
+                    _put_in(op, device, False, key)
     return fallback
 
 

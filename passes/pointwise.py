@@ -19,15 +19,21 @@ def _not_float(*args: Any, **kwargs: Any) -> bool:
 
 
 def _makes_no_float(op: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether the operator makes integers of integers, or complex numbers."""
+    """Whether the operator makes integers of integers, or takes a complex number beside its tensors."""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if all(t.is_floating_point() for t in tensors):
-        return False
-    if any(t.is_complex() for t in tensors):
+    if any(isinstance(a, complex) for a in args):
         return True
-    without = [torch.empty([0] * min(a.dim(), 1), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a for a in args]
+    if all(t.is_floating_point() or t.is_complex() for t in tensors):
+        return False
+    without = [
+        torch.empty([0] * min(a.dim(), 1), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a for a in args
+    ]
     made: Tensor = op(*without, **kwargs)
-    return not made.is_floating_point()
+    return not made.is_floating_point() and not made.is_complex()
+
+
+def _not_complex(*args: Any, **kwargs: Any) -> bool:
+    return not any(isinstance(a, Tensor) and a.is_complex() for a in args)
 
 
 def _square(self: Any, exponent: Any) -> bool:
@@ -65,11 +71,11 @@ VARY = (
 ).split()  # fmt: skip
 
 
-def _whole(name: str, unless: Any = None) -> None:
+def _whole(name: str, unless: Any = None, targets: list[str] = EAGER) -> None:
     """Replace an operator by itself on whole vectors."""
     op: Any = find_operator(name)
 
-    @Pointwise.replaces(name, unless=unless or functools.partial(_makes_no_float, op), targets=EAGER)
+    @Pointwise.replaces(name, unless=unless or functools.partial(_makes_no_float, op), targets=targets)
     def function(*args: Any, **kwargs: Any) -> Tensor:
         tensors: list[Any] = []
         numbers: list[float] = []
@@ -89,7 +95,7 @@ def _of_one_type(values: list[Any]) -> list[Tensor]:
     """The operands in the type that PyTorch would compute in; a number, which the dispatcher hands on as one, as a tensor."""
     like = next(v for v in values if isinstance(v, Tensor))
     dtype = functools.reduce(torch.promote_types, (torch.result_type(like, v) for v in values))
-    if not dtype.is_floating_point:  # a function of integers
+    if not dtype.is_floating_point and not dtype.is_complex:  # a function of integers
         dtype = torch.get_default_dtype()
     if all(isinstance(v, Tensor) and v.dtype == dtype for v in values):
         return values
@@ -101,6 +107,11 @@ for _name in VARY:
 _whole("aten.pow.Tensor_Scalar", _square)
 for _name in ("add.Tensor", "sub.Tensor", "rsub.Scalar"):
     _whole(f"aten.{_name}", _plain_sum)
+# of complex numbers; Inductor calls PyTorch's kernels for those
+for _name in ("angle", "neg", "sgn"):
+    _whole(f"aten.{_name}.default", _not_complex, ["cpu", *EAGER])
+for _name in ("silu", "silu_backward"):
+    _whole(f"aten.{_name}.default", _not_complex, ["cpu"])
 
 
 @Pointwise.replaces(aten.clamp.Tensor, unless=_not_float, targets=EAGER)

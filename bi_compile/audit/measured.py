@@ -22,7 +22,7 @@ from ..errors import MeasureError, OptionError
 from .report import Finding, Report
 from .spec import Verdict
 
-FORMAT = 1
+FORMAT = 2
 """The version of a probe file's form."""
 
 
@@ -45,7 +45,7 @@ def read(path: str | Path) -> dict[str, Any]:
         data = json.loads(Path(path).read_text())
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']}")
-        {k: data[k] for k in ("date", "device", "device_name", "torch", "operators")}
+        {k: data[k] for k in ("date", "device", "device_name", "torch", "operators", "compiled")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(
             f"probe={str(path)!r} is not a file of this version's `bi-compile probe` ({error}): make it again"
@@ -67,7 +67,7 @@ def apply(data: Mapping[str, Any], report: Report, graph: fx.Graph, native: bool
     """The audit's report with what was measured.
 
     native: whether the graph runs operator by operator. Otherwise a compiler makes code of its own of everything that is
-        row-local by nature, which is not what was measured.
+        row-local by nature, which was measured by itself.
     """
     nodes = {node.name: node for node in graph.nodes}
     return dataclasses.replace(
@@ -76,13 +76,13 @@ def apply(data: Mapping[str, Any], report: Report, graph: fx.Graph, native: bool
 
 
 def _with(data: Mapping[str, Any], finding: Finding, node: fx.Node | None, native: bool) -> Finding:
-    by_dtype = data["operators"].get(finding.operator)
+    generated = finding.verdict is Verdict.ROW_LOCAL and not native
+    by_dtype = data["compiled" if generated else "operators"].get(finding.operator)
     if by_dtype is None or node is None:
         return finding
     measured = [by_dtype[d] for d in sorted(_dtypes(node)) if d in by_dtype]
     mismatch = next((m for d in measured for m in d["mismatches"]), None)
-    judged = (Verdict.TRUSTED, Verdict.UNPROVEN, *((Verdict.ROW_LOCAL,) if native else ()))
-    if mismatch is not None and finding.verdict in judged:
+    if mismatch is not None and finding.verdict in (Verdict.TRUSTED, Verdict.UNPROVEN, Verdict.ROW_LOCAL):
         reason = f"measured to vary ({data['date']}, {data['device_name']}): {mismatch}"
         if finding.verdict is Verdict.TRUSTED:
             reason += f"; it was trusted because: {finding.reason}"

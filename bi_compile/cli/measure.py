@@ -255,13 +255,14 @@ def probe(
     operator: Annotated[list[str] | None, typer.Option(help="measure this one alone; may be repeated")] = None,
     seed: Seed = 0,
     time_limit: Limit = 600.0,
+    compiled: Annotated[bool, typer.Option(help="measure the pointwise operators as compiled code too")] = True,
 ) -> None:
-    """Measure which native operators of this device vary with the batch; the option `probe` reads the file."""
+    """Measure which operators vary with the batch on this device; the option `probe` reads the file."""
     from ..measure import probe as measured
 
     out = console()
     with progress_bar(out) as progress:
-        data = measured.measure(device, seed, time_limit, operator, progress)
+        data = measured.measure(device, seed, time_limit, operator, progress, compiled)
     write_file(write, json.dumps(data, indent=1), "--write")
     out.print(probe_table(data))
     typer.echo(f'written to {write}; options={{"probe": "{write}"}} makes the audit read it')
@@ -313,14 +314,18 @@ def _short(where: str) -> str:
 def probe_table(data: dict[str, Any]) -> Table:
     """For each operator and dtype how many rows were equal, or that it varies."""
     dtypes = list(dict.fromkeys(dtype for by_dtype in data["operators"].values() for dtype in by_dtype))
-    title = f"Native operators on {data['device_name']}, torch {data['torch']}"
+    title = f"Operators on {data['device_name']}, torch {data['torch']}"
     out = table(title, "operator", *dtypes)
     for operator, by_dtype in data["operators"].items():
-        out.add_row(operator, *(_cell(by_dtype[d]) for d in dtypes))
+        out.add_row(operator, *(_cell(by_dtype.get(d)) for d in dtypes))
+    for operator, by_dtype in data["compiled"].items():
+        out.add_row(f"{operator}, compiled", *(_cell(by_dtype.get(d)) for d in dtypes))
     return out
 
 
-def _cell(measured: dict[str, Any]) -> str:
+def _cell(measured: dict[str, Any] | None) -> str:
+    if measured is None:
+        return "does not take it"
     cut = f", {measured['batches_left']} batches left" if measured["batches_left"] else ""
     if measured["mismatches"]:
         return f"[red]varies[/]{cut}"

@@ -42,6 +42,11 @@ NUMBERS: dict[str, Any] = {
     "min_val": -0.5, "max_val": 0.5, "threshold": 0.1, "eps": 1e-3, "negative_slope": 0.1, "nan": 0.0, "beta": 0.7,
     "dim": -1, "scale": 1.1, "input_scale": 0.9,
 }  # fmt: skip
+#: what PyTorch says where an operator does not take a dtype
+_REFUSING = (
+    "not implemented for", "not supported", "expected", "does not support", "not yet implemented", "can't be cast", "only support",
+    "not intended", "is not implemented", "negative integer powers", "ZeroDivisionError",
+)  # fmt: skip
 _BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -105,7 +110,12 @@ def operators() -> list[Pointwise]:
 
 
 def values(rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """[rows, width] of the numbers that the module's text names."""
+    """[rows, width] of the numbers that the module's text names; of integers from -9 to 9; two of them for a complex one."""
+    if dtype.is_complex:
+        part = torch.float64 if dtype == torch.complex128 else torch.float32
+        return torch.complex(values(rows, width, part, seed), values(rows, width, part, seed + 1_000_000))
+    if not dtype.is_floating_point:
+        return torch.randint(-9, 10, (rows, width), generator=torch.Generator().manual_seed(seed)).to(dtype)
     g = torch.Generator().manual_seed(seed)
     shape = (rows, width)
     normal, unit = (
@@ -121,6 +131,8 @@ def values(rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit for bit, the sign of zero included; any NaN is equal to any NaN."""
+    if a.is_complex():
+        return same_bits(torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj()))
     if a.dtype not in _BITS:
         return torch.equal(a, b)
     differ = a.contiguous().view(_BITS[a.dtype]) != b.contiguous().view(_BITS[b.dtype])
@@ -159,7 +171,11 @@ def _batches(n: int, width: int, dtype: torch.dtype, sizes: Sequence[int]) -> It
 
 
 def eager(
-    p: Pointwise, dtype: torch.dtype, widths: Sequence[int] = (*WIDTHS, WIDE), batches: Sequence[int] = BATCHES
+    p: Pointwise,
+    dtype: torch.dtype,
+    widths: Sequence[int] = (*WIDTHS, WIDE),
+    batches: Sequence[int] = BATCHES,
+    device: str = "cpu",
 ) -> str | None:
     """The first place where a row's bits are not those of the row alone, or None. Called operator by operator."""
     for width in widths:
@@ -167,9 +183,9 @@ def eager(
         for size, at, operands in _batches(p.tensors, width, dtype, batches if width < WIDE else (1, 3)):
             for layout, given in _in_layouts(operands):
                 try:
-                    got = [y[at] for y in _outputs(p(*p.widened(given)))]
+                    got = [y[at].cpu() for y in _outputs(p(*(x.to(device) for x in p.widened(given))))]
                 except (RuntimeError, NotImplementedError) as error:
-                    if "not implemented for" in str(error) or "not supported" in str(error) or "expected" in str(error):
+                    if any(words in str(error) for words in _REFUSING):
                         return f"refused: {str(error).splitlines()[0]}"
                     raise
                 want = got if want is None else want
@@ -220,7 +236,7 @@ def compiled(
     widths: Sequence[int] = WIDTHS,
     batches: Sequence[int] = BATCHES,
     dynamic: bool = True,
-    options: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> dict[str, str | None]:
     """Operator -> the first place where a row's bits are not those of the row alone, or None; by torch.compile with bi_ascend.
 
@@ -234,10 +250,11 @@ def compiled(
     for width in widths if some else ():
         if width == widths[0] or not dynamic:
             torch._dynamo.reset()
-            run = torch.compile(gm, backend="bi_ascend", dynamic=dynamic, fullgraph=True, options=options)
+            run = torch.compile(gm, backend="bi_ascend", dynamic=dynamic, fullgraph=True)
         want: list[Any] = []
         for size, at, layout, operands in _everywhere(some, width, dtype, batches):
-            got = [[y[at] for y in _outputs(result)] for result in run(*operands)]
+            results = run(*(x.to(device) for x in operands))
+            got = [[y[at].cpu() for y in _outputs(result)] for result in results]
             want = want or got
             for p, a, b in zip(some, got, want, strict=True):
                 if found[p.name] is None and not all(map(same_bits, a, b)):

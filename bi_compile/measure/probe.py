@@ -1,4 +1,7 @@
-"""Native operators measured on the device at hand: which of them vary with the batch.
+"""Operators measured on the device at hand: which of them vary with the batch.
+
+Native ones, and every pointwise operator of ATen both ways: called one by one, and as the code that the compiler makes of it
+with the passes.
 
 A file of `bi-compile probe` is read back through the option `probe`; `bi_compile.audit.measured` says what it does there.
 """
@@ -7,14 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..audit.measured import FORMAT, machine
 from ..errors import MeasureError
+from . import pointwise
 from .plan import make_plan
+from .pointwise import Pointwise
 from .progress import Progress, quiet
 from .row_function import Case
 from .verify import run
@@ -36,21 +42,17 @@ class Probe:
     """Which of the operands have a batch dimension."""
 
 
-def _unary(name: str) -> Probe:
-    return Probe(f"aten.{name}.default", getattr(_A, name).default, (((1,),), ((64,),), ((1000,),)))
-
-
 _PRODUCTS = (((512,), (512, 1536)), ((1536,), (1536, 512)), ((1000,), (1000, 1000)))
 _LINES = (((64,),), ((1000,),), ((4096,),))
 _NORMS = tuple((line, line) for (line,) in _LINES)
 _HEADS = tuple(((8, length, 64),) * 3 for length in (1, 33, 128))
-POINTWISE = (
-    "exp log sqrt rsqrt reciprocal sin cos tanh sigmoid erf log1p expm1 silu gelu relu abs neg softplus mish hardswish elu"
-).split()
+#: for pointwise operators: below, at and above whole vectors
+WIDTHS = (1, 2, 3, 5, 7, 8, 10, 13, 15, 16, 17, 21, 26, 31, 33, 40, pointwise.WIDE)
+BATCHES = (1, 2, 7, 16, 33)
 
 
 def probes() -> list[Probe]:
-    """What is measured."""
+    """What is measured beside the pointwise operators of `pointwise.operators`."""
     return [
         Probe("aten.mm.default", _A.mm.default, _PRODUCTS),
         Probe("aten.addmm.default", lambda x, w: _A.addmm.default(w[0], x, w), _PRODUCTS),
@@ -72,11 +74,6 @@ def probes() -> list[Probe]:
         Probe("aten.sort.default", lambda x: _A.sort.default(x, -1), _LINES),
         Probe("aten.argmax.default", lambda x: _A.argmax.default(x, -1), _LINES),
         Probe("aten.embedding.default", lambda x, w: _A.embedding.default(w, x.abs().float().nan_to_num(0).clamp(max=9).long()), (((64,), (10, 128)),)),
-        Probe("aten.add.Tensor", lambda x: _A.add.Tensor(x, x), _LINES),
-        Probe("aten.mul.Tensor", lambda x: _A.mul.Tensor(x, x), _LINES),
-        Probe("aten.div.Tensor", lambda x: _A.div.Tensor(x, x.abs() + 1), _LINES),
-        Probe("aten.pow.Tensor_Scalar", lambda x: _A.pow.Tensor_Scalar(x.abs(), 1.5), _LINES),
-        *map(_unary, POINTWISE),
     ]  # fmt: skip
 
 
@@ -89,28 +86,43 @@ def measure(
     time_limit: float = 600.0,
     operators: list[str] | None = None,
     progress: Progress = quiet,
+    compiled: bool = True,
 ) -> dict[str, Any]:
     """The content of a probe file: what was measured, for each operator and dtype.
 
-    operators: measure these alone (`ns.packet.overload`). time_limit: seconds, shared out equally.
+    operators: measure these alone (`ns.packet.overload`). time_limit: seconds for the native ones, shared out equally.
+    compiled: measure the pointwise operators as compiled code too, which takes a C++ compiler some minutes more.
 
     Raises:
         MeasureError: there is no such device, or no such operator among those that are measured.
     """
     here = machine(device)
-    wanted = probes()
+    wanted, points = probes(), pointwise.operators()
     if operators is not None:
-        unknown = set(operators) - {p.operator for p in wanted}
-        if unknown:
-            known = ", ".join(p.operator for p in wanted)
-            raise MeasureError(f"{', '.join(sorted(unknown))} is not among what is measured: {known}")
+        names = [*(p.operator for p in wanted), *(p.name for p in points)]
+        if unknown := set(operators) - set(names):
+            raise MeasureError(f"{', '.join(sorted(unknown))} is not among what is measured: {', '.join(names)}")
         wanted = [p for p in wanted if p.operator in operators]
+        points = [p for p in points if p.name in operators]
     found: dict[str, Any] = {}
     threads = sorted({1, torch.get_num_threads()}) if device == "cpu" else ()
-    each = time_limit / sum(len(p.shapes) * len(DTYPES) for p in wanted)
+    several = len(wanted) + len(points)
+    each = time_limit / max(sum(len(p.shapes) * len(DTYPES) for p in wanted) + len(points) * len(DTYPES), 1)
     for i, p in enumerate(wanted):
-        progress(p.operator, i / len(wanted))
-        found[p.operator] = {str(d).removeprefix("torch."): _of(p, d, device, seed, each, threads) for d in DTYPES}
+        progress(p.operator, i / several)
+        found[p.operator] = {_name(d): _of(p, d, device, seed, each, threads) for d in DTYPES}
+    stop = time.monotonic() + each * len(points) * len(DTYPES)
+    for i, point in enumerate(points):
+        progress(point.name, (len(wanted) + i) / several)
+        by_dtype = {_name(d): _of_pointwise(point, d, device, time.monotonic() < stop) for d in DTYPES}
+        found[point.name] = {name: measured for name, measured in by_dtype.items() if measured is not None}
+    made: dict[str, Any] = {}
+    for dtype in DTYPES if compiled and points else ():
+        progress(f"compiled, {_name(dtype)}", 1.0)
+        with torch.no_grad():
+            for name, where in pointwise.compiled(points, dtype, WIDTHS[:-1], BATCHES, device=device).items():
+                if where is None or not where.startswith("refused"):
+                    made.setdefault(name, {})[_name(dtype)] = _measured(WIDTHS[:-1], where, layouts=2)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {
         "format": FORMAT,
@@ -119,7 +131,25 @@ def measure(
         "threads": torch.get_num_threads(),
         "seed": seed,
         "operators": found,
+        "compiled": made,
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _measured(widths: Sequence[int], where: str | None, layouts: int = 3) -> dict[str, Any]:
+    places = sum(len({0, n // 2, n - 1}) for n in BATCHES) * len(widths) * layouts
+    return {"rows": places, "batches": places, "batches_left": 0, "mismatches": [] if where is None else [where]}
+
+
+def _of_pointwise(p: Pointwise, dtype: torch.dtype, device: str, there_is_time: bool) -> dict[str, Any] | None:
+    """None where the operator does not take this dtype."""
+    if not there_is_time:
+        return _measured(WIDTHS, None) | {"rows": 0, "batches": 0, "batches_left": _measured(WIDTHS, None)["batches"]}
+    where = pointwise.eager(p, dtype, WIDTHS, BATCHES, device)
+    return None if where is not None and where.startswith("refused") else _measured(WIDTHS, where)
 
 
 def _of(p: Probe, dtype: torch.dtype, device: str, seed: int, limit: float, threads: Any) -> dict[str, Any]:

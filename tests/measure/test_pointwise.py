@@ -15,12 +15,16 @@ BATCHES = (1, 2, 7, 16)
 OPERATORS = pointwise.operators()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_row_follows_its_neighbours(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [(torch.float32, 150), (torch.bfloat16, 150), (torch.int32, 120), (torch.complex64, 60)],
+    ids=str,
+)
+def test_no_row_follows_its_neighbours(dtype: torch.dtype, least: int) -> None:
     with invariant():
         found = {p.name: pointwise.eager(p, dtype, WIDTHS, BATCHES) for p in OPERATORS}
     assert not {name: where for name, where in found.items() if where and not where.startswith("refused")}
-    assert sum(where is None for where in found.values()) > 150
+    assert sum(where is None for where in found.values()) > least
 
 
 @pytest.mark.parametrize("name", ["aten.silu.default", "aten.logit.default", "aten.softshrink.default"])

@@ -18,6 +18,7 @@ from bi_compile.audit.report import Report
 from bi_compile.audit.spec import Verdict
 from bi_compile.cli import app
 from bi_compile.errors import MeasureError
+from bi_compile.measure import pointwise
 from bi_compile.measure import probe as measured
 from bi_compile.resolve import resolve
 from bi_compile.table import Table, find_operator
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.xdist_group("probe")  # what is measured once serves al
 @pytest.fixture(scope="module")
 def data() -> dict[str, Any]:
     # on a busy machine too every batch is compared: the default limit leaves some out there
-    return measured.measure("cpu", operators=OPERATORS, time_limit=3600.0)
+    return measured.measure("cpu", operators=OPERATORS, time_limit=3600.0, compiled=False)
 
 
 @pytest.fixture
@@ -53,6 +54,12 @@ def report_of(dtype: torch.dtype = torch.float32, **options: Any) -> Report:
 def verdict(report: Report, operator: str) -> tuple[Verdict, str]:
     (finding,) = [f for f in report.findings if f.operator == operator]
     return finding.verdict, finding.reason
+
+
+def test_every_pointwise_operator_is_measured() -> None:
+    with pytest.raises(MeasureError, match="is not among") as error:
+        measured.measure(operators=["aten.none.default"])
+    assert all(p.name in str(error.value) for p in pointwise.operators())
 
 
 def test_products_vary_here_and_maxima_do_not(data: dict[str, Any]) -> None:
@@ -86,13 +93,22 @@ def test_a_trusted_operator_that_varies_is_objected_to(file: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:bi_compile")
-@pytest.mark.parametrize(("inner", "expected"), [("inductor", Verdict.ROW_LOCAL), ("aot_eager", Verdict.VARIANT)])
+@pytest.mark.parametrize(
+    ("inner", "where", "expected"),
+    [
+        ("inductor", "operators", Verdict.ROW_LOCAL),
+        ("aot_eager", "operators", Verdict.VARIANT),
+        ("inductor", "compiled", Verdict.VARIANT),
+        ("aot_eager", "compiled", Verdict.ROW_LOCAL),
+    ],
+)
 def test_row_local_operators_run_natively_or_not(
-    data: dict[str, Any], tmp_path: Path, inner: str, expected: Verdict
+    data: dict[str, Any], tmp_path: Path, inner: str, where: str, expected: Verdict
 ) -> None:
-    """A file that says (wrongly) that relu varies: code that Inductor generates is not what was measured."""
+    """A file that says (wrongly) that relu varies: natively, or in the code that Inductor generates."""
     said = json.loads(json.dumps(data))
-    said["operators"]["aten.relu.default"]["float32"]["mismatches"] = ["row 0 at place 1"]
+    said[where]["aten.relu.default"] = json.loads(json.dumps(data["operators"]["aten.relu.default"]))
+    said[where]["aten.relu.default"]["float32"]["mismatches"] = ["row 0 at place 1"]
     (tmp_path / "probe.json").write_text(json.dumps(said))
     report = report_of(trust=TRUST, probe=str(tmp_path / "probe.json"), inner=inner)
     assert verdict(report, "aten.relu.default")[0] is expected
@@ -155,6 +171,10 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["probe", "--operator", "aten.amax.default", "--write", str(file)])
     assert result.exit_code == 0 and "rows equal" in result.output and str(file) in result.output
     assert list(read(file)["operators"]) == ["aten.amax.default"]
+    result = CliRunner().invoke(app, ["probe", "--operator", "aten.sigmoid.default", "--write", str(file)])
+    native, compiled = (read(file)[way]["aten.sigmoid.default"]["float32"] for way in ("operators", "compiled"))
+    assert result.exit_code == 0 and "aten.sigmoid.default, compiled" in result.output
+    assert native["mismatches"] and not compiled["mismatches"] and compiled["rows"] > 100
     for arguments, word in ((["--operator", "aten.mm"], "is not among"), (["--device", "meta"], "no device 'meta'")):
         result = CliRunner().invoke(app, ["probe", *arguments, "--write", str(tmp_path / "other.json")])
         assert result.exit_code == 2 and word in result.output and not (tmp_path / "other.json").exists()

@@ -8,12 +8,18 @@ plain one after VLLM_CPU_ATTN_SPLIT_KV=1 was set, "end" ends one. After every st
 together, and their logprobs are compared with those that they got alone when it had just started. Prints one line
 `RESULT {"steps": [[step, what became of it, {engine: requests that differ}], …], "left": …}`: "left", what of ours is in the process
 at the end.
+
+    python tests/vllm/several_engines.py MODEL '{"tour": 3, "settings": {"dtype": "bfloat16", "enforce_eager": true}}'
+
+takes every order in which up to so many engines, with the key and without it, can be started, refused and ended: each start, each
+refusal and each end from each row of living engines (89 steps and 39 starts with three, 28 and 12 with two; some 10 s of one core for each start).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -35,6 +41,55 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 SMALL = {"kv_cache_memory_bytes": 2**26}
 ASKED = {"requests": 37, "prompt": [5, 300], "seed": 0}
+
+
+def tour(most: int) -> list[str]:
+    """Steps that take every start, refusal and end from every row of up to `most` living engines, the oldest first."""
+    living: tuple[str, ...] = ()
+    left = {
+        (row, event)
+        for n in range(most + 1)
+        for row in itertools.product("kp", repeat=n)
+        for event in _events(row, most)
+    }
+    steps: list[str] = []
+    names: list[str] = []
+    fresh = itertools.count()
+    while left:
+        for event in _way(living, left, most):
+            left.discard((living, event))
+            kind, at = event
+            if kind == "end":
+                steps.append(f"end {names.pop(at)}")
+            else:
+                steps.append(f"{kind} e{next(fresh)}")
+                names += [steps[-1].split()[1]] * (kind in ("key", "plain"))
+            living = _after(living, event)
+    return steps + [f"end {name}" for name in names]
+
+
+Event = tuple[str, int]
+
+
+def _events(row: tuple[str, ...], most: int) -> list[Event]:
+    starts = ("key", "plain", "no-weights", "split") if len(row) < most else ()
+    return [*((kind, 0) for kind in starts if kind != "split" or "k" in row), *(("end", i) for i in range(len(row)))]
+
+
+def _after(row: tuple[str, ...], event: Event) -> tuple[str, ...]:
+    kind, at = event
+    return row[:at] + row[at + 1 :] if kind == "end" else row + {"key": ("k",), "plain": ("p",)}.get(kind, ())
+
+
+def _way(row: tuple[str, ...], left: set[tuple[tuple[str, ...], Event]], most: int) -> list[Event]:
+    """The shortest way from `row` that ends with an event of `left`."""
+    ways: list[tuple[tuple[str, ...], list[Event]]] = [(row, [])]
+    for here, way in ways:  # grows while it is read
+        for event in _events(here, most):
+            if (here, event) in left:
+                return [*way, event]
+            ways.append((_after(here, event), [*way, event]))
+    raise AssertionError(left)
 
 
 class Engines:
@@ -103,7 +158,10 @@ def main(model: str, plan: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(Path(model) / "config.json", folder)
         engines = Engines(Path(model), plan["settings"], Path(folder))
-        steps = [engines.step(step) for step in plan["steps"]]
+        steps = []
+        for step in plan["steps"] if "steps" in plan else tour(plan["tour"]):
+            steps.append(engines.step(step))
+            print("STEP", len(steps), json.dumps(steps[-1]), flush=True)
         print("RESULT", json.dumps({"steps": steps, "left": left()}), flush=True)
 
 
