@@ -33,6 +33,7 @@ def _makes_no_float(op: Any, *args: Any, **kwargs: Any) -> bool:
 
 
 def _not_complex(*args: Any, **kwargs: Any) -> bool:
+    """Nothing is complex."""
     return not any(isinstance(a, Tensor) and a.is_complex() for a in args)
 
 
@@ -71,11 +72,15 @@ VARY = (
 ).split()  # fmt: skip
 
 
-def _whole(name: str, unless: Any = None, targets: list[str] = EAGER) -> None:
+def _whole(name: str, unless: Any = None) -> None:
     """Replace an operator by itself on whole vectors."""
     op: Any = find_operator(name)
 
-    @Pointwise.replaces(name, unless=unless or functools.partial(_makes_no_float, op), targets=targets)
+    def makes_no_float(*args: Any, **kwargs: Any) -> bool:
+        """It makes integers of integers, or takes a complex number beside its tensors."""
+        return _makes_no_float(op, *args, **kwargs)
+
+    @Pointwise.replaces(name, unless=unless or makes_no_float, targets=EAGER)
     def function(*args: Any, **kwargs: Any) -> Tensor:
         tensors: list[Any] = []
         numbers: list[float] = []
@@ -107,11 +112,9 @@ for _name in VARY:
 _whole("aten.pow.Tensor_Scalar", _square)
 for _name in ("add.Tensor", "sub.Tensor", "rsub.Scalar"):
     _whole(f"aten.{_name}", _plain_sum)
-# of complex numbers; Inductor calls PyTorch's kernels for those
+# of complex numbers; Inductor takes these apart
 for _name in ("angle", "neg", "sgn"):
-    _whole(f"aten.{_name}.default", _not_complex, ["cpu", *EAGER])
-for _name in ("silu", "silu_backward"):
-    _whole(f"aten.{_name}.default", _not_complex, ["cpu"])
+    _whole(f"aten.{_name}.default", _not_complex)
 
 
 @Pointwise.replaces(aten.clamp.Tensor, unless=_not_float, targets=EAGER)
