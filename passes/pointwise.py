@@ -28,7 +28,7 @@ def _makes_no_float(op: Any, *args: Any, **kwargs: Any) -> bool:
     without = [
         torch.empty([0] * min(a.dim(), 1), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a for a in args
     ]
-    made: Tensor = op(*without, **kwargs)
+    made: Tensor = op.overloadpacket(*without, **kwargs)  # a number may stand for a tensor
     return not made.is_floating_point() and not made.is_complex()
 
 
