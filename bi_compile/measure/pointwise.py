@@ -179,7 +179,7 @@ def eager(
             for layout, given in _in_layouts(operands):
                 try:
                     got = [y[at].cpu() for y in _outputs(p(*(x.to(device) for x in p.widened(given))))]
-                except (RuntimeError, NotImplementedError) as error:
+                except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
                     if want is None:  # the first call: it does not take this dtype
                         return f"refused: {str(error).splitlines()[0]}"
                     raise
