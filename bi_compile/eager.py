@@ -212,11 +212,13 @@ def exact(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
 
 def _has_kernel(op: OpOverload, key: str) -> bool:
-    """Not so a composite that autograd sees through: it calls others, which are in the table themselves."""
+    """Not so a composite of PyTorch's that autograd sees through: it calls others, which are in the table themselves.
+
+    What other libraries register without a dispatch key looks like one, and calls none (vLLM's C++ for CPUs).
+    """
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return torch._C._dispatch_has_kernel(op.name()) and any(
-        has(op.name(), k) for k in (key, "CompositeExplicitAutograd")
-    )
+    keys = [key, "CompositeExplicitAutograd"] + ["CompositeImplicitAutograd"] * (op.namespace != "aten")
+    return torch._C._dispatch_has_kernel(op.name()) and any(has(op.name(), k) for k in keys)
 
 
 def _with_siblings(name: str) -> Iterator[OpOverload]:

@@ -12,6 +12,7 @@ convolution       convolutions, average pools
 recurrent         LSTMs
 npu_attention     Ascend's attention operator
 npu_mla           Ascend's fused operators of latent attention
+cpu_attention     vLLM's attention on a CPU
 npu_moe           Ascend's operators for mixtures of experts and for quantised models
 ties              sorts, selections and maxima where elements are equal
 writes            writes at indices, where several go to one place
@@ -21,6 +22,7 @@ pointwise         functions that a CPU computes differently by an element's plac
 from .add_rms_norm import AddRmsNorm
 from .attention import Attention
 from .convolution import Convolution
+from .cpu_attention import CpuAttention
 from .layer_norm import LayerNorm
 from .matmul import Matmul
 from .matmul_allreduce import MatmulAllreduce
@@ -37,7 +39,7 @@ from .writes import Writes
 
 PASSES = (
     AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, Convolution, Recurrent,
-    NpuAttention, NpuMla, NpuMoe, Ties, Writes, Pointwise,
+    NpuAttention, NpuMla, NpuMoe, CpuAttention, Ties, Writes, Pointwise,
 )  # fmt: skip
 
 __all__ = ["PASSES", *(p.__name__ for p in PASSES)]

@@ -55,8 +55,9 @@ def scaled_dot_product_attention(
 
 
 @operator(
-    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? block_table=None, *, "
-    "Tensor? query_rope=None, Tensor? key_rope=None, float? scale=None, int? left=None, int? right=None) -> (Tensor, Tensor)",
+    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? block_table=None, *, Tensor? query_rope=None, "
+    "Tensor? key_rope=None, float? scale=None, int? left=None, int? right=None, float? softcap=None, Tensor? alibi_slopes=None, "
+    "Tensor? sinks=None) -> (Tensor, Tensor)",
     batch=PagedAttention("query"),
 )
 def paged_attention(
@@ -71,6 +72,9 @@ def paged_attention(
     scale: float | None = None,
     left: int | None = None,
     right: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of R requests whose tokens lie one behind the other (the layout TND), prefill and decode alike, in one launch.
 
@@ -85,7 +89,11 @@ def paged_attention(
     The last query of a request stands at its last key: query i of L is at position p = keys - L + i, and sees the keys
     from p - left to p + right (both in it; None: no limit). right=0 is causal. scale: 1/sqrt(D + Dr) unless given.
 
-    Returns the output [T, Hq, Dv], contiguous, in query's dtype, and the logsumexp of the scaled scores [T, Hq] in float32
+    softcap: softcap * tanh(score / softcap) in place of each scaled score. alibi_slopes [Hq]: slope * (the key's position - p) is
+    added to it. sinks [Hq]: one more score for each query, of a key without a value; its exp is added last. These three are
+    computed on a CPU alone so far; elsewhere they are a NotImplementedError.
+
+    Returns the output [T, Hq, Dv], contiguous, in query's dtype, and the logsumexp of the scores [T, Hq] in float32
     (float64 for float64). A token that sees no key, or lies behind the last request's end, gives 0 (and -inf).
 
     The sums are those of `scaled_dot_product_attention` for the request alone with its keys in one piece: ascending over the

@@ -27,10 +27,13 @@ def _affine(name: str, x: Tensor, *params: Tensor | None) -> None:
 
 @operator("rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)", batch=Normalises(-1))
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """y = x * rstd * weight with rstd = 1 / sqrt(mean(x * x) + eps), computed in float32 or wider, y rounded once.
+    """y = x * rstd * weight with rstd = 1 / sqrt(mean(x * x) + eps), computed in float32 or wider.
 
     x [..., C]; weight [C] of any float dtype, or None. Returns y (x's shape and dtype, contiguous) and rstd [..., 1] in
     float32 (float64 for float64). The sum over C has the order of `bi_compile::sum`.
+
+    On a CPU it rounds where transformers' models and vLLM's definition do, and has their bits: squares, mean and mean + eps to
+    float32, x * rstd to weight's dtype, y to x's dtype. Elsewhere y alone is rounded.
     """
     _affine("rms_norm", x, weight)
     return x.new_empty(x.shape), x.new_empty([*x.shape[:-1], 1], dtype=_statistic(x))

@@ -10,8 +10,9 @@ TARGET = Target(
     before_codegen=one_code,
     code_for=vector_instructions,
     trusted={
-        "vllm.unified_attention_with_output.default": "vLLM's CPU attention computes each query's tile by itself once its KV split is off "
-        "(VLLM_CPU_ATTN_SPLIT_KV=0, which the plugin sets); measured: rows equal alone and among others",
+        "vllm.unified_attention_with_output.default": "calls the operators that the pass cpu_attention replaces; with 8-bit keys vLLM's own, "
+        "which computes each query's tile by itself once its KV split is off (VLLM_CPU_ATTN_SPLIT_KV=0, which the plugin sets); measured: "
+        "rows equal alone and among others",
         "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
         "_C.greedy_argmax.default": "each row's first maximum; measured (vLLM 0.32): rows equal alone and among others",
         "_C.fused_gumbel_argmax.default": "each row draws from a seed of its own; measured (vLLM 0.32): rows equal alone and among others",

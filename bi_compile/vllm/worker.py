@@ -64,6 +64,7 @@ class Held:
         for switch in self.platform.switches:
             stack.enter_context(shared(switch, switch))
         stack.enter_context(shared("compile_fx", lambda: around_compile_fx(_settings_of_nested_graphs)))
+        current_platform.import_kernels()  # vLLM's operators: one that is not registered yet is passed over
         self.fallback = eager.install(_for_eager_code(self.options), self.platform.device)
         self.fallback.remove()  # its kernels are loaded and put in; `in_turn` has it work
 

@@ -9,8 +9,7 @@
 // score -inf and the probability 0. A key of probability 0 adds nothing, whatever its value row holds (inf and NaN too).
 // So keys behind the last seen one do not matter, nor which other rows are computed at the same time.
 
-#include "product.h"
-#include "row_sum.h"
+#include "attention.h"
 
 namespace bi {
 namespace {
@@ -23,14 +22,6 @@ struct Attention {
   bool causal;
   double scale;
 };
-
-constexpr int64_t MOST_ROWS = 48;
-
-int64_t up16(int64_t n) { return (n + 15) & ~int64_t{15}; }
-
-struct Scores;
-struct Outputs;
-struct Values;
 
 // Adds the mask to a row of n scores, or sets them to -inf where it excludes a key.
 template <class S, class M>
@@ -53,63 +44,6 @@ void apply_mask(const Attention& a, S* score, int64_t n, int64_t b, int64_t h, i
   with_type(a.mask->scalar_type(), [&](auto m) { mask_row(score, n, a.mask->const_data_ptr<decltype(m)>() + at, stride); });
 }
 
-// Sum of p[s] * v[s][j] for one row, keys of probability 0 left out: the product's sums, for values that are not finite.
-template <class T>
-void sum_of_seen_keys(const Acc<T>* p, const T* v, int64_t ldv, int64_t n, int64_t width, Acc<T>* out) {
-  constexpr int W = LANES<T>;
-  for (int64_t j = 0; j < width; ++j) {
-    out[j] = 0;
-    for (int64_t block = 0; block < n; block += BLOCK_K) {
-      Acc<T> lane[W] = {};
-      for (int64_t s = block; s < std::min(n, block + BLOCK_K); ++s)
-        if (p[s] != 0) lane[s % W] = fma(p[s], static_cast<Acc<T>>(v[s * ldv + j]), lane[s % W]);
-      out[j] += tree<W>(lane);
-    }
-  }
-}
-
-template <class S>
-bool all_finite(const S* x, int64_t n) {
-  S zero = 0;
-  for (int64_t i = 0; i < n; ++i) zero += x[i] * 0;
-  return zero == 0;
-}
-
-// A row's keys: scores to exp(score - max) in place. Gives the sum and the maximum (0 where that is infinite).
-template <class S>
-std::pair<double, S> exp_row(S* score, int64_t n) {
-  S max = row_max(score, n), shift = max == -std::numeric_limits<S>::infinity() ? 0 : max;
-  each_vector<LANES<S>>(n, [&](int64_t i, auto count) { store(score + i, exp(load(score + i, count) - shift), count); });
-  // not the halving of row_sum.h for float64: masked keys at the end must not count
-  if constexpr (std::is_same_v<S, double>)
-    return {sum_block(score, 0, n, [](f64x8 v) { return v; }), shift};
-  else
-    return {row_sum(score, n), shift};
-}
-
-// sums[r][j] = sum of p[r][s] * v[s][j].
-template <class T>
-void weighted_sums(const Acc<T>* p, int64_t ldp, const T* v, int64_t ldv, int64_t rows, int64_t n, int64_t width, Acc<T>* sums,
-           int64_t ld) {
-  using Op = Fma<T>;
-  constexpr int64_t W = Op::W;
-  int64_t s = 0;
-  do {
-    int64_t keys = std::min(BLOCK_K, n - s);
-    for (int64_t j = 0; j < width; j += W) {
-      const T* panel = v + s * ldv + j;
-      int64_t ldb = ldv;
-      if (width - j < W) {
-        T* packed = scratch<Values, T>(keys * W);
-        for (int64_t i = 0; i < keys; ++i) Op::pack(packed + i * W, panel, ldv, i, keys, width - j);
-        panel = packed, ldb = W;
-      }
-      column_block<Op>(p + s, ldp, panel, ldb, rows, keys, s == 0, sums + j, ld);
-    }
-    s += keys;
-  } while (s < n);
-}
-
 // Rows l0 .. l0 + rows of head h of batch b.
 template <class T>
 void rows_of_head(const Attention& a, int64_t b, int64_t h, int64_t l0, int64_t rows, int64_t most_rows, T* out, Acc<T>* lse) {
@@ -117,12 +51,11 @@ void rows_of_head(const Attention& a, int64_t b, int64_t h, int64_t l0, int64_t 
   using Op = Step<T>;
   constexpr int64_t KEYS = 256;  // keys that stay in cache while the rows pass by
   int64_t hk = h / (a.Hq / a.Hkv), n = a.causal ? std::min(a.S, l0 + rows) : a.S;
-  int64_t ld = up16(a.S), ldo = up16(a.Dv), ldk = a.k.stride(2), ldv = a.v.stride(2);
+  int64_t ld = up16(a.S), ldk = a.k.stride(2), ldv = a.v.stride(2);
   auto q = a.q.const_data_ptr<typename Op::A>() + b * a.q.stride(0) + h * a.q.stride(1) + l0 * a.q.stride(2);
   auto k = a.k.const_data_ptr<T>() + b * a.k.stride(0) + hk * a.k.stride(1);
   auto v = a.v.const_data_ptr<T>() + b * a.v.stride(0) + hk * a.v.stride(1);
   S* score = scratch<Scores, S>(most_rows * ld);
-  S* sums = scratch<Outputs, S>(most_rows * ldo);
   double total[MOST_ROWS];
   for (int64_t s = 0; s < n; s += KEYS)
     dot_block<Op>(q, a.q.stride(2), k + s * ldk, ldk, rows, std::min(KEYS, n - s), a.D, score + s, ld);
@@ -137,13 +70,7 @@ void rows_of_head(const Attention& a, int64_t b, int64_t h, int64_t l0, int64_t 
     total[r] = sum;
     lse[r] = static_cast<S>(static_cast<double>(shift) + std::log(sum));
   }
-  weighted_sums<T>(score, ld, v, ldv, rows, n, a.Dv, sums, ldo);
-  for (int64_t r = 0; r < rows; ++r) {
-    S* sum = sums + r * ldo;
-    if (!all_finite(sum, a.Dv)) sum_of_seen_keys(score + r * ld, v, ldv, n, a.Dv, sum);
-    double inverse = total[r] == 0 ? 0 : 1 / total[r];
-    each_vector<LANES<T>>(a.Dv, [&](int64_t i, auto count) { store(out + r * a.Dv + i, scale(load(sum + i), inverse), count); });
-  }
+  values_of_rows<T>(score, ld, total, v, ldv, rows, n, a.Dv, [&](int64_t r) { return out + r * a.Dv; });
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& mask) {

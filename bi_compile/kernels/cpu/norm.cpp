@@ -1,5 +1,9 @@
 // rms_norm, add_rms_norm, layer_norm, group_norm. Statistics in double, in the order of row_sum.h, then rounded to the
-// statistic's dtype (float32; float64 for float64); that value scales the row. y is computed in it and rounded once.
+// statistic's dtype (float32; float64 for float64); that value scales the row.
+//
+// layer_norm and group_norm compute y in that dtype and round it once. rms_norm rounds where transformers' models and vLLM's
+// definition (vllm/ir/ops/layernorm.py) round, so that it has the bits of theirs, taken apart or not: the squares, their
+// mean, and mean + eps to the statistic's dtype; x * rstd to the weight's dtype; y to x's.
 
 #include "row_sum.h"
 
@@ -11,8 +15,10 @@ template <class S>
 struct Param {
   Tensor held;
   const S* at = nullptr;
+  ScalarType given = ScalarType::Undefined;
   Param(const OptTensor& p) {
     if (!p || !p->defined()) return;
+    given = p->scalar_type();
     held = p->to(c10::CppTypeToScalarType<S>::value).contiguous();
     at = held.const_data_ptr<S>();
   }
@@ -47,12 +53,25 @@ int64_t rows_in(const Tensor& x) {
 
 // y = x * rstd * weight for one row; gives rstd.
 template <class T>
-Acc<T> rms_row(const T* x, const Acc<T>* weight, int64_t C, double eps, T* y) {
-  double mean = row_sum(x, C, [](f64x8 v) { return v * v; }) / static_cast<double>(C);
-  auto rstd = static_cast<Acc<T>>(1 / std::sqrt(mean + eps));
+Acc<T> rms_row(const T* x, const Param<Acc<T>>& weight, int64_t C, double eps, T* y) {
+  using S = Acc<T>;
+  auto square = [](f64x8 v) {
+    if constexpr (std::is_same_v<S, double>) return v * v;
+    else return __builtin_convertvector(__builtin_convertvector(v * v, f32x8), f64x8);
+  };
+  S mean = static_cast<S>(row_sum(x, C, square) / static_cast<double>(C));
+  S rstd = 1 / std::sqrt(mean + static_cast<S>(eps));
+  bool wide = weight.given == c10::CppTypeToScalarType<S>::value;
   each_vector<LANES<T>>(C, [&](int64_t i, auto count) {
     auto v = load(x + i, count) * rstd;
-    store(y + i, weight ? v * load(weight + i, count) : v, count);
+    if (weight.at) {
+      if (!wide) {
+        store(y + i, v, count);  // rounded to T
+        v = load(y + i, count);
+      }
+      v = v * load(weight.at + i, count);
+    }
+    store(y + i, v, count);
   });
   return rstd;
 }
@@ -69,7 +88,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const OptTensor& weight, do
     T* py = y.mutable_data_ptr<T>();
     auto stat = rstd.mutable_data_ptr<Acc<T>>();
     parallel_rows(rows_in(x), C, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) stat[r] = rms_row(px + r * C, w.at, C, eps, py + r * C);
+      for (int64_t r = begin; r < end; ++r) stat[r] = rms_row(px + r * C, w, C, eps, py + r * C);
     });
   });
   return {y, rstd};
@@ -95,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& r
         const T *a = px + r * C, *b = pr + r * C;
         T* s = ps + r * C;
         each_vector<LANES<T>>(C, [&](int64_t i, auto count) { store(s + i, load(a + i, count) + load(b + i, count), count); });
-        stat[r] = rms_row(s, w.at, C, eps, py + r * C);
+        stat[r] = rms_row(s, w, C, eps, py + r * C);
       }
     });
   });

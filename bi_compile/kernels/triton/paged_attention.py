@@ -195,8 +195,17 @@ def paged_attention(
     scale: float | None = None,
     left: int | None = None,
     right: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `bi_compile.ops.paged_attention`; the order of the sums: `_paged_attention`."""
+    asked = {"softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    if any(x is not None for x in asked.values()):
+        raise NotImplementedError(
+            f"bi_compile::paged_attention on {query.device} has no {', '.join(n for n, x in asked.items() if x is not None)}: it is "
+            "computed on a CPU alone"
+        )
     outs = ops.paged_attention.meta(
         query,
         key,

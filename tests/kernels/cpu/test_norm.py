@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from cpu_cases import each_dtype, rand, same
 
+import bi_compile
 from bi_compile import ops
 
 
@@ -33,3 +35,15 @@ def test_group_norm_has_the_statistics_of_layer_norm(dtype: torch.dtype) -> None
         assert same((mean, rstd), (mean1[..., 0], rstd1[..., 0])) and y.is_contiguous()
         if y.numel():
             assert same(ops.group_norm(x[:1], w, b, groups, 1e-5), (y[:1], mean[:1], rstd[:1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rms_norm_rounds_where_models_do(dtype: torch.dtype) -> None:
+    """transformers' models write it with these operators; under the fallback they have the bits of the operator."""
+    for size in (1, 7, 64, 1000, 1025):
+        x, w = rand(33, size, dtype=dtype), rand(size, dtype=dtype, seed=1)
+        with bi_compile.invariant():
+            h = x.float()
+            h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+            assert torch.equal(ops.rms_norm(x, w, 1e-6)[0], w * h.to(dtype))
+            assert torch.equal(ops.rms_norm(x, 1 + w.float(), 1e-6)[0], (h * (1 + w.float())).to(dtype))
