@@ -281,6 +281,11 @@ OUT: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "aten.mode.values": ((x(), 1), {}),
     "aten.index_put.out": ((x(), [torch.tensor([1, 0])], rand(2, 8)), {}),
     "aten.index_copy.out": ((x(), 0, torch.tensor([3, 1]), rand(2, 8)), {}),
+    "aten.convolution.out": ((rand(1, 2, 8), rand(3, 2, 3), None, [1], [0], [1], False, [0], 1), {}),
+    "aten.avg_pool2d.out": ((rand(1, 2, 6, 8), [2, 2]), {}),
+    "aten.avg_pool3d.out": ((rand(1, 2, 4, 6, 8), [2, 2, 2]), {}),
+    "aten._adaptive_avg_pool2d.out": ((rand(1, 2, 6, 8), [3, 4]), {}),
+    "aten._adaptive_avg_pool3d.out": ((rand(1, 2, 4, 6, 8), [2, 3, 4]), {}),
 }
 IN_PLACE: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "aten.addmm_.default": ((rand(6, 5), rand(6, 8), rand(8, 5)), {"beta": 0.5, "alpha": 2}),
@@ -291,8 +296,8 @@ IN_PLACE: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "aten.index_put_.default": ((rand(6, 8), [torch.tensor([1, 0])], rand(2, 8)), {}),
     "aten.index_copy_.default": ((rand(6, 8), 0, torch.tensor([3, 1]), rand(2, 8)), {}),
 }
-#: those whose arguments no CPU takes
-NOT_TRIED = {"aten._scaled_mm.out", "_c10d_functional.all_reduce_.default"}
+#: those whose arguments no CPU takes, and oneDNN's LSTM, which nobody calls so
+NOT_TRIED = {"aten._scaled_mm.out", "_c10d_functional.all_reduce_.default", "aten.mkldnn_rnn_layer.out"}
 
 
 def derived() -> set[str]:

@@ -28,7 +28,7 @@ from .. import ops
 from ..audit.measured import machine
 from ..errors import BiCompileError
 from ..targets import for_device
-from . import probe, verify_vllm
+from . import pointwise, probe, verify_vllm
 from .process import ProcessFailed, run_module
 from .progress import Progress, quiet
 
@@ -118,11 +118,11 @@ def operators(plan: dict[str, Any]) -> dict[str, Any]:
 
 def probed(device: str, limit: float) -> dict[str, Any]:
     """`probe.measure`, operator by operator: one that the device does not have stands under "failed" with its error."""
-    names = [p.operator for p in probe.probes()]
+    names = [*(p.operator for p in probe.probes()), *(p.name for p in pointwise.operators())]
     whole: dict[str, Any] = {"operators": {}, "failed": {}}
     for name in names:
         try:
-            found = probe.measure(device, time_limit=limit / len(names), operators=[name])
+            found = probe.measure(device, time_limit=limit / len(names), operators=[name], compiled=False)
         except RuntimeError as error:
             whole["failed"][name] = " ".join(str(error).split())[:300]
             continue

@@ -105,12 +105,13 @@ def operators() -> list[Pointwise]:
 
 
 def values(rows: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """[rows, width] of the numbers that the module's text names; of integers from -9 to 9; two of them for a complex one."""
+    """[rows, width] of the numbers that the module's text names; of integers from -9 to 9 but 0; two of them for a complex one."""
     if dtype.is_complex:
         part = torch.float64 if dtype == torch.complex128 else torch.float32
         return torch.complex(values(rows, width, part, seed), values(rows, width, part, seed + 1_000_000))
     if not dtype.is_floating_point:
-        return torch.randint(-9, 10, (rows, width), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        numbers = torch.randint(-9, 10, (rows, width), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        return numbers + (numbers == 0).to(dtype)  # no zero: integers are divided by it, which is an error
     g = torch.Generator().manual_seed(seed)
     shape = (rows, width)
     normal, unit = (

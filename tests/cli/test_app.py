@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from bi_compile.cli import app
 
-runner = CliRunner()
+runner = CliRunner(env={"COLUMNS": "200"})  # so that a cell is one line
 
 
 @pytest.fixture(scope="module")

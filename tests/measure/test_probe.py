@@ -171,7 +171,9 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["probe", "--operator", "aten.amax.default", "--write", str(file)])
     assert result.exit_code == 0 and "rows equal" in result.output and str(file) in result.output
     assert list(read(file)["operators"]) == ["aten.amax.default"]
-    result = CliRunner().invoke(app, ["probe", "--operator", "aten.sigmoid.default", "--write", str(file)])
+    result = CliRunner(env={"COLUMNS": "120"}).invoke(
+        app, ["probe", "--operator", "aten.sigmoid.default", "--write", str(file)]
+    )
     native, compiled = (read(file)[way]["aten.sigmoid.default"]["float32"] for way in ("operators", "compiled"))
     assert result.exit_code == 0 and "aten.sigmoid.default, compiled" in result.output
     assert native["mismatches"] and not compiled["mismatches"] and compiled["rows"] > 100

@@ -398,7 +398,24 @@ def has_kernel(call: Call) -> bool:
     return True
 
 
-@pytest.mark.parametrize("entry", Pointwise.entries, ids=lambda e: e.operator)
+#: replaced for complex numbers alone
+OF_COMPLEX = ("aten.angle.default", "aten.neg.default", "aten.sgn.default")
+
+
+@pytest.mark.parametrize("name", OF_COMPLEX)
+def test_a_function_of_complex_numbers_keeps_its_meaning(name: str) -> None:
+    op = find_operator(name)
+    for rows in (1, 30):
+        x = torch.complex(rand(rows, 3), rand(rows, 3, seed=1))
+        gm, inputs, _ = graph_of((op, (x,), {}))
+        (change,) = rewrite(gm.graph, Table([Pointwise], "cpu_eager"), "pointwise")
+        assert change.operator == name
+        torch.testing.assert_close(run(gm, *inputs)[0], op(x))
+
+
+@pytest.mark.parametrize(
+    "entry", [e for e in Pointwise.entries if e.operator not in OF_COMPLEX], ids=lambda e: e.operator
+)
 def test_a_pointwise_function_keeps_its_meaning(entry: Entry) -> None:
     """On each target where it is replaced; dtype, shape and values, of broadcast arguments too."""
     assert entry.op is not None

@@ -61,7 +61,11 @@ def test_without_the_key_the_configuration_is_vllms_own(model: Model) -> None:
 
 def test_unknown_passes_and_malformed_options_stop_with_their_name(model: Model) -> None:
     wrong = (
-        ({"custom_passes": ["bi_descend"]}, None, "unknown pass 'bi_descend': known are bi_ascend, add_rms_norm"),
+        (
+            {"custom_passes": ["bi_descend"]},
+            None,
+            "unknown pass 'bi_descend' (did you mean 'bi_ascend'?): known are bi_ascend, add_rms_norm",
+        ),
         ({"custom_passes": ["no.such.module:Pass"]}, None, "the pass 'no.such.module:Pass' cannot be imported"),
         (None, {"bi_compile": {"on_unprovn": "warn"}}, "unknown option 'on_unprovn': bi_compile knows on_unproven"),
         (None, {"bi_compile": {"on_unproven": "never"}}, "on_unproven='never': it is 'error' or 'warn'"),
