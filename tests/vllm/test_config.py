@@ -67,7 +67,11 @@ def test_unknown_passes_and_malformed_options_stop_with_their_name(model: Model)
             "unknown pass 'bi_descend' (did you mean 'bi_ascend'?): known are bi_ascend, add_rms_norm",
         ),
         ({"custom_passes": ["no.such.module:Pass"]}, None, "the pass 'no.such.module:Pass' cannot be imported"),
-        (None, {"bi_compile": {"on_unprovn": "warn"}}, "unknown option 'on_unprovn': bi_compile knows on_unproven"),
+        (
+            None,
+            {"bi_compile": {"on_unprovn": "warn"}},
+            "unknown option 'on_unprovn' (did you mean 'on_unproven'?): bi_compile knows on_unproven",
+        ),
         (None, {"bi_compile": {"on_unproven": "never"}}, "on_unproven='never': it is 'error' or 'warn'"),
         (None, {"bi_compile": ["warn"]}, "the options of bi_compile are a mapping"),
         (None, {"bi_compile": {"dump_dir": "/dev/null/dump"}}, "dump_dir='/dev/null/dump' cannot be written"),
