@@ -14,7 +14,8 @@ from blocks import PAGES, ROOT, blocks
 ALL = [block for page in PAGES for block in blocks(page)]
 #: the tour first: others use the folder and the file that it makes. The README's have a test of their own, tests/cli/test_readme.py.
 SHELL = sorted(
-    {b.page for b in ALL if b.runs and b.language == "sh"} - {ROOT / "README.md"}, key=lambda p: p.name != "tour.md"
+    {b.page for b in ALL if b.runs and b.language == "sh"} - {ROOT / "README.md"},
+    key=lambda p: (p.name != "tour.md", p),
 )
 PYTHON = list(dict.fromkeys(b.page for b in ALL if b.runs and b.language == "python"))
 
