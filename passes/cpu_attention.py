@@ -18,9 +18,9 @@ class CpuAttention(Pass):
     source = "vLLM csrc/cpu/cpu_attn_impl.hpp; measured: PyTorch's attention of the same model gives other logprobs"
 
 
-def _quantised(*args: object, kv_cache_dtype: str = "auto", **kwargs: object) -> bool:
-    """8-bit keys stay with vLLM's kernel, which is invariant by itself once its split of the keys is off."""
-    return kv_cache_dtype.startswith("fp8")
+def _quantised(*args: object, **kwargs: object) -> bool:
+    """8-bit keys (kv_cache_dtype, wherever it stands) stay with vLLM's kernel, invariant once its split of the keys is off."""
+    return any(isinstance(a, str) and a.startswith("fp8") for a in (*args, *kwargs.values()))
 
 
 @CpuAttention.replaces("_C.cpu_attn_reshape_and_cache.default", targets=["cpu", "cpu_eager"], unless=_quantised)

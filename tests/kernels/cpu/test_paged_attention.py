@@ -12,6 +12,8 @@ from cpu_cases import each_dtype, rand, same, threads
 from torch import Tensor
 
 from bi_compile import ops
+from bi_compile.passes import CpuAttention
+from bi_compile.table import Entry
 
 HEADS, KV_HEADS, HEAD, VALUE = 6, 2, 40, 24
 #: (tokens, keys): decode, prefill, chunks, a request without tokens, one without keys, more tokens than keys
@@ -140,3 +142,11 @@ def test_a_page_or_length_that_does_not_exist_is_an_error() -> None:
     for sizes in ([[3], [-1]], [[4], [40]], [[3], [65]]):
         with pytest.raises(IndexError, match="request 0 has"):
             ops.paged_attention(requests[0][0], key, value, torch.tensor(sizes, dtype=torch.int32), table)
+
+
+@pytest.mark.parametrize("entry", CpuAttention.entries, ids=lambda e: e.operator)
+def test_8_bit_keys_stay_with_vllm_however_they_are_asked_for(entry: Entry) -> None:
+    """vLLM gives kv_cache_dtype by its place."""
+    assert entry.unless is not None
+    assert entry.unless(None, "amx", 1.0, 1.0, "fp8_e4m3") and entry.unless(None, kv_cache_dtype="fp8")
+    assert not entry.unless(None, "amx", 1.0, 1.0, "auto") and not entry.unless(None)
