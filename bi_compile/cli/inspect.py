@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from ..errors import OptionError
 from ..ops import NAMESPACE
+from ..report.data import read_json
 from .console import table
 
 #: verdicts that keep a graph from being batch-invariant, as `audit` names them
@@ -81,7 +81,7 @@ def read(folder: Path) -> list[DumpedGraph]:
 
 
 def _read_graph(path: Path) -> DumpedGraph:
-    graph, audit = _json(path / "changes.json"), _json(path / "audit.json")
+    graph, audit = read_json(path / "changes.json"), read_json(path / "audit.json")
     try:
         if graph is None:  # the compilation stopped in the middle of a pass, or there was none
             return DumpedGraph(path.name, None, None, [], audit, not (path / _MARKS[0]).is_file())
@@ -90,16 +90,6 @@ def _read_graph(path: Path) -> DumpedGraph:
         raise OptionError(
             f"{str(path / 'changes.json')!r} is not of this version of bi_compile ({error!r}): make the dump again"
         ) from error
-
-
-def _json(path: Path) -> Any:
-    """The file's content; None where a compilation that stopped did not write it."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise OptionError(f"{str(path)!r} cannot be read ({error}): make the dump again") from error
 
 
 def to_json(graphs: list[DumpedGraph]) -> list[dict[str, Any]]:

@@ -65,9 +65,10 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(plan["model"], dtype=getattr(torch, plan["dtype"])).eval()
-    equal = {name: 0 for name in trainers(model)}
+    equal: dict[str, int] = {}
     largest = 0.0
     for name, logprobs_of in trainers(model).items():
+        equal[name] = 0
         for tokens, logprobs in served:
             ids = torch.tensor([tokens])
             found = logprobs_of(ids[:, :-1])[0].gather(1, ids[0, 1:, None])[:, 0]

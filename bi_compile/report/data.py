@@ -61,7 +61,7 @@ def read(folder: Path, bisection: Path | None = None) -> dict[str, Any]:
 
 
 def _graph(path: Path, frames: _Table, stacks: _Table, reasons: _Table) -> dict[str, Any]:
-    changes = _json(path / "changes.json")
+    changes = read_json(path / "changes.json")
     audit = certificate.read(path / "audit.json")[path.name] if (path / "audit.json").is_file() else None
     verdicts = {n["node"]: n for n in (audit or {}).get("nodes", ())}
     before = _nodes(path / "before.json", frames, stacks)
@@ -112,7 +112,7 @@ def _state(name: str, changes: Any, audit: Any, uncompiled: bool) -> str:
 
 
 def _nodes(path: Path, frames: _Table, stacks: _Table) -> list[dict[str, Any]] | None:
-    data = _json(path)
+    data = read_json(path)
     if data is None:
         return None
     numbers = [frames(tuple(f)) for f in data["frames"]]
@@ -161,7 +161,7 @@ def _aligned(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[
 
 
 def _bisection(path: Path) -> Any:
-    data = _json(path)
+    data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("steps"), list):
         raise OptionError(f"{str(path)!r} is no bisection: name what `bi-compile bisect … --write FILE` wrote")
     # an infinite distance in value is no number that a browser's JSON has
@@ -169,8 +169,8 @@ def _bisection(path: Path) -> Any:
     return {"line": data.get("line", ""), "steps": [{k: s.get(k) for k in shown} for s in data["steps"]]}
 
 
-def _json(path: Path) -> Any:
-    """The file's content; None where there is no such file."""
+def read_json(path: Path) -> Any:
+    """The content of a dump's file; None where a compilation that stopped did not write it."""
     if not path.is_file():
         return None
     try:
