@@ -1,7 +1,7 @@
 # make demo    what varies without the pass, and what does with it: real vLLM and torch.compile on this CPU
 # make test    the tests, then those for Ascend in an environment of their own (no NPU needed)
 # make bench   what invariance costs on this CPU: products, vLLM end to end, compilation
-# make lint    ruff check, ruff format --check, mypy, import contracts, the site
+# make lint    ruff check, ruff format --check, mypy, import contracts, the page of operators, the site
 # make docs    docs/reference/operators.md from the passes' tables; make npu-operators: docs/reference/npu-operators.md from torch_npu's registry
 # make site    the documentation as a site, in site/; make plots: its plots from docs/data/
 #
@@ -55,6 +55,7 @@ lint: $(READY) site
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bi-compile passes --markdown | diff docs/reference/operators.md - || { echo 'run `make docs`'; exit 1; }
 
 # strict: a link that leads nowhere, a page outside of the navigation, or a docstring that cannot be read stops it
 site: $(READY)
