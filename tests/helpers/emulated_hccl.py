@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import emulated_graph
 import torch
 import torch.distributed as dist
 from emulated_npu import LAUNCHES, host, library
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-#: operators of c10d that are computed; any other finds no backend for the device and raises
+#: operators of c10d that are computed; torch would hand the others to gloo past the emulation, so they raise
 COLLECTIVES = (
-    "allreduce_", "allgather_", "_allgather_base_", "broadcast_", "reduce_scatter_", "_reduce_scatter_base_", "alltoall_base_", "alltoall_",
-    "gather_", "scatter_", "send", "recv_", "barrier",
+    "allreduce_", "allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "broadcast_", "_reduce_scatter_base_",
+    "alltoall_base_", "barrier",
 )  # fmt: skip
 
 
@@ -27,9 +28,25 @@ def _on_host(name: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         LAUNCHES[f"c10d::{name}"] += 1
         down = lambda x: host(x) if isinstance(x, Tensor) and x.device.type == "npu" else x
-        result = operator(*tree_map(down, args), **tree_map(down, kwargs))
+        on_host, options = tree_map(down, args), tree_map(down, kwargs)
+        result = operator(*on_host, **options)
         # its own tensors in place of those of the host, in which the collective has written
-        return (args[0], result[1]) if isinstance(result, tuple) else result
+        result = (args[0], result[1]) if isinstance(result, tuple) else result
+
+        def again() -> None:
+            found = operator(*on_host, **options)
+            (found[1] if isinstance(found, tuple) else found).wait()
+
+        again.memory = args  # type: ignore[attr-defined]  # kept as long as the graph
+        emulated_graph.note(again)
+        return result
+
+    return run
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"c10d::{name} is not emulated: tests/helpers/emulated_hccl.py computes {COLLECTIVES}")
 
     return run
 
@@ -40,5 +57,8 @@ def install() -> None:
     dist.Backend._plugins["HCCL"] = dist.Backend._BackendPlugin(make, False)
     dist.Backend.backend_capability["hccl"] = ["cpu", "npu"]
     c10d = library("c10d")
-    for name in COLLECTIVES:
-        c10d.impl(name, _on_host(name), "PrivateUse1", allow_override=True)
+    for whole in torch._C._dispatch_get_all_op_names():
+        name = whole.removeprefix("c10d::")
+        if name != whole and torch._C._dispatch_has_kernel_for_dispatch_key(whole, "PrivateUse1"):
+            run = _on_host(name) if name in COLLECTIVES else _refused(name)
+            c10d.impl(name, run, "PrivateUse1", allow_override=True)
