@@ -49,7 +49,13 @@ def rank(model: str, ranks: int, arguments: dict[str, Any]) -> dict[str, Any]:
     together = bits(llm.generate(prompts, greedy, use_tqdm=False))
     collectives = {name: n for name, n in emulated_npu.LAUNCHES.items() if name.startswith("c10d::")}
     differ = sum(a != b for a, b in zip(alone, together, strict=True))
-    return {"differ": differ, "of": REQUESTS, "collectives": collectives, "graphs": emulated_graph.COUNTS, "answers": alone}
+    return {
+        "differ": differ,
+        "of": REQUESTS,
+        "collectives": collectives,
+        "graphs": emulated_graph.COUNTS,
+        "answers": alone,
+    }
 
 
 def served(model: str, ranks: int, arguments: dict[str, Any]) -> dict[str, Any]:

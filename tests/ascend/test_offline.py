@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import audit_models
 import npu_layers
 import pytest
 from browser import needs_browser, read_and_search
@@ -36,6 +37,16 @@ def test_the_audit_says_what_varies_and_what_is_replaced(model: str, tmp_path: P
     assert varies <= set(found.varies) and varies <= set(found.replaced)
     assert ("aten._grouped_mm.default" in found.replaced) == (model == "moe")
     assert not found.left
+
+
+@pytest.mark.parametrize(
+    ("model", "left"), [("Qwen3-32B", []), ("Qwen3-30B-A3B", []), ("DeepSeek-V2-Lite", ["aten.polar.default"])]
+)
+def test_models_as_they_are_published(model: str, left: list[str]) -> None:
+    """Two layers at their true width; `audit_models.py` by hand takes all of them."""
+    found = audit_models.audited(model, layers=2)
+    assert {"aten.matmul.default", "npu.npu_fusion_attention_v3.default"} <= set(found.replaced)
+    assert [f.operator for f in found.left] == left
 
 
 @needs_browser

@@ -46,7 +46,9 @@ def _on_host(name: str) -> Callable[..., Any]:
 
 def _refused(name: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"c10d::{name} is not emulated: tests/helpers/emulated_hccl.py computes {COLLECTIVES}")
+        raise NotImplementedError(
+            f"c10d::{name} is not emulated: tests/helpers/emulated_hccl.py computes {COLLECTIVES}"
+        )
 
     return run
 
