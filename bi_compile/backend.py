@@ -100,7 +100,7 @@ def bi_ascend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) 
     if kwargs:
         raise OptionError(
             f"torch.compile({', '.join(f'{k}={v!r}' for k, v in kwargs.items())}) chooses kernels by measuring them or changes what Inductor "
-            "does, and the backend bi_ascend has no such mode: leave it out"
+            "does, which the backend bi_ascend does not support: leave it out"
         )
     if not in_scope():
         raise HostError(

@@ -43,24 +43,24 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.on_unproven not in ON_UNPROVEN:
-            raise OptionError(f"on_unproven={self.on_unproven!r}: it is {' or '.join(map(repr, ON_UNPROVEN))}")
+            raise OptionError(f"on_unproven={self.on_unproven!r}: it must be {' or '.join(map(repr, ON_UNPROVEN))}")
         if self.target is not None and not isinstance(self.target, str):
-            raise OptionError(f"target={self.target!r}: it is the name of a target, as a str")
+            raise OptionError(f"target={self.target!r}: it must be the name of a target, as a str")
         for key, kind in (("dump_dir", "folder"), ("probe", "file")):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not value or "\0" in value):
-                raise OptionError(f"{key}={value!r}: it is the name of a {kind}")
+                raise OptionError(f"{key}={value!r}: it must be the name of a {kind}")
         if not isinstance(self.trust, Mapping) or not all(
             isinstance(s, str) and s for item in self.trust.items() for s in item
         ):
             raise OptionError(
-                f'trust={self.trust!r}: it maps an operator to the reason why it is invariant, as in {{"ns::op": "reason"}}'
+                f'trust={self.trust!r}: it must map an operator to the reason why it is invariant, as in {{"ns::op": "reason"}}'
             )
         if self.batch is not None and not (
             isinstance(self.batch, Mapping) and all(type(v) is int for v in self.batch.values())
         ):
             raise OptionError(
-                f'batch={self.batch!r}: it maps an input of the graph to its batch dimension, as in {{"x": 0}}'
+                f'batch={self.batch!r}: it must map an input of the graph to its batch dimension, as in {{"x": 0}}'
             )
 
 
@@ -72,7 +72,7 @@ def read_options(given: Mapping[str, Any] | None, **fixed: Any) -> Options:
     """
     given = given or {}
     if not isinstance(given, Mapping):
-        raise OptionError(f"the options of bi_compile are a mapping, got {given!r}")
+        raise OptionError(f"the options of bi_compile must be a mapping, got {given!r}")
     known = [f.name for f in dataclasses.fields(Options)]
     unknown = [k for k in given if k not in known or k in fixed]
     if unknown:
@@ -86,15 +86,15 @@ def read_options(given: Mapping[str, Any] | None, **fixed: Any) -> Options:
     for key, kind in (("dump_dir", "folder"), ("probe", "file")):
         if values.get(key) is not None:
             if not isinstance(values[key], (str, Path)):
-                raise OptionError(f"{key}={values[key]!r}: it is the name of a {kind}")
+                raise OptionError(f"{key}={values[key]!r}: it must be the name of a {kind}")
             values[key] = str(values[key])
     for key in ("on_unproven", "inner"):
         if key in values and not isinstance(values[key], str):
-            raise OptionError(f"{key}={values[key]!r}: it is a str")
+            raise OptionError(f"{key}={values[key]!r}: it must be a str")
     return Options(**values)
 
 
 def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
-        raise OptionError(f'passes={value!r}: it is a list of names, as in ["{ALL}"]')
+        raise OptionError(f'passes={value!r}: it must be a list of names, as in ["{ALL}"]')
     return tuple(value)

@@ -85,7 +85,7 @@ def check_host() -> None:
     stance = eval_frame._stance
     if config.suppress_errors:
         raise HostError(
-            "torch._dynamo.config.suppress_errors runs a graph that is refused as it is, without a word: set it to False"
+            "torch._dynamo.config.suppress_errors would silently run a graph that bi_ascend refused: set it to False"
         )
     if stance.stance not in ("default", "force_eager", "fail_on_recompile"):
         raise HostError(

@@ -57,4 +57,4 @@ def test_a_question_is_shown_where_any_answer_changed() -> None:
         for answer in changed:
             console.print(dialogue(answer))
     text = printed.get()
-    assert "in company" in text and "a [c]" in text and "with the pass, alone and in company" in text and "[w]" in text
+    assert "in a batch" in text and "a [c]" in text and "with the pass, alone and in a batch" in text and "[w]" in text

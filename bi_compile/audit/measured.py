@@ -30,7 +30,7 @@ def machine(device: str) -> dict[str, Any]:
     """What a measurement holds for: device, its name, and the versions of what computes there."""
     module = None if device == "cpu" else getattr(torch, device, None)
     if device != "cpu" and (module is None or not module.is_available()):
-        raise MeasureError(f"there is no device {device!r} here: name one that torch can use, as in --device cpu")
+        raise MeasureError(f"torch has no device {device!r} here: name one that it can use, as in --device cpu")
     name = torch.backends.cpu.get_cpu_capability() if module is None else module.get_device_name()
     return {
         "device": device,

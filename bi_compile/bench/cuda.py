@@ -25,7 +25,8 @@ CACHE = 50 * 2**20
 
 
 def replay_times(functions: Sequence[Callable[[], Any]], rounds: int = 20) -> list[float]:
-    """The median time of each function's CUDA graph, in milliseconds; the graphs take turns."""
+    """The median time of each function's CUDA graph, in milliseconds; the graphs take turns, which triton.testing.do_bench
+    cannot let them do."""
     graphs = []
     for f in functions:
         f()
@@ -224,7 +225,9 @@ CALLS = 200
 
 
 def host_times(f: Callable[[], Any], rounds: int = 15) -> list[float]:
-    """Microseconds of the host for one call of `f`, the mean of CALLS calls, round by round, ascending."""
+    """Microseconds of the host for one call of `f`, the mean of CALLS calls, round by round, ascending.
+
+    torch.utils.benchmark.Timer would wait for the device before it reads the clock."""
     for _ in range(3):
         f()
     times = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,18 +35,19 @@ def write(measured: Measured, path: Path) -> None:
         csv.writer(file).writerows([measured.columns, *measured.rows])
 
 
-def interleaved(functions: list[Callable[[], Any]], seconds: float = 0.4) -> list[float]:
-    """The median time of each function, in seconds; calls take turns, so that a slow moment of the machine hits all."""
-    for f in functions:
-        f()
-    times: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds * len(functions)
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for f, t in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            f()
-            t.append(time.perf_counter() - start)
-    return [statistics.median(t) for t in times]
+def interleaved(functions: list[Callable[[], Any]], seconds: float = 0.4, turns: int = 5) -> list[float]:
+    """The median time of each function, in seconds, by torch.utils.benchmark; they take turns, so that a slow moment of the machine
+    hits all. seconds: how long each function runs in all."""
+    import torch
+    from torch.utils.benchmark import Measurement, Timer
+
+    threads = torch.get_num_threads()  # Timer's own choice is one
+    timers = [Timer("f()", globals={"f": f}, num_threads=threads) for f in functions]
+    times: list[list[Measurement]] = [[] for _ in functions]
+    for _ in range(turns):
+        for timer, found in zip(timers, times, strict=True):
+            found.append(timer.blocked_autorange(min_run_time=seconds / turns))
+    return [next(iter(Measurement.merge(found))).median for found in times]
 
 
 def geometric_mean(values: Iterable[float]) -> float:

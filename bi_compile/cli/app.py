@@ -39,7 +39,7 @@ def root(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and exit.")
     ] = False,
     traceback: Annotated[
-        bool, typer.Option("--traceback", help="Where something fails, print the whole trace too.")
+        bool, typer.Option("--traceback", help="If something fails, also print the whole traceback.")
     ] = False,
 ) -> None:
     """Batch-invariant compilation: the same bits whether a request runs alone or in a batch.
@@ -52,7 +52,7 @@ def root(
 @app.command()
 @sentences
 def demo() -> None:
-    """Show what varies with the batch, and that it does not with the pass: real vLLM and torch.compile on this CPU."""
+    """Show what varies with the batch, and that nothing does with the pass: real vLLM and torch.compile on this CPU."""
     from . import demo as shown
 
     raise typer.Exit(OK if shown.show(console()) else FOUND)
@@ -61,8 +61,8 @@ def demo() -> None:
 @app.command()
 @sentences
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="these alone: product, engine, …")] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="DIR", help="write each table into DIR/NAME.csv too")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="only these: product, engine, …")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="DIR", help="also write each table to DIR/NAME.csv")] = None,
 ) -> None:
     """Measure what invariance costs on this device, as ratios against peers in the same run."""
     from . import bench as benches
@@ -73,12 +73,12 @@ def bench(
 @app.command()
 @sentences
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that the option dump_dir named")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder written by the option dump_dir")],
     as_json: Json = False,
 ) -> None:
     """Print a dump: the graphs, what each pass did, what is left or trusted, and why.
 
-    Exit code 1 if something is left, or a compilation stopped before its graph was judged."""
+    Exit code 1 if something is left, or if a compilation stopped before its graph was judged."""
     from . import inspect as dumps
 
     graphs = dumps.read(folder)
@@ -94,7 +94,7 @@ def inspect(
 @app.command()
 @sentences
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder that the option dump_dir named")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder written by the option dump_dir")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="the page to write")] = Path(
         "report.html"
     ),
@@ -102,9 +102,9 @@ def report(
         Path | None, typer.Option("--bisect", metavar="FILE", help="what `bi-compile bisect … --write FILE` wrote")
     ] = None,
 ) -> None:
-    """Make one page of a dump, to look at and to pass on: it opens in a browser, offline.
+    """Turn a dump into one HTML page that opens in a browser, offline.
 
-    The page holds the lines of the program around those that the graphs came from."""
+    The page contains the lines of your program around those that the graphs came from."""
     from .. import report as pages
 
     page = pages.make(folder, bisection)
@@ -118,7 +118,7 @@ def audit(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PATH...", help="an audit.json, or a folder that dump_dir named; with --target a model's folder"
+            metavar="PATH...", help="an audit.json or a folder written by dump_dir; with --target, a model's folder"
         ),
     ],
     check: Annotated[bool, typer.Option("--check", help="compare two; exit code 1 if they differ")] = False,
@@ -138,9 +138,9 @@ def audit(
         Path | None, typer.Option(metavar="DIR", help="with --target: write the graph there, for inspect and report")
     ] = None,
 ) -> None:
-    """Print certificates: what is objected to, trusted and replaced; with --check A B, say what differs between two.
+    """Print certificates: what the audit objects to, trusts and found replaced; with --check A B, compare two.
 
-    With --target, say what the passes would do to a model on Ascend, without an NPU. Exit code 1 if a graph is not
+    With --target, show what the passes would do to a model on Ascend, without an NPU. Exit code 1 if a graph is not
     batch-invariant, or if two certificates differ.
     """
     from ..audit import certificate
@@ -161,8 +161,10 @@ def audit(
         differences = shown.differences(*paths)
         if as_json:
             print_json([d._asdict() for d in differences])
-        else:
+        elif differences:
             out.print(shown.differences_table(paths[0], paths[1], differences))
+        else:
+            typer.echo("no difference: the same graphs, versions, passes and trust")
         raise typer.Exit(FOUND if differences else OK)
     found = certificate.read(paths[0])
     known = [v.value for v in Verdict]
@@ -182,11 +184,11 @@ def audit(
 @sentences
 def doctor(
     probe_file: Annotated[
-        Path | None, typer.Option("--probe", help="a file of `bi-compile probe`: is it of this machine?")
+        Path | None, typer.Option("--probe", help="also check a file of `bi-compile probe`: does it fit this machine?")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: versions, kernels, plugins, settings. Exit code 1 if something that is needed is missing."""
+    """Check this machine: versions, kernels, plugins, settings. Exit code 1 if something needed is missing."""
     from . import doctor as checks
 
     out = console(as_json)
@@ -201,16 +203,20 @@ def doctor(
 @app.command()
 @sentences
 def build() -> None:
-    """Compile the C++ kernels ahead, for this processor, PyTorch and Python, and say where they are.
+    """Compile the C++ kernels in advance, for this processor, PyTorch and Python, and print where they are.
 
-    Otherwise the first call compiles them, and a host that serves may have no compiler. TORCH_EXTENSIONS_DIR names the folder; it holds
-    for the command and for the host. CUDA's are built where PyTorch finds a CUDA device; Triton's kernels need no compiler."""
+    Otherwise the first call compiles them, and a serving host may have no compiler. Set TORCH_EXTENSIONS_DIR to choose the folder, for
+    this command and for the host. The kernels for CUDA are built if PyTorch finds a CUDA device; Triton's need no compiler."""
     import torch
 
     from ..kernels.cpu import EXTENSION
-    from ..kernels.cuda.build import EXTENSION as CUDA_EXTENSION
 
-    for extension in (EXTENSION, *([CUDA_EXTENSION] if torch.cuda.is_available() else [])):
+    extensions = [EXTENSION]
+    if torch.cuda.is_available():
+        from ..kernels.cuda.build import EXTENSION as CUDA_EXTENSION  # needs Triton
+
+        extensions.append(CUDA_EXTENSION)
+    for extension in extensions:
         there = extension.is_built()
         extension.load()
         typer.echo(f"{extension.prefix}: {'was built already' if there else 'built'}, {extension.build_folder()}")
@@ -222,7 +228,7 @@ def passes(
     markdown: Annotated[bool, typer.Option("--markdown", help="as docs/reference/operators.md")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the reference table: each operator, by what it is replaced, why, and where that is known from."""
+    """Print the reference table: each operator, what replaces it, why, and the source."""
     from . import reference
 
     if as_json:

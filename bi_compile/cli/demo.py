@@ -38,18 +38,18 @@ def show(out: Console) -> bool:
 
 
 def dialogue(answer: Answer) -> Table:
-    """A question and its answers; words that another company changed stand in [brackets]."""
+    """A question and its answers; words that the batch changed stand in [brackets]."""
     found = Table.grid(padding=(0, 2))
     found.add_column(no_wrap=True, style="dim")
     found.add_column()
     found.add_row("question", Text(answer.question, style="bold"))
     found.add_row("alone", Text(" ".join(answer.alone.split())))
-    found.add_row("in company", marked(answer.alone, answer.together))
+    found.add_row("in a batch", marked(answer.alone, answer.together))
     if answer.with_alone == answer.with_together:
-        found.add_row("with the pass, alone and in company", Text(" ".join(answer.with_alone.split())))
+        found.add_row("with the pass, alone and in a batch", Text(" ".join(answer.with_alone.split())))
     else:
         found.add_row("with the pass, alone", Text(" ".join(answer.with_alone.split())))
-        found.add_row("with the pass, in company", marked(answer.with_alone, answer.with_together))
+        found.add_row("with the pass, in a batch", marked(answer.with_alone, answer.with_together))
     found.add_row("", "")
     return found
 

@@ -84,7 +84,9 @@ def kernels() -> Iterator[Line]:
     for device in ops.KERNELS:
         module = None if device == "cpu" else getattr(torch, device, None)
         if device != "cpu" and (module is None or not module.is_available()):
-            yield Line(NOTE, f"kernels: {device}", "no such device here", "needed only where the model runs on one")
+            yield Line(
+                NOTE, f"kernels: {device}", "no such device on this machine", "needed only where the model runs on one"
+            )
             continue
         try:
             ops.load_kernels(device)
@@ -101,7 +103,9 @@ def native_kernels() -> Iterator[Line]:
     from ..kernels import cuda
 
     for good, what, found in cuda.state():
-        yield Line(OK if good else NOTE, what, found, "" if good else "needed for speed alone: the bits are the same")
+        yield Line(
+            OK if good else NOTE, what, found, "" if good else "only for speed: the bits are the same without them"
+        )
 
 
 def plugins() -> Iterator[Line]:

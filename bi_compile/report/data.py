@@ -163,7 +163,9 @@ def _aligned(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[
 def _bisection(path: Path) -> Any:
     data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("steps"), list):
-        raise OptionError(f"{str(path)!r} is no bisection: name what `bi-compile bisect … --write FILE` wrote")
+        raise OptionError(
+            f"{str(path)!r} is not a bisection: name a file that `bi-compile bisect … --write FILE` wrote"
+        )
     # an infinite distance in value is no number that a browser's JSON has
     shown = ("operator", "layer", "where", "elements", "of", "ulps")
     return {"line": data.get("line", ""), "steps": [{k: s.get(k) for k in shown} for s in data["steps"]]}

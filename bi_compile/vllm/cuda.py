@@ -105,7 +105,7 @@ def check_model(vllm_config: Any) -> None:
         version = getattr(impl, "vllm_flash_attn_version", None)
         if version not in (None, 3):
             raise HostError(
-                f"{layer} has FlashAttention {version}, the order of whose sums is known for version 3 alone: {_REMEDY}"
+                f"{layer} uses FlashAttention {version}, whose order of sums is known only for version 3: {_REMEDY}"
             )
         if version == 3 and tuple(impl.sliding_window) != (-1, -1):
             raise HostError(

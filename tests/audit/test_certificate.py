@@ -54,7 +54,7 @@ def test_it_holds_what_the_proof_rests_on(path: Path) -> None:
 def test_the_same_twice_has_no_difference(path: Path, tmp_path: Path) -> None:
     again = certified(tmp_path / "b")
     result = runner.invoke(app, ["audit", "--check", str(path), str(again)])
-    assert result.exit_code == 0 and "none: the same graphs" in result.output, result.output
+    assert result.exit_code == 0 and "no difference: the same graphs" in result.output, result.output
 
 
 def differences(a: Path, b: Path) -> dict[str, tuple[str, str]]:

@@ -200,6 +200,7 @@ def test_each_command_with_torch_alone(dump: Path, tmp_path: Path) -> None:
         (["bisect", *function], 0, "no row differs"),
         (["bisect", "vllm", str(tmp_path)], 2, "pip install vllm"),
         (["probe", "--operator", "aten.tanh.default", "--time-limit", "1"], 0, "written to probe.json"),
+        (["build"], 0, "bi_compile_cpu: was built already"),
     ]
     given = json.dumps([command for command, _, _ in expected])
     done = subprocess.run([sys.executable, "-c", ALONE, given], capture_output=True, text=True, cwd=tmp_path)
@@ -241,6 +242,7 @@ FUNCTION = ["verify", "function", "--inputs", "test_app:rows"]
         ([*FUNCTION, "test_app:doubled"], 0, "no mismatch"),
         ([*FUNCTION, "test_app:size_dependent"], 1, "differs"),
         (["bisect", "function", "--inputs", "test_app:rows", "test_app:size_dependent"], 1, "the first operator"),
+        ([*FUNCTION, "test_app:doubled", "--time-limit", "0"], 3, "nothing was compared"),
         ([*FUNCTION, "test_app:none"], 2, "cannot be imported"),
         (
             [*FUNCTION, "test_app:doubled", "--backend", "inducktor"],

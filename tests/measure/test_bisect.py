@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
 
 import pytest
@@ -148,5 +149,10 @@ def test_the_command() -> None:
     common = ["--inputs", "tests.measure.test_bisect:inputs"]
     result = CliRunner().invoke(app, ["bisect", "function", "tests.measure.test_bisect:mlp", *common])
     assert result.exit_code == 1 and "the first operator whose row differs is aten.mm.default" in result.output
-    result = CliRunner().invoke(app, ["bisect", "function", "torch:relu", *common])
-    assert result.exit_code == 0 and "no row differs" in result.output
+    equal = CliRunner().invoke(app, ["bisect", "function", "torch:relu", *common])
+    assert equal.exit_code == 0 and "no row differs" in equal.output
+    as_json = CliRunner().invoke(app, ["bisect", "function", "tests.measure.test_bisect:mlp", *common, "--json"])
+    found = json.loads(as_json.stdout)
+    assert as_json.exit_code == 1 and found["line"] in result.output and found["mismatch"] in result.output
+    first = next(step for step in found["steps"] if step["elements"])
+    assert first["operator"] == "aten.mm.default" and first["absolute"] > 0

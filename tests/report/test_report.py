@@ -142,7 +142,7 @@ def test_what_is_no_dump_is_refused(dump: Path, tmp_path: Path) -> None:
         ([str(tmp_path / "empty")], "holds no dump"),
         ([str(tmp_path)], "before.json"),
         ([str(dump), "-o", "/dev/null/a"], "--output"),
-        ([str(dump), "--bisect", str(dump / "graph_000_captured" / "changes.json")], "is no bisection"),
+        ([str(dump), "--bisect", str(dump / "graph_000_captured" / "changes.json")], "is not a bisection"),
     ):
         done = runner.invoke(app, ["report", *arguments])
         assert done.exit_code == 2 and said in done.output and "Traceback" not in done.output, done.output

@@ -72,8 +72,8 @@ def test_unknown_passes_and_malformed_options_stop_with_their_name(model: Model)
             {"bi_compile": {"on_unprovn": "warn"}},
             "unknown option 'on_unprovn' (did you mean 'on_unproven'?): bi_compile knows on_unproven",
         ),
-        (None, {"bi_compile": {"on_unproven": "never"}}, "on_unproven='never': it is 'error' or 'warn'"),
-        (None, {"bi_compile": ["warn"]}, "the options of bi_compile are a mapping"),
+        (None, {"bi_compile": {"on_unproven": "never"}}, "on_unproven='never': it must be 'error' or 'warn'"),
+        (None, {"bi_compile": ["warn"]}, "the options of bi_compile must be a mapping"),
         (None, {"bi_compile": {"dump_dir": "/dev/null/dump"}}, "dump_dir='/dev/null/dump' cannot be written"),
     )
     body = f"""
