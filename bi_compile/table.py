@@ -81,18 +81,27 @@ class Entry:
             return
         _check_signature(op, self)
         yield op, self.replacement
-        arguments = [(a.name, str(a.type)) for a in op._schema.arguments]
-        ns, packet, _ = self.operator.split(".")
-        namespace = getattr(torch.ops, ns)
-        for sibling_packet, into in ((packet, _into_out), (packet + "_", _into_self)):
-            for name in getattr(namespace, sibling_packet).overloads() if hasattr(namespace, sibling_packet) else ():
-                sibling = getattr(getattr(namespace, sibling_packet), name)
-                if sibling == op or not sibling._schema.is_mutable:
-                    continue
-                outs = [a.name for a in sibling._schema.arguments if a.is_out]
-                same = [(a.name, str(a.type)) for a in sibling._schema.arguments if not a.is_out]
-                if same == arguments and (outs or into is _into_self):
-                    yield sibling, into(self.replacement, outs)
+        for sibling, outs in _siblings(op):
+            yield sibling, _into_out(self.replacement, outs) if outs else _into_self(self.replacement)
+
+
+@functools.cache
+def _siblings(op: OpOverload) -> list[tuple[OpOverload, list[str]]]:
+    """The overloads of `op` with the same arguments that write the result, each with those it writes to; none for in place."""
+    arguments = [(a.name, str(a.type)) for a in op._schema.arguments]
+    ns, _, packet = op._schema.name.partition("::")
+    found = []
+    for name, in_place in ((packet, False), (packet + "_", True)):
+        sibling_packet = getattr(getattr(torch.ops, ns), name, None)
+        for overload in sibling_packet.overloads() if sibling_packet is not None else ():
+            sibling = getattr(sibling_packet, overload)
+            if sibling == op or not sibling._schema.is_mutable:
+                continue
+            outs = [a.name for a in sibling._schema.arguments if a.is_out]
+            same = [(a.name, str(a.type)) for a in sibling._schema.arguments if not a.is_out]
+            if same == arguments and bool(outs) is not in_place:
+                found.append((sibling, outs))
+    return found
 
 
 def _into_out(replacement: Replacement, outs: list[str]) -> Replacement:
@@ -109,7 +118,7 @@ def _into_out(replacement: Replacement, outs: list[str]) -> Replacement:
     return run
 
 
-def _into_self(replacement: Replacement, outs: list[str]) -> Replacement:
+def _into_self(replacement: Replacement) -> Replacement:
     """`op_`: written into the first argument."""
 
     @functools.wraps(replacement)

@@ -293,8 +293,7 @@ def test_the_audit_judges_the_graph_that_inductor_lowers(tmp_path: Path) -> None
     assert set(report["counts"]) == {"row-local", "replaced"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_mixture_of_experts_keeps_its_rows(dtype: torch.dtype) -> None:
+def test_a_mixture_of_experts_keeps_its_rows() -> None:
     """As transformers writes it: rows sorted by expert, one grouped product, and back."""
     import transformers
 
@@ -303,7 +302,7 @@ def test_a_mixture_of_experts_keeps_its_rows(dtype: torch.dtype) -> None:
         vocab_size=512, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     tokens = torch.randint(0, 512, (9, 12))
     run = compiled(lambda x: model(input_ids=x, attention_mask=torch.ones_like(x)).logits, dynamic=True)
     with torch.no_grad():

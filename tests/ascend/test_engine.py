@@ -40,6 +40,8 @@ WITH: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "npugraph_ex": (through("FULL_DECODE_ONLY"), {}),
     "eager fallback alone": (PIECEWISE | {"enforce_eager": True, "compilation_config": PASS}, {}),
 }
+#: one process serves all of them
+pytestmark = pytest.mark.xdist_group("engine")
 KINDS = ("dense", "moe", "v3", "w8a8")
 
 

@@ -1,43 +1,74 @@
 """`custom_passes` as a key of vLLM's compilation config: by every way in, and refused in sentences."""
 
+import json
+import os
 import subprocess
+import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 from engines import python
 
+from bi_compile.measure.process import ENVIRONMENT
+
 Model = Callable[[str], Path]
+#: runs the programs that it is given, one after the other: importing vLLM takes longer than they do
+RUN = """
+import json, sys, traceback
+for line in sys.stdin:
+    try:
+        exec(json.loads(line), {})
+    except BaseException:
+        traceback.print_exc()
+    print("DONE", flush=True)
+"""
 CONFIG = """
+model = {model!r}
 def say(*what):
     print("SAID", *what)
 from vllm.engine.arg_utils import EngineArgs
 def engine_config(compilation={compilation!r}, additional={additional!r}):
-    return EngineArgs(model={model!r}, skip_tokenizer_init=True, max_model_len=256, dtype="bfloat16",
+    return EngineArgs(model=model, skip_tokenizer_init=True, max_model_len=256, dtype="bfloat16",
                       compilation_config=compilation, additional_config=additional).create_engine_config()
 """
 
 
-def configured(
-    model: Path, body: str, compilation: object = None, additional: object = None, **env: str
-) -> subprocess.CompletedProcess[str]:
-    head = CONFIG.format(
+def config(model: Path, compilation: object = None) -> str:
+    return CONFIG.format(
         model=str(model),
         compilation=compilation if compilation is not None else {"custom_passes": ["bi_ascend"]},
-        additional=additional or {},
+        additional={},
     )
-    return python(["-c", head + textwrap.dedent(body)], **env)
 
 
-def said(run: subprocess.CompletedProcess[str]) -> list[str]:
-    lines = [line.removeprefix("SAID ") for line in run.stdout.splitlines() if line.startswith("SAID ")]
-    assert lines, run.stdout
+@pytest.fixture(scope="module")
+def run(model: Model) -> Iterator[Callable[..., str]]:
+    """What a program prints that makes configurations of a llama's engine; one process runs all of them."""
+    environment = os.environ | ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO"}
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def output(body: str, compilation: object = None) -> str:
+            print(json.dumps(config(model("llama"), compilation) + textwrap.dedent(body)), file=stdin, flush=True)
+            return "".join(iter(stdout.readline, "DONE\n"))
+
+        yield output
+        process.stdin.close()
+
+
+def said(output: str) -> list[str]:
+    lines = [line.removeprefix("SAID ") for line in output.splitlines() if line.startswith("SAID ")]
+    assert lines, output
     return lines
 
 
-def test_the_key_puts_pass_and_settings_into_the_engine_config(model: Model) -> None:
-    run = configured(
-        model("llama"),
+def test_the_key_puts_pass_and_settings_into_the_engine_config(run: Callable[..., str]) -> None:
+    output = run(
         """
         import pickle
         a, b = engine_config(), engine_config()
@@ -47,19 +78,19 @@ def test_the_key_puts_pass_and_settings_into_the_engine_config(model: Model) -> 
         say(a.compute_hash() != engine_config({"custom_passes": ["matmul"]}).compute_hash())
         """,
     )
-    assert said(run) == ["VllmPass ['bi_ascend']", "True True", "True"]
+    assert said(output) == ["VllmPass ['bi_ascend']", "True True", "True"]
 
 
-def test_without_the_key_the_configuration_is_vllms_own(model: Model) -> None:
+def test_without_the_key_the_configuration_is_vllms_own(run: Callable[..., str]) -> None:
+    """Though the same process made one with the key."""
     body = """
     c = engine_config()
     say("post_grad_custom_post_pass" in c.compilation_config.inductor_compile_config, c.compilation_config.custom_ops)
     """
-    run = configured(model("llama"), body, compilation={"cudagraph_mode": "NONE"})
-    assert said(run) == ["False ['none']"]
+    assert said(run(body, compilation={"cudagraph_mode": "NONE"})) == ["False ['none']"]
 
 
-def test_unknown_passes_and_malformed_options_stop_with_their_name(model: Model) -> None:
+def test_unknown_passes_and_malformed_options_stop_with_their_name(run: Callable[..., str]) -> None:
     wrong = (
         (
             {"custom_passes": ["bi_descend"]},
@@ -85,15 +116,15 @@ def test_unknown_passes_and_malformed_options_stop_with_their_name(model: Model)
         else:
             say("no error", sentence)
     """
-    assert said(configured(model("llama"), body)) == ["True "] * len(wrong)
+    assert said(run(body)) == ["True "] * len(wrong)
 
 
 def test_a_setting_against_the_guarantee_stops_with_the_line_to_write(model: Model) -> None:
-    run = configured(model("llama"), "engine_config()", VLLM_CPU_ATTN_SPLIT_KV="1")
-    assert run.returncode != 0 and "set VLLM_CPU_ATTN_SPLIT_KV=0 or unset it" in run.stdout
+    done = python(["-c", config(model("llama")) + "engine_config()"], VLLM_CPU_ATTN_SPLIT_KV="1")
+    assert done.returncode != 0 and "set VLLM_CPU_ATTN_SPLIT_KV=0 or unset it" in done.stdout
 
 
-def test_a_users_pass_and_a_users_inductor_pass_are_taken_along(model: Model, tmp_path: Path) -> None:
+def test_a_users_pass_and_a_users_inductor_pass_are_taken_along(run: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         textwrap.dedent(
             """
@@ -106,35 +137,42 @@ def test_a_users_pass_and_a_users_inductor_pass_are_taken_along(model: Model, tm
             """
         )
     )
-    run = configured(
-        model("llama"),
-        """
+    output = run(
+        f"""
+        import sys; sys.path.insert(0, {str(tmp_path)!r})
         from vllm.compilation.passes.inductor_pass import CallableInductorPass
         def theirs(graph): pass
-        c = engine_config({"custom_passes": ["bi_ascend", "mine:Mine"], "inductor_compile_config": {"post_grad_custom_post_pass": CallableInductorPass(theirs, uuid="theirs")}})
+        c = engine_config({{"custom_passes": ["bi_ascend", "mine:Mine"], "inductor_compile_config": {{"post_grad_custom_post_pass": CallableInductorPass(theirs, uuid="theirs")}}}})
         p = c.compilation_config.inductor_compile_config["post_grad_custom_post_pass"]
         say([q.name for q in p.pipeline.passes][-1], type(p.theirs).__name__)
-        """,
-        PYTHONPATH=str(tmp_path),
+        """
     )
-    assert said(run) == ["mine CallableInductorPass"]
+    assert said(output) == ["mine CallableInductorPass"]
 
 
-def test_an_older_vllm_is_refused(model: Model) -> None:
-    run = configured(model("llama"), "import vllm; vllm.__version__ = '0.22.1'; engine_config()")
-    assert run.returncode != 0 and "needs vLLM 0.23 or newer, this is 0.22.1" in run.stdout, run.stdout[-2000:]
+def test_an_older_vllm_is_refused(run: Callable[..., str]) -> None:
+    output = run(
+        """
+        import vllm
+        from unittest.mock import patch
+        with patch.object(vllm, "__version__", "0.22.1"):
+            engine_config()
+        """
+    )
+    assert "Traceback" in output and "needs vLLM 0.23 or newer, this is 0.22.1" in output, output[-2000:]
 
 
-def test_llm_takes_the_key_and_the_command_line_reads_it(model: Model) -> None:
-    code = """
-    from vllm.entrypoints.llm import LLM
-    from vllm.config import CompilationConfig
-    from vllm.config.utils import is_init_field
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    args = EngineArgs.from_cli_args(parser.parse_args(["--model", {model!r}, "--compilation-config", '{{"custom_passes": ["softmax"]}}']))
-    print("SAID", is_init_field(CompilationConfig, "custom_passes"), args.compilation_config.custom_passes)
-    """
-    run = python(["-c", textwrap.dedent(code.format(model=str(model("llama"))))])
-    assert said(run) == ["True ['softmax']"]
+def test_llm_takes_the_key_and_the_command_line_reads_it(run: Callable[..., str]) -> None:
+    output = run(
+        """
+        from vllm.entrypoints.llm import LLM
+        from vllm.config import CompilationConfig
+        from vllm.config.utils import is_init_field
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        line = ["--model", model, "--compilation-config", '{"custom_passes": ["softmax"]}']
+        args = EngineArgs.from_cli_args(parser.parse_args(line))
+        say(is_init_field(CompilationConfig, "custom_passes"), args.compilation_config.custom_passes)
+        """
+    )
+    assert said(output) == ["True ['softmax']"]
