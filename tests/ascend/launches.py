@@ -6,12 +6,11 @@ For Qwen3 and Qwen3-MoE served by the real vllm-ascend on the emulated NPU, whos
 operators, copies and Triton kernels by name: everything between the attention of layer 0 and that of layer 1, in steps of 1,
 16 and 256 requests. Prints a Markdown table, and for each cell that differs from vllm-ascend's own the names.
 
-    python tests/ascend/launches.py MODEL '{"compilation_config": ...}'         # one engine; a JSON line
+    ... tests/ascend/launches.py "moe, ours, eager" "dense, ours, eager"        # these
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import json
 import os
 import subprocess
@@ -25,6 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 REQUESTS = (1, 16, 256)
+#: engine -> its case in test_engine.py
+ENGINES = {
+    "vllm-ascend alone": "plain", "its batch-invariant mode, with `batch_invariant_ops`": "VLLM_BATCH_INVARIANT",
+    "ours, through its pass manager": "pass manager", "ours, through npugraph_ex": "npugraph_ex",
+    "ours, eager": "eager fallback alone", "ours, through its pass manager, with `batch_invariant_ops`": "pass manager",
+}  # fmt: skip
 #: "decode, 16" -> what a layer launched, for each way that was seen
 Launches = dict[str, list[dict[str, int]]]
 
@@ -56,16 +61,10 @@ def count_layers() -> Launches:
     return found
 
 
-def engine(model: str, arguments: dict[str, Any]) -> None:
-    """Serve 1, 16 and 256 requests; print what a layer launched."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    import emulated_npu
-
-    emulated_npu.before_vllm()
-    emulated_npu.install(perturb=False)
+def engine(model: str, arguments: dict[str, Any]) -> Launches:
+    """What a layer launches when 1, 16 and 256 requests are served."""
     from vllm import LLM, SamplingParams
 
-    emulated_npu.after_vllm()
     llm = LLM(
         model=model, skip_tokenizer_init=True, max_model_len=64, max_num_batched_tokens=1024, max_num_seqs=max(REQUESTS),
         dtype="float16", seed=0, enable_prefix_caching=False, gpu_memory_utilization=0.05, **arguments,
@@ -74,44 +73,44 @@ def engine(model: str, arguments: dict[str, Any]) -> None:
     for n in REQUESTS:
         prompts = [{"prompt_token_ids": [10 + i, 11, 12][: 2 + i % 2]} for i in range(n)]
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2, detokenize=False), use_tqdm=False)
-    print("\n" + json.dumps(found))
+    return found
 
 
-def printed(model: Path, arguments: dict[str, Any], environment: dict[str, str]) -> str:
-    """The last line of an engine's process."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(model), json.dumps(arguments)], env=os.environ | environment, capture_output=True, text=True,
-        check=False, timeout=540,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return done.stdout.strip().splitlines()[-1]
+def jobs(folder: Path, cases: list[str]) -> dict[str, dict[str, Any]]:
+    """Of serve.py: for each "model, engine" the engine's arguments and environment."""
+    import test_engine
+
+    found = {}
+    for case in cases:
+        kind, name = case.split(", ", 1)
+        arguments, environment = (test_engine.WITHOUT | test_engine.WITH)[ENGINES[name]]
+        found[case] = {
+            "model": str(folder / kind), "arguments": arguments, "log": str(folder / f"{case}.log"),
+            "environment": environment | {"VLLM_CACHE_ROOT": str(folder / f"cache of {case}")},
+        }  # fmt: skip
+    return found
 
 
-def main() -> None:
+def main(chosen: list[str]) -> None:
     import npu_models
     import test_engine
 
+    cases = chosen or [f"{kind}, {name}" for kind in ("dense", "moe") for name in ENGINES]
     package = str(Path(__file__).parents[1] / "helpers" / "stand_in")
-    with_package = {"PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    cases = {
-        "vllm-ascend alone": ("plain", {}),
-        "its batch-invariant mode, with `batch_invariant_ops`": ("VLLM_BATCH_INVARIANT", with_package),
-        "ours, through its pass manager": ("pass manager", {}),
-        "ours, through npugraph_ex": ("npugraph_ex", {}),
-        "ours, eager": ("eager fallback alone", {}),
-        "ours, through its pass manager, with `batch_invariant_ops`": ("pass manager", with_package),
-    }
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        models = {kind: npu_models.make(kind, Path(folder, kind)) for kind in ("dense", "moe")}
-        jobs = {}
-        for kind in models:
-            for case, (name, environment) in cases.items():
-                arguments, own = (test_engine.WITHOUT | test_engine.WITH)[name]
-                cache = {"VLLM_CACHE_ROOT": str(Path(folder, f"{kind} {case}"))}
-                variables = test_engine.variables(environment.get("PYTHONPATH")) | own | cache
-                jobs[kind, case] = pool.submit(printed, models[kind], arguments, variables)
-        results = {key: json.loads(job.result()) for key, job in jobs.items()}
-    print(table(results))
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in {case.split(", ")[0] for case in cases}:
+            npu_models.make(kind, Path(folder, kind))
+        # vllm-ascend looks for the package when it is imported
+        for path in ("", package):
+            some = [case for case in cases if ("`batch_invariant_ops`" in case) == bool(path)]
+            paths = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
+            environment = os.environ | test_engine.variables(paths)
+            if some:
+                subprocess.run([sys.executable, __file__, "in", folder, *some], env=environment, check=True)
+        results = {}
+        for case in cases:
+            results |= json.loads(Path(folder, f"{case}.log").read_text().strip().splitlines()[-1])
+    print(table({tuple(case.split(", ", 1)): found for case, found in results.items()}))
 
 
 def table(results: dict[tuple[str, str], Launches]) -> str:
@@ -128,4 +127,9 @@ def table(results: dict[tuple[str, str], Launches]) -> str:
 
 
 if __name__ == "__main__":
-    engine(sys.argv[1], json.loads(sys.argv[2])) if len(sys.argv) > 1 else main()
+    if sys.argv[1:2] == ["in"]:
+        import serve
+
+        serve.main(jobs(Path(sys.argv[2]), sys.argv[3:]), run=engine, perturb=False)
+    else:
+        main(sys.argv[1:])

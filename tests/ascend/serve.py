@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def serve(model: str, arguments: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def in_a_fork(name: str, job: dict[str, Any]) -> int:
-    """The process that serves the job."""
+def in_a_fork(name: str, job: dict[str, Any], run: Callable[[str, dict[str, Any]], Any]) -> int:
+    """The process that serves the job and prints what `run` returns of its model and arguments."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -96,7 +97,7 @@ def in_a_fork(name: str, job: dict[str, Any]) -> int:
             os.dup2(file, 1)
             os.dup2(file, 2)
         os.environ.update(job.get("environment", {}))
-        print("\n" + json.dumps({name: serve(job["model"], job["arguments"])}), flush=True)
+        print("\n" + json.dumps({name: run(job["model"], job["arguments"])}), flush=True)
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -106,9 +107,11 @@ def in_a_fork(name: str, job: dict[str, Any]) -> int:
         os._exit(status)
 
 
-def main(jobs: dict[str, dict[str, Any]], at_a_time: int = 2) -> None:
+def main(
+    jobs: dict[str, dict[str, Any]], run: Callable[..., Any] = serve, perturb: bool = True, at_a_time: int = 2
+) -> None:
     emulated_npu.before_vllm()
-    emulated_npu.install(perturb=True)
+    emulated_npu.install(perturb=perturb)
     import vllm  # noqa: F401
     import vllm_ascend.worker.worker  # noqa: F401
 
@@ -117,7 +120,7 @@ def main(jobs: dict[str, dict[str, Any]], at_a_time: int = 2) -> None:
     for name, job in jobs.items():
         if len(running) == at_a_time:
             _wait(running, failed)
-        running[in_a_fork(name, job)] = name
+        running[in_a_fork(name, job, run)] = name
     while running:
         _wait(running, failed)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -9,12 +9,16 @@ between is seen, and in their order. A group of tasks holds the native operators
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+#: what the device was given to do so far, by name, in replays too: native operators, copies, Triton kernels, collectives; views and
+#: allocations are nothing
+LAUNCHES: Counter[str] = Counter()
 #: a step of a graph: what is done, or the event that has to be recorded first
 Step = Callable[[], Any] | Any
 
@@ -29,6 +33,7 @@ class Native:
         self.name, self.function, self.args, self.kwargs, self.results = name, function, args, kwargs, results
 
     def __call__(self) -> None:
+        LAUNCHES[self.name] += 1
         found = torch.utils._pytree.tree_leaves(self.function(*self.args, **self.kwargs))
         for to, result in zip(self.results, found, strict=True):
             if to is not None and to is not result:

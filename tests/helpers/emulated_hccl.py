@@ -34,6 +34,7 @@ def _on_host(name: str) -> Callable[..., Any]:
         result = (args[0], result[1]) if isinstance(result, tuple) else result
 
         def again() -> None:
+            LAUNCHES[f"c10d::{name}"] += 1
             found = operator(*on_host, **options)
             (found[1] if isinstance(found, tuple) else found).wait()
 

@@ -16,13 +16,13 @@ import ctypes
 import itertools
 import sys
 import types
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import emulated_deepseek
 import emulated_graph
 import torch
+from emulated_graph import LAUNCHES
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -33,8 +33,6 @@ OWN = {
     "resize_", "record_stream", "is_pinned", "_pin_memory", "_to_copy", "contiguous",
 }  # fmt: skip
 _libraries: list[torch.library.Library] = []
-#: what the device was given to do so far, by name: native operators, copies, Triton kernels; views and allocations are nothing
-LAUNCHES: Counter[str] = Counter()
 
 
 def library(namespace: str, kind: str = "IMPL") -> torch.library.Library:
@@ -314,11 +312,15 @@ def install(perturb: bool = False) -> None:
                 aten.impl(full[6:], on_host(op, full), "PrivateUse1", allow_override=True)
 
     def copy_(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        def again() -> None:
+            LAUNCHES["aten::copy_"] += 1
+            host(to).copy_(host(source))
+
         LAUNCHES["aten::copy_"] += 1
         if emulated_graph.capturing():
             if to.device != source.device:
                 raise RuntimeError(f"a copy from {source.device} to {to.device} cannot be captured in an ACL graph")
-            emulated_graph.note(lambda: host(to).copy_(host(source)))
+            emulated_graph.note(again)
         (host(to) if to.device.type == "npu" else to).copy_(host(source) if source.device.type == "npu" else source)
         return to
 

@@ -160,3 +160,15 @@ def test_a_rotated_part_kept_apart(size: int) -> None:
     torch.testing.assert_close((got[0].float(), got[1]), (out.float(), lse), atol=2e-3, rtol=2e-3)
     with pytest.raises(RuntimeError, match="query_rope and key_rope are given together"):
         call("paged_attention", query, key, key, lengths(requests), table, query_rope=parts["query_rope"])
+
+
+@pytest.mark.skipif(CUDA, reason="an NPU's tiles")
+@pytest.mark.parametrize(
+    ("head", "size", "words"), [(640, 128, "640"), (512, 24, "use pages of a multiple of 64 keys")]
+)
+def test_heads_that_no_tile_holds_are_refused(head: int, size: int, words: str) -> None:
+    """By name and before anything is launched; so is a page size that leaves heads no room."""
+    query, cache = torch.zeros(1, 1, head, dtype=torch.float16), torch.zeros(1, size, 1, head, dtype=torch.float16)
+    numbers = torch.ones(2, 1, dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match=rf"bi_compile::paged_attention.*{words}"):
+        call("paged_attention", query, cache, cache, numbers, torch.zeros(1, 1, dtype=torch.int32))
