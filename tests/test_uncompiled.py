@@ -85,7 +85,7 @@ class InATry(Body):
 class Recurrent(Body):
     def __init__(self, kind: Callable[..., nn.Module]) -> None:
         super().__init__()
-        self.layer = kind(WIDTH, 64, batch_first=True)
+        self.layer = kind(WIDTH, WIDTH, batch_first=True)  # as wide as its input: oneDNN's LSTM varies then
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(super().forward(x))[0]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from bi_compile import invariant
 from bi_compile.measure import pointwise
-from bi_compile.measure.pointwise import Pointwise
 
 #: short, odd, and more than one vector; the whole of 1 to 40, and 70,000, is measured by hand
 WIDTHS = (3, 10, 21)
@@ -34,12 +34,19 @@ def test_pytorch_alone_follows_them(name: str) -> None:
     assert pointwise.eager(p, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["maximum", "minimum"])
+@pytest.mark.parametrize("name", ["maximum.default", "minimum.default", "clamp_min.Tensor", "clamp_max.Tensor", "relu.default"])
 def test_the_sign_of_zero_does_not_follow_the_place(name: str) -> None:
-    op = Pointwise(getattr(torch.ops.aten, name).default, 2)
-    zeros = torch.tensor([0.0, -0.0]).repeat(20)[:35]
-    with invariant():
-        alone = op(zeros[None], -zeros[None])
-        for n in (2, 7, 33):
-            among = op(zeros.expand(n, -1), -zeros.expand(n, -1))
-            assert all(pointwise.same_bits(row[None], alone) for row in among)
+    """Where the larger of 0.0 and -0.0 is asked for; more than one thread shares the longest rows."""
+    packet, overload = name.split(".")
+    op = getattr(getattr(torch.ops.aten, packet), overload)
+    for width, batches in ((35, (2, 7, 33)), (pointwise.WIDE + 1, (1, 3))):
+        zeros = torch.tensor([0.0, -0.0]).repeat(width)[:width]
+        with invariant():
+            alone = _of(op, zeros[None])
+            assert pointwise.same_bits(alone[0, :2], alone[0, -3:-1]), "at the end of the row as at its start"
+            for n in batches:
+                assert all(pointwise.same_bits(row[None], alone) for row in _of(op, zeros.expand(n, -1).contiguous()))
+
+
+def _of(op: torch._ops.OpOverload, zeros: Tensor) -> Tensor:
+    return op(zeros) if len(op._schema.arguments) == 1 else op(zeros, -zeros)

@@ -28,7 +28,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bi_compile.measure import requests
+from bi_compile.measure import process, requests
 
 KEY: dict[str, Any] = {"compilation_config": {"custom_passes": ["bi_ascend"]}}
 KINDS: dict[str, dict[str, Any]] = {
@@ -166,4 +166,5 @@ def main(model: str, plan: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    os.environ.update({name: value for name, value in process.ENVIRONMENT.items() if name not in os.environ})
     main(sys.argv[1], json.loads(sys.argv[2]))
