@@ -23,7 +23,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from . import ops
+from . import eager, ops
 from .audit.inputs import BatchInput, batch_inputs, input_names, name_inputs, placed
 from .eager_audit import away
 from .errors import HostError, OptionError
@@ -128,7 +128,8 @@ def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequen
     def backward(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         return make_boxed_func(plain(graph, list(inputs)))
 
-    return aot_autograd(fw_compiler=forward, bw_compiler=backward, inference_compiler=forward)(gm, example_inputs)
+    with eager.tracing():
+        return aot_autograd(fw_compiler=forward, bw_compiler=backward, inference_compiler=forward)(gm, example_inputs)
 
 
 def _check_device(target: Target, graph: fx.Graph) -> None:

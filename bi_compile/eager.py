@@ -113,6 +113,8 @@ class _Active(threading.local):
         """Those within whose replacement this thread is."""
         self.fallbacks: tuple[EagerFallback, ...] = ()
         """Those that are installed for this thread alone (`held`)."""
+        self.tracing = False
+        """Whether a graph of ours is being traced (`tracing`)."""
 
 
 _active = _Active()
@@ -258,6 +260,18 @@ def _put_in(op: OpOverload, device: str, autograd: bool = False, sparse: str = "
     _kernels.add((op, key))
 
 
+def _put_in_linear() -> None:
+    key = "CompositeImplicitAutograd"
+    if (_LINEAR, key) in _kernels:
+        return
+    library = _libraries.setdefault("aten", torch.library.Library("aten", "IMPL"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
+        kernel = _linear_kernel(torch.library.get_kernel(_LINEAR, "CPU"))  # computed from that of the key
+        library.impl("linear", kernel, key, with_keyset=True, allow_override=True)
+    _kernels.add((_LINEAR, key))
+
+
 def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         mine = _active.fallbacks
@@ -281,6 +295,44 @@ def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
         return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
 
     return run
+
+
+_LINEAR, _ADDMM = torch.ops.aten.linear.default, torch.ops.aten.addmm.default
+
+
+def _linear_kernel(original: Any) -> Callable[..., Any]:
+    """linear with a bias as one addmm, however its input lies in memory.
+
+    PyTorch takes addmm, which rounds once, where an input of three or more dimensions is contiguous, and a product and a sum, which
+    round twice, where it is not; a transposed batch of one is contiguous (nn.MultiheadAttention and nn.GRU with batch_first).
+    """
+
+    def run(keyset: torch._C.DispatchKeySet, input: Any, weight: Any, bias: Any = None) -> Any:
+        fallbacks = _installed + _active.fallbacks
+        if (
+            (fallbacks or _active.tracing)
+            and bias is not None
+            and input.dim() > 2
+            and weight.dim() == 2
+            and bias.dim() == 1
+        ):
+            if _active.tracing or _replacement(fallbacks, _ADDMM, input.device.type) is not None:
+                return torch.addmm(bias, input.flatten(0, -2), weight.t()).unflatten(0, input.shape[:-1])
+        return original.call_boxed(keyset, input, weight, bias)
+
+    return run
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """While this thread traces a graph that the passes will rewrite: linear as above."""
+    with _lock:
+        _put_in_linear()
+    before, _active.tracing = _active.tracing, True
+    try:
+        yield
+    finally:
+        _active.tracing = before
 
 
 def _sparse_kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
@@ -357,6 +409,7 @@ def prepare(options: Options, device: str) -> EagerFallback:
     fallback = EagerFallback(options, device)
     with _lock:
         load_kernels(device)
+        _put_in_linear()
         for op in (*fallback.replaced, *fallback.refused, *fallback.apart):
             if _has_kernel(op, KERNELS[device][0]):
                 _put_in(op, device)

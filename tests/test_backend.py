@@ -395,6 +395,18 @@ def test_addbmm(inner: str) -> None:
     assert same_bits(f(a[:, :1], bias[:1]), f(a, bias)[:1])
 
 
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_linear_of_a_transposed_batch(inner: str) -> None:
+    """A transposed batch of one is contiguous, and PyTorch adds the bias of others apart, rounding once more."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(128, 4, batch_first=True, dtype=torch.bfloat16).eval().requires_grad_(False)
+    nn.init.normal_(model.in_proj_bias)
+    x = rand(17, 6, 128, dtype=torch.bfloat16)
+    f = no_grad(compiled(lambda x: model(x, x, x, need_weights=False)[0], inner=inner))
+    assert rows_equal(f, x, (2, 17))
+
+
 def test_one_hot_of_a_symbolic_batch() -> None:
     """It asserts that every class is below the number of classes: a test over all rows, which is in no result."""
     torch._dynamo.reset()

@@ -34,7 +34,9 @@ def test_pytorch_alone_follows_them(name: str) -> None:
     assert pointwise.eager(p, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["maximum.default", "minimum.default", "clamp_min.Tensor", "clamp_max.Tensor", "relu.default"])
+@pytest.mark.parametrize(
+    "name", ["maximum.default", "minimum.default", "clamp_min.Tensor", "clamp_max.Tensor", "relu.default"]
+)
 def test_the_sign_of_zero_does_not_follow_the_place(name: str) -> None:
     """Where the larger of 0.0 and -0.0 is asked for; more than one thread shares the longest rows."""
     packet, overload = name.split(".")
