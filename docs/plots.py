@@ -1,4 +1,4 @@
-"""The plots of docs/use/cost.md, from the measurements in docs/data/: `make plots`.
+"""The plots of docs/use/cost.md and docs/use/still-differs.md, from the measurements in docs/data/: `make plots`.
 
 Each CSV begins with a comment that says what was measured, on which device and when; it stands under the plot too. The
 pictures have no background and a mid grey for text, so that they can be read on a light and on a dark page.
@@ -94,6 +94,24 @@ def vllm_throughput() -> None:
     save("vllm_throughput", figure, said)
 
 
+def equal_answers() -> None:
+    """The share of answers that are equal up to a token: their tokens, and the logprobs of these."""
+    said, rows = read("equal_answers")
+    figure, axis = pyplot.subplots(figsize=(9, 3.2), layout="constrained")
+    lines = (("equal_tokens", "tokens", "-"), ("equal_logprobs", "logprobs", ":"))
+    for colour, (mode, points) in zip(COLOURS, grouped(rows, "mode").items(), strict=False):
+        for column, what, dashes in lines:
+            shares = [int(p[column]) / int(p["of"]) for p in points]
+            positions = [int(p["position"]) for p in points]
+            axis.step(positions, shares, dashes, where="post", color=colour, lw=2, label=f"{mode}: {what}")
+    axis.set_ylim(0, 1.05)
+    axis.set_xlabel("position in the answer, tokens")
+    axis.set_ylabel("share of answers equal so far")
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.12, 0.03))
+    save("equal_answers", figure, said)
+
+
 if __name__ == "__main__":
+    equal_answers()
     decode_steps()
     vllm_throughput()

@@ -1,9 +1,9 @@
 """How commands end: one table of exit codes, and every error a sentence on stderr.
 
-    0  what was asked for was done, and nothing was found
+    0  done, and nothing was found
     1  found: a row differs, a graph is not batch-invariant or was never judged, certificates differ, something that is needed is missing
-    2  it was asked for in a way that cannot be carried out: an unknown option, pass or file, a value that does not fit
-    3  it failed: what is measured raised an error, its compilation was stopped, a process ended early, or a fault of ours
+    2  it cannot be done as asked: an unknown option, pass or file, a value that does not fit
+    3  it failed: the measured code raised an error, its compilation was stopped, the time limit left nothing compared, a process ended early, or a bug of bi-compile
   130  interrupted from the keyboard
 
 docs/use/command-line.md shows the same table.
