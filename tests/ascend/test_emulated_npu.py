@@ -133,12 +133,22 @@ with bi_compile.invariant(bi_compile.Options(target="ascend-a2"), "npu"):
 v = w.detach().cpu().requires_grad_()
 torch.softmax(v, -1).square().sum().backward()
 torch.testing.assert_close(w.grad.cpu(), v.grad)
+a, graph = torch.ones(4, device="npu"), torch.npu.NPUGraph()
+with torch.npu.graph(graph):
+    b = a + a
+    b.copy_(b * b)
+a.fill_(3)
+before = emulated_npu.LAUNCHES.copy()
+graph.replay()
+assert emulated_npu.LAUNCHES - before == {"aten::add.Tensor": 1, "aten::mul.Tensor": 1, "aten::copy_": 1}, emulated_npu.LAUNCHES - before
+assert b.cpu().tolist() == [36] * 4
 """
 
 
 def test_what_the_bench_does_not_compute_raises_with_its_name() -> None:
     """torch_npu registers softmax.int for itself and casts by an operator of CANN's own, which the bench does not have: it
-    raises at the call. Taken apart by the eager fallback it meets the table, as all do that torch_npu composes by itself."""
+    raises at the call. Taken apart by the eager fallback it meets the table, as all do that torch_npu composes by itself. What a
+    replayed graph launches is counted."""
     done = subprocess.run(
         [sys.executable, "-c", REFUSALS], env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True, text=True, check=False, timeout=200,
