@@ -1,6 +1,6 @@
 """What one decoder layer launches on the device: the table of docs/use/ascend.md.
 
-    LD_LIBRARY_PATH=.venv-ascend/cann .venv-ascend/bin/python tests/ascend/launches.py      # some 15 minutes
+    LD_LIBRARY_PATH=.venv-ascend/cann .venv-ascend/bin/python tests/ascend/launches.py      # some 15 minutes of a core
 
 For Qwen3 and Qwen3-MoE served by the real vllm-ascend on the emulated NPU, whose counter (`emulated_npu.LAUNCHES`) knows native
 operators, copies and Triton kernels by name: everything between the attention of layer 0 and that of layer 1, in steps of 1,
