@@ -31,6 +31,15 @@ import pytest
 from bi_compile import eager
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """pytest-xdist marks a test's group in its name; without that, each worker makes what the group shares."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if "PYTEST_XDIST_WORKER" in os.environ and any("@" not in item.nodeid for item in grouped):
+        raise pytest.UsageError(
+            "tests of one group would run in several workers: use --dist loadgroup and pytest < 9.2"
+        )
+
+
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.manual_seed(0)
