@@ -293,13 +293,13 @@ SHOWN = 40
 def bisection_table(found: Bisection) -> Table:
     """From the first operator that differs to the output; the middle of a long list is left out, and said so."""
     numbers = ("elements", "max ULP", "max absolute")
-    out = table("Where the row differs", "operator, and where", "operands", *numbers, right=numbers)
+    out = table("Where the row differs", "operator, where, operands", *numbers, right=numbers, lines=True)
     start = next((i for i, s in enumerate(found.steps) if s.difference is not None), len(found.steps))
     rest = found.steps[start:]
     for i, step in enumerate(rest):
         if len(rest) > SHOWN and SHOWN // 2 <= i < len(rest) - SHOWN // 2:
             if i == SHOWN // 2:
-                out.add_row(f"... {len(rest) - SHOWN} more", "", "", "", "")
+                out.add_row(f"... {len(rest) - SHOWN} more", "", "", "")
             continue
         d = step.difference
         place = ", ".join(filter(None, (step.layer, _short(step.where))))
@@ -307,7 +307,8 @@ def bisection_table(found: Bisection) -> Table:
         if d is not None:
             far = ("NaN", "NaN") if d.ulps is None else (str(d.ulps), f"{d.absolute:.3g}")
             cells = (f"{d.elements} of {d.of}", *far)
-        out.add_row(escape(f"{step.operator}\n{place}" if place else step.operator), escape(step.arguments), *cells)
+        lines = filter(None, (step.operator, place, step.arguments))
+        out.add_row(escape("\n".join(lines)), *cells)
     return out
 
 
