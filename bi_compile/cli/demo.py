@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..demo import show as measured
 from ..demo.show import Answer, Row, words
+from . import console
 from .console import progress_bar
 
 
@@ -64,12 +65,13 @@ def marked(alone: str, together: str) -> Text:
 
 
 def table(rows: list[Row]) -> Table:
-    found = Table("", "what", title="Results that change when batched", title_justify="left", show_lines=True)
-    for name in ("without", "with bi_ascend", "seconds"):
-        found.add_column(name, justify="right", no_wrap=True)
+    """What differs without the pass and with it, a line for each case."""
+    numbers = ("without", "with bi_ascend", "seconds")
+    found = console.table("Results that change when batched", "what", *numbers, right=numbers, lines=True)
     for r in rows:
         good = not r.with_.error and r.with_.differ == 0
         seconds = f"{r.without.seconds:.0f}, {r.with_.seconds:.0f}"
-        cell = f"[{'green' if good else 'red'}]{r.with_.text}[/]"
-        found.add_row(r.case.part, r.case.what, r.without.text, cell, seconds)
+        without, with_ = (text.replace(", text", "\ntext") for text in (r.without.text, r.with_.text))
+        cell = f"[{'green' if good else 'red'}]{with_}[/]"
+        found.add_row(f"{r.case.part}\n{r.case.what}", without, cell, seconds)
     return found
