@@ -250,26 +250,25 @@ def _put_in(op: OpOverload, device: str, autograd: bool = False, sparse: str = "
     if (op, key) in _kernels or (autograd and not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)):
         return
     original = torch.library.get_kernel(op, key)
+    _register(op, key, (_sparse_kernel if sparse else _autograd_kernel if autograd else _kernel)(op, device, original))
+
+
+def _put_in_linear() -> None:
+    """The same for linear, under the key of operators that PyTorch composes of others: on every device without one of its own."""
+    key = "CompositeImplicitAutograd"
+    if (_LINEAR, key) not in _kernels:
+        # get_kernel takes a device's key, and finds the composed kernel by it
+        _register(_LINEAR, key, _linear_kernel(torch.library.get_kernel(_LINEAR, "CPU")))
+
+
+def _register(op: OpOverload, key: str, kernel: Callable[..., Any]) -> None:
     if op.namespace not in _libraries:
         _libraries[op.namespace] = torch.library.Library(op.namespace, "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
         name = op.name().partition("::")[2]
-        kernel = (_sparse_kernel if sparse else _autograd_kernel if autograd else _kernel)(op, device, original)
         _libraries[op.namespace].impl(name, kernel, key, with_keyset=True, allow_override=True)
     _kernels.add((op, key))
-
-
-def _put_in_linear() -> None:
-    key = "CompositeImplicitAutograd"
-    if (_LINEAR, key) in _kernels:
-        return
-    library = _libraries.setdefault("aten", torch.library.Library("aten", "IMPL"))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
-        kernel = _linear_kernel(torch.library.get_kernel(_LINEAR, "CPU"))  # computed from that of the key
-        library.impl("linear", kernel, key, with_keyset=True, allow_override=True)
-    _kernels.add((_LINEAR, key))
 
 
 def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
@@ -308,14 +307,8 @@ def _linear_kernel(original: Any) -> Callable[..., Any]:
     """
 
     def run(keyset: torch._C.DispatchKeySet, input: Any, weight: Any, bias: Any = None) -> Any:
-        fallbacks = _installed + _active.fallbacks
-        if (
-            (fallbacks or _active.tracing)
-            and bias is not None
-            and input.dim() > 2
-            and weight.dim() == 2
-            and bias.dim() == 1
-        ):
+        if bias is not None and input.dim() > 2 and weight.dim() == 2 and bias.dim() == 1:
+            fallbacks = _installed + _active.fallbacks
             if _active.tracing or _replacement(fallbacks, _ADDMM, input.device.type) is not None:
                 return torch.addmm(bias, input.flatten(0, -2), weight.t()).unflatten(0, input.shape[:-1])
         return original.call_boxed(keyset, input, weight, bias)

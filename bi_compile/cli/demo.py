@@ -12,14 +12,13 @@ from rich.text import Text
 from ..demo import show as measured
 from ..demo.show import Answer, Row, words
 from . import console
-from .console import progress_bar
 
 
 def show(out: Console) -> bool:
     """Measure, print the table; True if it is as claimed: nothing differs with the pass, and something does without it."""
     start = time.perf_counter()
     rows: list[Row] = []
-    with progress_bar(out) as progress:
+    with console.progress_bar(out) as progress:
         for row in measured.run(progress):
             rows.append(row)
             for side, outcome in (("without", row.without), ("with", row.with_)):

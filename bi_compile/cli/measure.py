@@ -77,6 +77,11 @@ def _plan(config: str | None, engine: str, **own: Any) -> dict[str, Any]:
     return found | own
 
 
+def _verified(equal: bool, rows: int) -> typer.Exit:
+    """How a verification ends: nothing compared is not "equal"."""
+    return typer.Exit(FOUND if not equal else OK if rows else FAILED)
+
+
 @verify_app.command("function")
 @sentences
 def verify_function(
@@ -106,7 +111,7 @@ def verify_function(
     if evidence.mismatch is not None:
         verify.write(Case(*given, backend), evidence.mismatch, write)
         typer.echo(f"reproduce with: python {write}", err=as_json)
-    raise typer.Exit(FOUND if not evidence.equal else OK if evidence.rows.total() else FAILED)
+    raise _verified(evidence.equal, evidence.rows.total())
 
 
 @verify_app.command("vllm")
@@ -176,7 +181,7 @@ def verify_engine(
         where = {"model": name} | ({"base_url": base_url} if base_url else {})
         write_file(write, json.dumps({**where, **plan, "only": only}), "--write")
         typer.echo(f"reproduce with: bi-compile verify vllm {write}", err=as_json)
-    raise typer.Exit(FOUND if result["mismatch"] is not None else OK if result["rows"] else FAILED)
+    raise _verified(result["mismatch"] is None, result["rows"])
 
 
 def _report(path: Path, model: Path, plan: dict[str, Any], time_limit: float, as_json: bool) -> None:
