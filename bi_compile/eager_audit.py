@@ -386,15 +386,15 @@ _hook_lock = threading.Lock()
 _hook_users = 0
 
 
-def _on_launch(metadata: Any, *_: Any) -> None:
+def _on_launch(name: str) -> None:
     observers = _thread.observers
     if not observers or _thread.depth or _in_backward() or observers[-1].belongs_to_a_graph():
         return
-    observers[-1].launched(str(metadata.get()["name"]))
+    observers[-1].launched(name)
 
 
 def _count_hook(by: int) -> None:
-    """Triton calls `_on_launch` before each kernel as long as there are users; nothing happens without Triton."""
+    """Triton's launches come past `_on_launch` as long as there are users; nothing happens without Triton."""
     global _hook_users
     with _hook_lock:
         before, _hook_users = _hook_users, _hook_users + by
@@ -403,35 +403,45 @@ def _count_hook(by: int) -> None:
 
 
 def _set_hook(on: bool) -> None:
+    """Wrap the two functions by which a program launches a kernel, or give them back.
+
+    Not Triton's own hook: while there is one, Inductor loads its kernels with a launcher that costs the host 90 us more a launch
+    (torch/_inductor/runtime/static_triton_launcher.py), for good. Its kernels do not come this way, they belong to a graph.
+    """
     if not triton_files():
         return
-    owner, name = _triton_hook()
-    chain = getattr(owner, name)
-    if hasattr(chain, "add"):  # from Triton 3.5 on: a chain of hooks
-        (chain.add if on else chain.remove)(_on_launch)
-    elif on:
-        setattr(owner, name, _Before(chain))
-    elif isinstance(chain, _Before):
-        setattr(owner, name, chain.theirs)
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    for owner, name, wrap in ((JITFunction, "run", _watched_run), (CompiledKernel, "__getitem__", _watched_getitem)):
+        current = getattr(owner, name)
+        if on:
+            setattr(owner, name, wrap(current))
+        elif hasattr(current, "_bi_theirs"):  # where somebody has wrapped it since, ours stays below and does nothing
+            setattr(owner, name, current._bi_theirs)
 
 
-class _Before:
-    """`_on_launch`, then the one hook that was there."""
+def _watched_run(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("warmup"):
+            _on_launch(self.__name__)
+        return theirs(self, *args, **kwargs)
 
-    def __init__(self, theirs: Any) -> None:
-        self.theirs = theirs
-
-    def __call__(self, *args: Any) -> None:
-        _on_launch(*args)
-        if self.theirs is not None:
-            self.theirs(*args)
+    run._bi_theirs = theirs  # type: ignore[attr-defined]
+    return run
 
 
-@functools.cache
-def _triton_hook() -> tuple[Any, str]:
-    """What holds the hook, and its name there."""
-    import triton
+def _watched_getitem(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def getitem(self: Any, grid: Any) -> Any:
+        launch = theirs(self, grid)
 
-    knobs = getattr(triton, "knobs", None)
-    owner = knobs.runtime if knobs is not None else triton.compiler.CompiledKernel  # before Triton 3.4
-    return owner, "launch_enter_hook"
+        def runner(*args: Any, **kwargs: Any) -> Any:
+            _on_launch(self.name)
+            return launch(*args, **kwargs)
+
+        return runner
+
+    getitem._bi_theirs = theirs  # type: ignore[attr-defined]
+    return getitem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 import warnings
@@ -155,24 +156,16 @@ def test_an_option_that_speaks_of_a_graph_is_refused() -> None:
 # -- Triton kernels ---------------------------------------------------------------------------------------------------
 
 
-class Launch:
-    """What Triton hands to the hook. There is no GPU here, so the tests call the hook as Triton's launcher does."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def get(self) -> dict[str, Any]:
-        return {"name": self.name, "function": 0, "stream": 0}
-
-
-def launch(name: str) -> None:
-    from triton import knobs
-
-    knobs.runtime.launch_enter_hook(Launch(name))
+def launch(name: str, **how: Any) -> None:
+    """A launch by way of the class that Triton launches by, which stops where a GPU would be needed."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    function = object.__new__(jit.JITFunction)
+    function.__name__ = name
+    with contextlib.suppress(AttributeError):  # it has nothing to run
+        function.run(grid=(1,), **{"warmup": False, **how})
 
 
 def test_a_triton_kernel_is_judged_at_its_launch() -> None:
-    pytest.importorskip("triton.knobs")
     launch("planted")
     with pytest.raises(AuditError, match=r"triton.planted unproven.*test_eager_audit.py"), judged():
         launch("planted")
@@ -183,7 +176,6 @@ def test_a_triton_kernel_is_judged_at_its_launch() -> None:
 
 
 def test_a_triton_kernel_of_an_operator_is_not_judged(mystery: Callable[[Tensor], Tensor]) -> None:
-    pytest.importorskip("triton.knobs")
     library = torch.library.Library("eager_audit_test", "FRAGMENT")
     library.define("launching(Tensor x) -> Tensor")
     library.impl("launching", lambda x: (launch("its_own"), x * 2)[1], "CPU")
@@ -193,13 +185,19 @@ def test_a_triton_kernel_of_an_operator_is_not_judged(mystery: Callable[[Tensor]
     library._destroy()
 
 
-def test_nothing_is_left_behind() -> None:
-    from triton import knobs
+def test_a_kernel_that_is_only_compiled_is_not_judged() -> None:
+    with judged() as seen:
+        launch("planted", warmup=True)
+    assert not seen.calls
 
-    before = list(knobs.runtime.launch_enter_hook.calls)
+
+def test_nothing_is_left_behind() -> None:
+    """Triton's own hook is not used: with one, Inductor would load its kernels with a slow launcher."""
+    jit, knobs = pytest.importorskip("triton.runtime.jit"), pytest.importorskip("triton.knobs")
+    before, hooks = jit.JITFunction.run, list(knobs.runtime.launch_enter_hook.calls)
     with judged(), judged():
-        assert len(knobs.runtime.launch_enter_hook.calls) == len(before) + 1
-    assert knobs.runtime.launch_enter_hook.calls == before and _get_current_dispatch_mode() is None
+        assert jit.JITFunction.run is not before and knobs.runtime.launch_enter_hook.calls == hooks
+    assert jit.JITFunction.run is before and _get_current_dispatch_mode() is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         F.dropout(X)

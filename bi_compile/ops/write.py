@@ -32,6 +32,7 @@ def _writes(
     write as a number, [W], and the values [..., W, ...]. A mask stands for the places where it is true."""
     found: list[Tensor | None] = []
     for i in indices:
+        i = i if i is None else i.to(x.device)  # PyTorch takes those of the host too
         masks = i is not None and i.dtype in (torch.bool, torch.uint8)
         found += list(i.nonzero().unbind(1)) if masks and i is not None else [i]
     dims = [d for d, i in enumerate(found) if i is not None]
@@ -50,13 +51,15 @@ def _writes(
 
 def with_last_values(x: Tensor, indices: Sequence[Tensor | None], values: Tensor) -> tuple[list[Tensor | None], Tensor]:
     """`indices` and `values` of x[indices] = values, each write with the value of the last to its place."""
+    if values.numel() == 1:  # one value for all, which PyTorch takes from the host too
+        return list(indices), values
     found, start, place, spread = _writes(x, indices, values)
     return found, spread.index_select(start, last_of_each(place))
 
 
 def add_in_order(x: Tensor, indices: Sequence[Tensor | None], values: Tensor) -> None:
     """x[indices] += values in place, one write after another in the order of the indices, each sum rounded to x's dtype."""
-    found, start, place, spread = _writes(x, indices, values)
+    found, start, place, spread = _writes(x, indices, values.to(x.device))
     places, order = torch.sort(place, stable=True)
     nth = torch.arange(len(place), device=x.device) - torch.searchsorted(places, places)
     for n in range(int(nth.max()) + 1 if len(place) else 0):

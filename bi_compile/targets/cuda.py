@@ -21,7 +21,7 @@ _RUNNERS_KERNELS = (
     "prepare_prefill_inputs prepare_pos_seq_lens combine_sampled_and_draft_tokens get_num_sampled_and_rejected post_update "
     "post_update_num_computed_tokens expand_idx_mapping gather_block_tables compute_slot_mappings compute_slot_mapping apply_write "
     "temperature gumbel_sample topk_log_softmax ranks fill_logprob_token_ids min_p penalties bincount bias bad_words "
-    "prompt_logprobs_token_ids zero_kv_blocks"
+    "prompt_logprobs_token_ids zero_kv_blocks apply_grammar_bitmask"
 ).split()
 _RUNNERS_REASON = (
     "vLLM's model runner: each program reads and writes one request's tokens, pages or logits, in blocks of one size; what it adds up "
@@ -41,6 +41,9 @@ TARGET = Target(
         "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
         "_vllm_fa3_C.get_scheduler_metadata.default": "plans which block computes which query's tile; bi_compile/vllm/cuda.py tells it the "
         "same lengths, and one part of the keys, for every batch",
+        "_C.weak_ref_tensor.default": "another name for the same memory",
+        "triton._topk_topp_kernel": "vLLM's top-k and top-p: one program takes one row at a time, in blocks of one size; "
+        "bi_compile/vllm/cuda.py has it for every batch, which vLLM 0.23 sorts where it is small",
         **{f"triton._{name}_kernel": _RUNNERS_REASON for name in _RUNNERS_KERNELS},
     },
 )

@@ -92,6 +92,21 @@ def attention_pinned() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def one_sampler() -> Iterator[None]:
+    """top-k and top-p by vLLM's Triton kernel for every batch; up to 0.23 or so vLLM sorts where fewer than 8 rows ask."""
+    sampler = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
+
+    def for_every_batch(logits: Any, k: Any, p: Any, allow_cpu_sync: bool = False) -> Any:
+        if logits.device.type != "cuda":
+            return plain(logits, k, p, allow_cpu_sync)
+        return sampler.apply_top_k_top_p_triton(logits, k, p) if logits.shape[0] else logits
+
+    plain = sampler.apply_top_k_top_p_pytorch
+    with attribute(sampler, "apply_top_k_top_p_pytorch", for_every_batch):
+        yield
+
+
 def check_model(vllm_config: Any) -> None:
     """Every attention layer's backend is one of `PINNED`, for a decoder; FlashAttention is version 3 and has no window."""
     for layer, impl in attention_layers(vllm_config):
@@ -120,7 +135,7 @@ PLATFORM = Platform(
         "VLLM_BATCH_INVARIANT": ("0", "vLLM's own mode patches the operators that bi_compile replaces a second time"),
     },
     before_config=before_config,
-    switches=(attention_pinned,),
+    switches=(attention_pinned, one_sampler),
     check_model=check_model,
     refuses_uncompiled=False,
 )

@@ -51,6 +51,7 @@ USED: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.attention_layer_base": ("AttentionLayerBase",),
     "vllm.v1.attention.backends.flash_attn": ("flash_attn_varlen_func", "get_scheduler_metadata"),
     "vllm.v1.attention.backends.triton_attn": ("unified_attention",),
+    "vllm.v1.sample.ops.topk_topp_sampler": ("apply_top_k_top_p_pytorch",),
     "vllm.v1.worker.gpu_worker": ("Worker.determine_available_memory", "Worker.execute_dummy_batch"),
     "vllm.v1.core.sched.output": (
         "SchedulerOutput.scheduled_new_reqs",
