@@ -90,7 +90,8 @@ class Pipeline:
         self._dump = Dump(options.dump_dir)
         self._warned: set[str] = set()
         if options.target:
-            self.knowledge(options.target)
+            # raises where the passes do not go together; not kept, as what a library registers until the first graph belongs in it
+            Table(self.passes, options.target)
 
     @functools.cache  # noqa: B019 - a pipeline lives as long as the process
     def knowledge(self, target: str) -> Knowledge:

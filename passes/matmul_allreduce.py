@@ -26,6 +26,22 @@ def _vllm_group(name: str) -> str:
     return group.device_group.group_name
 
 
+def _shm_group(handle: int) -> str:
+    """torch.distributed's name for the group of vLLM whose ranks share the memory `handle`.
+
+    Raises:
+        RuntimeError: no group of this process has it.
+    """
+    from vllm.distributed import parallel_state
+
+    for found in parallel_state._groups.values():
+        group = found()
+        communicator = getattr(group, "device_communicator", None)
+        if group is not None and getattr(getattr(communicator, "dist_module", None), "handle", None) == handle:
+            return str(group.device_group.group_name)
+    raise RuntimeError(f"no process group of vLLM's in this process has the shared memory {handle}")
+
+
 def _hccl_group(hcom: str) -> str:
     """torch.distributed's name for the group whose HCCL communicator is called `hcom`.
 
@@ -63,6 +79,15 @@ def reduce_scatter(input: Tensor, reduce_op: str, group_size: int, group_name: s
 @MatmulAllreduce.replaces("vllm.all_reduce.default")
 def vllm_all_reduce(tensor: Tensor, group_name: str) -> Tensor:
     return ops.all_reduce(tensor, "sum", _vllm_group(group_name))
+
+
+@MatmulAllreduce.replaces(
+    "_C.shm_allreduce.default",
+    why="each rank adds the others' parts to its own, beginning with the next rank's, so that from three ranks on they hold different sums",
+    source="vLLM csrc/cpu/shm.cpp (all_reduce_sum_impl, swizzled_ranks)",
+)
+def shm_allreduce(handle: int, data: Tensor) -> None:
+    data.copy_(ops.all_reduce(data, "sum", _shm_group(handle)))
 
 
 @MatmulAllreduce.replaces("vllm.reduce_scatter.default")

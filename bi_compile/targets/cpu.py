@@ -14,6 +14,9 @@ TARGET = Target(
         "which computes each query's tile by itself once its KV split is off (VLLM_CPU_ATTN_SPLIT_KV=0, which the plugin sets); measured: "
         "rows equal alone and among others",
         "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
+        "_C.cpu_fused_moe.default": "each expert takes K in one order whoever shares its tile, and a token's experts are added up in float32 in "
+        "the router's order (vLLM csrc/cpu/cpu_fused_moe.cpp); measured (vLLM 0.32): rows equal alone and among others",
+        "_C.shm_all_gather.default": "copies the ranks' rows, rank after rank (vLLM csrc/cpu/shm.cpp)",
         "_C.greedy_argmax.default": "each row's first maximum; measured (vLLM 0.32): rows equal alone and among others",
         "_C.fused_gumbel_argmax.default": "each row draws from a seed of its own; measured (vLLM 0.32): rows equal alone and among others",
     },

@@ -1,4 +1,8 @@
-"""vLLM on a CPU: linear layers stay products that the passes can see, and attention does not split the keys."""
+"""vLLM on a CPU: linear layers stay products that the passes can see, and attention does not split the keys.
+
+Mixtures of experts: vLLM's router is made of operators that are in the table, and its kernel for the experts is trusted
+(`targets/cpu.py`), each rank holding a part of every expert.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +44,46 @@ def _permit_amx(vllm_config: Any) -> None:
         )
 
 
+def before_config(vllm_config: Any) -> None:
+    if vllm_config.parallel_config.enable_expert_parallel:
+        raise HostError(
+            "enable_expert_parallel=True: experts that are divided among ranks were not tried on a CPU, where vLLM's kernel takes every rank "
+            "to have all of them; remove that line: tensor_parallel_size divides each expert"
+        )
+
+
+def wrong_routing(router: Any) -> str | None:
+    """What is wrong with how many experts a router of vLLM's is to choose, and out of which groups; None: nothing."""
+    experts, k = router.global_num_experts, router.top_k
+    if not 0 < k <= experts:
+        return f"a token is to have {k} of {experts} experts"
+    if not getattr(router, "use_grouped_topk", False):
+        return None
+    groups, chosen = router.num_expert_group, router.topk_group
+    if not groups or experts % groups:
+        return f"{experts} experts are to stand in {groups} groups of one size"
+    if not chosen or chosen > groups:
+        return f"{chosen} of {groups} groups are to be chosen"
+    if k > chosen * (experts // groups):
+        return f"{chosen} groups have {chosen * (experts // groups)} experts, of which a token is to have {k}"
+    return None
+
+
+def check_model(vllm_config: Any) -> None:
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        router = getattr(layer, "router", None)  # a mixture of experts
+        wrong = None if router is None else wrong_routing(router)
+        if wrong:
+            raise HostError(f"{name}: {wrong}: correct the model's config.json")
+
+
 PLATFORM = Platform(
     device="cpu",
     environment={
         "VLLM_CPU_ATTN_SPLIT_KV": ("0", "attention splits the keys by how many requests there are"),
     },
+    before_config=before_config,
     prepare=_permit_amx,
     switches=(_plain_linear,),
+    check_model=check_model,
 )

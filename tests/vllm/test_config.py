@@ -162,6 +162,18 @@ def test_an_older_vllm_is_refused(run: Callable[..., str]) -> None:
     assert "Traceback" in output and "needs vLLM 0.23 or newer, this is 0.22.1" in output, output[-2000:]
 
 
+def test_experts_that_are_divided_among_ranks_are_refused(run: Callable[..., str]) -> None:
+    output = run(
+        """
+        EngineArgs(model=model, skip_tokenizer_init=True, enable_expert_parallel=True,
+                   compilation_config={"custom_passes": ["bi_ascend"]}).create_engine_config()
+        """
+    )
+    assert "enable_expert_parallel=True: experts that are divided among ranks were not tried on a CPU" in output, (
+        output[-2000:]
+    )
+
+
 def test_llm_takes_the_key_and_the_command_line_reads_it(run: Callable[..., str]) -> None:
     output = run(
         """
