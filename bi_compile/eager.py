@@ -272,6 +272,8 @@ def _register(op: OpOverload, key: str, kernel: Callable[..., Any]) -> None:
 
 
 def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
+    as_tensors = _numbers_as_tensors(op)
+
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         mine = _active.fallbacks
         fallbacks = _installed + mine if mine else _installed
@@ -291,7 +293,7 @@ def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
                 for fallback in fallbacks:
                     if fallback.device == device and op in fallback.refused:
                         fallback.refuse(op, (args, kwargs), fallback.refused[op])
-        return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
+        return original.call_boxed(keyset, *as_tensors(args), **kwargs)
 
     return run
 
@@ -329,17 +331,20 @@ def tracing() -> Iterator[None]:
 
 
 def _sparse_kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
+    as_tensors = _numbers_as_tensors(op)
+
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         for fallback in _installed + _active.fallbacks:
             if fallback.device == device and op in fallback.refused_sparse and not _active.operators:
                 fallback.refuse(op, (args, kwargs), fallback.refused_sparse[op])
-        return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
+        return original.call_boxed(keyset, *as_tensors(args), **kwargs)
 
     return run
 
 
 def _autograd_kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
     """For an operator that the device's library differentiates by itself: on the way to its kernel, past the table."""
+    as_tensors = _numbers_as_tensors(op)
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         mine = _active.fallbacks
@@ -350,7 +355,7 @@ def _autograd_kernel(op: OpOverload, device: str, original: Any) -> Callable[...
             if not (torch.is_grad_enabled() and any(_wants_gradient(x) for x in (*args, *kwargs.values()))):
                 with torch._C._AutoDispatchBelowAutograd():
                     return op(*args, **kwargs)
-        return original.call_boxed(keyset, *_numbers_as_tensors(op, args), **kwargs)
+        return original.call_boxed(keyset, *as_tensors(args), **kwargs)
 
     return run
 
@@ -367,11 +372,19 @@ def _replacement(fallbacks: tuple[EagerFallback, ...], op: Any, device: str) -> 
     return None
 
 
-def _numbers_as_tensors(op: OpOverload, args: tuple[Any, ...]) -> Iterator[Any]:
+def _numbers_as_tensors(op: OpOverload) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """PyTorch hands a number that stands for a tensor to a Python kernel as the number, but takes only a tensor back."""
-    for value, argument in zip(args, op._schema.arguments, strict=False):
-        is_number = isinstance(value, (int, float, complex)) and isinstance(argument.type, torch.TensorType)
-        yield torch.scalar_tensor(value, dtype=torch.tensor(value).dtype) if is_number else value
+    places = [i for i, a in enumerate(op._schema.arguments) if isinstance(a.type, torch.TensorType)]
+
+    def arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        numbers = [i for i in places if i < len(args) and isinstance(args[i], (int, float, complex))]
+        if not numbers:
+            return args
+        return tuple(
+            torch.scalar_tensor(x, dtype=torch.tensor(x).dtype) if i in numbers else x for i, x in enumerate(args)
+        )
+
+    return arguments
 
 
 def replaced_by(op: Any, device: str) -> Entry | None:

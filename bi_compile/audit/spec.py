@@ -179,7 +179,8 @@ def _in_a_table(call: Call, known: Knowledge) -> Found:
         if found is not None:
             entry = found[0]
             if call.complete and entry.stays(*call.args, **call.kwargs):
-                return Verdict.ROW_LOCAL, "exact for these arguments in every order"
+                pointwise = is_pointwise(call.target)
+                return Verdict.ROW_LOCAL, "pointwise" if pointwise else "exact for these arguments in every order"
             return Verdict.VARIANT, f"{entry.why}; {remedy.format(repr(entry.pass_name))}"
     return None
 

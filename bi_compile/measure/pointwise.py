@@ -248,7 +248,7 @@ def compiled(
             torch._dynamo.reset()
             run = torch.compile(gm, backend="bi_ascend", dynamic=dynamic, fullgraph=True)
         want: list[Any] = []
-        for size, at, layout, operands in _everywhere(some, width, dtype, batches):
+        for size, at, layout, operands in everywhere(some, width, dtype, batches):
             results = run(*(x.to(device) for x in operands))
             got = [[y[at].cpu() for y in _outputs(result)] for result in results]
             want = want or got
@@ -258,7 +258,7 @@ def compiled(
     return found
 
 
-def _everywhere(
+def everywhere(
     points: Sequence[Pointwise], width: int, dtype: torch.dtype, sizes: Sequence[int]
 ) -> Iterator[tuple[int, int, str, list[Tensor]]]:
     """Batch size, place of the row, layout, the operands of all of `points`; the row alone comes first."""

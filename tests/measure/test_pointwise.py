@@ -17,7 +17,7 @@ OPERATORS = pointwise.operators()
 
 @pytest.mark.parametrize(
     ("dtype", "least"),
-    [(torch.float32, 150), (torch.bfloat16, 150), (torch.int32, 120)],
+    [(torch.float32, 150), (torch.bfloat16, 150), (torch.int32, 120), (torch.complex64, 60)],
     ids=str,
 )
 def test_no_row_follows_its_neighbours(dtype: torch.dtype, least: int) -> None:
@@ -32,6 +32,23 @@ def test_pytorch_alone_follows_them(name: str) -> None:
     """What the measurement is worth: without the fallback it finds these."""
     (p,) = [p for p in OPERATORS if p.name == name]
     assert pointwise.eager(p, torch.float32)
+
+
+OF_COMPLEX = ("mul.Tensor", "square.default", "addcmul.default", "lerp.Scalar", "lerp.Tensor", "silu_backward.default")
+
+
+@pytest.mark.parametrize(("backend", "equal"), [("aot_eager", False), ("bi_ascend", True)])
+def test_products_of_complex_numbers_in_a_graph(backend: str, equal: bool) -> None:
+    """Inductor calls PyTorch's kernels for them, as a graph that no compiler lowers does."""
+    points = [p for p in OPERATORS if p.name.removeprefix("aten.") in OF_COMPLEX]
+    torch._dynamo.reset()
+    options = {"options": {"inner": "eager"}} if backend == "bi_ascend" else {}
+    run = torch.compile(pointwise.in_one_graph(points), backend=backend, dynamic=True, **options)
+    rows = [
+        [y[at] for y in run(*operands)]
+        for _, at, _, operands in pointwise.everywhere(points, 10, torch.complex64, BATCHES)
+    ]
+    assert all(pointwise.same_bits(a, b) for row in rows[1:] for a, b in zip(row, rows[0], strict=True)) is equal
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ from support import (
 from torch import Tensor
 from torch._ops import OpOverload
 
-from bi_compile import RewriteError
+from bi_compile import RewriteError, invariant
 from bi_compile.passes import PASSES
-from bi_compile.passes.pointwise import Pointwise
+from bi_compile.passes.pointwise import POLYNOMIALS, Pointwise
 from bi_compile.passes.recurrent import Recurrent
 from bi_compile.passes.ties import Ties
 from bi_compile.passes.writes import Writes
@@ -157,23 +157,47 @@ def has_kernel(call: Call) -> bool:
 
 
 #: replaced for complex numbers alone
-OF_COMPLEX = ("aten.angle.default", "aten.neg.default", "aten.sgn.default")
+OF_COMPLEX = [e for e in Pointwise.entries if getattr(e.unless, "__name__", "") == "_not_complex"]
 
 
-@pytest.mark.parametrize("name", OF_COMPLEX)
-def test_a_function_of_complex_numbers_keeps_its_meaning(name: str) -> None:
-    op = find_operator(name)
-    for rows in (1, 30):
-        x = torch.complex(rand(rows, 3), rand(rows, 3, seed=1))
-        gm, inputs, _ = graph_of((op, (x,), {}))
-        (change,) = rewrite(gm.graph, Table([Pointwise], "cpu_eager"), "pointwise")
-        assert change.operator == name
-        torch.testing.assert_close(run(gm, *inputs)[0], op(x))
+@pytest.mark.parametrize("entry", OF_COMPLEX, ids=lambda e: e.operator)
+def test_a_function_of_complex_numbers_keeps_its_meaning(entry: Entry) -> None:
+    op = find_operator(entry.operator)
+    required = [a for a in op._schema.arguments if not a.has_default_value()]
+    for rows, target in itertools.product((1, 30), entry.targets):
+        fresh = (torch.complex(rand(rows, 3, seed=i), rand(rows, 3, seed=i + 1)) for i in itertools.count())
+        args = tuple(next(fresh) if "Tensor" in str(a.type) else 0.3 for a in required)
+        gm, inputs, _ = graph_of((op, args, {}))
+        (change,) = rewrite(gm.graph, Table([Pointwise], target), "pointwise")
+        assert change.operator == entry.operator
+        torch.testing.assert_close(run(gm, *inputs)[0], op(*args))
 
 
-@pytest.mark.parametrize(
-    "entry", [e for e in Pointwise.entries if e.operator not in OF_COMPLEX], ids=lambda e: e.operator
-)
+def test_a_complex_number_beside_tensors_is_taken_or_refused() -> None:
+    x = rand(30, 3)
+    with invariant():
+        torch.testing.assert_close((x * 2j).imag, 2 * x)
+        with pytest.raises(NotImplementedError, match="exponent=2j has no invariant form: give it as a tensor"):
+            torch.pow(x, 2j)
+
+
+def test_a_polynomial_of_nan_is_nan() -> None:
+    """PyTorch's own gives the value of the element before, compiled and not."""
+    nan = torch.tensor([0.3, torch.nan, -1.7, torch.nan, 2.0] * 8)
+
+    def polynomials(x: Tensor) -> list[Tensor]:
+        found = [getattr(aten, name) for name in POLYNOMIALS]
+        return [y for f in found for y in (f(x, 3), f(x, torch.tensor(3.0)), f(x, torch.full_like(x, 4)))]
+
+    assert not all(torch.equal(y.isnan(), nan.isnan()) for y in polynomials(nan))
+    compiled = torch.compile(polynomials, backend="bi_ascend", options={"inner": "eager"})
+    with invariant():
+        eager = polynomials(nan)
+    for a, b in zip(compiled(nan), eager, strict=True):
+        assert torch.equal(a.isnan(), nan.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("entry", [e for e in Pointwise.entries if e not in OF_COMPLEX], ids=lambda e: e.operator)
 def test_a_pointwise_function_keeps_its_meaning(entry: Entry) -> None:
     """On each target where it is replaced; dtype, shape and values, of broadcast arguments too."""
     assert entry.op is not None
