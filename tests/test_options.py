@@ -11,7 +11,8 @@ import pytest
 import torch
 from support import graph_of, python, rand, targets
 
-from bi_compile import OptionError, Options, Pipeline
+from bi_compile import OptionError, Options, Pass, Pipeline
+from bi_compile import resolve as resolve_module
 from bi_compile.options import read_options
 from bi_compile.passes import PASSES, Softmax
 from bi_compile.resolve import pass_names, resolve, resolve_passes
@@ -270,3 +271,21 @@ def test_a_pass_of_an_installed_package_goes_by_its_short_name(
     (tmp_path / "two-1.dist-info" / "entry_points.txt").write_text("[bi_compile.passes]\nshared = elsewhere:Mine\n")
     with pytest.raises(OptionError, match=f"'shared' is in several installed packages \\(elsewhere:Mine, {mine}\\)"):
         resolve_passes(["shared"])
+
+
+def test_an_operator_that_is_registered_after_the_options_were_read() -> None:
+    """An engine's pass is made before vLLM's operators are there."""
+
+    class Late(Pass):
+        name = "late"
+
+    @Late.replaces("testlate.twice.default", why="a test", source="a test")
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x + x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve_module, "PASSES", (*PASSES, Late))
+        pipeline = Pipeline(Options(passes=("late",), target="cpu"))
+    with torch.library._scoped_library("testlate", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        assert pipeline.knowledge("cpu").table.get(torch.ops.testlate.twice.default) is not None
