@@ -41,6 +41,8 @@ EXACT = frozenset(
 )
 #: functions whose vector routine looks at more than one lane
 SCALAR = ("cos", "sin", "tan")
+#: settings of `torch._inductor.config.cpp` that keep GCC's flags -funsafe-math-optimizations and -ffp-contract=fast away
+ROUNDED_AS_WRITTEN = {"enable_unsafe_math_opt_flag": False, "enable_floating_point_contract_flag": "off"}
 _MARK = "bi_compile.one_code"
 
 
@@ -48,7 +50,7 @@ def one_code(graph: fx.Graph) -> None:
     """Have Inductor compute each function by one routine in the code that it will generate for `graph`.
 
     Raises:
-        OptionError: Inductor is set to generate something else than C++ for a CPU.
+        OptionError: Inductor is set to generate something else than C++ for a CPU, or to let the C++ compiler round otherwise.
     """
     from torch._inductor import config
 
@@ -57,6 +59,12 @@ def one_code(graph: fx.Graph) -> None:
             f"torch._inductor.config.cpu_backend is {config.cpu_backend!r}, whose code for a CPU is not known to compute a row "
             'alike at every place: set it to "cpp"'
         )
+    for name, needed in ROUNDED_AS_WRITTEN.items():
+        if getattr(config.cpp, name, needed) != needed:
+            raise OptionError(
+                f"torch._inductor.config.cpp.{name} is {getattr(config.cpp, name)!r}, with which the C++ compiler may round an operation "
+                f"in one loop and not in another: set it to {needed!r}"
+            )
     _install()
     if graph.owning_module is not None:
         graph.owning_module.meta[_MARK] = True

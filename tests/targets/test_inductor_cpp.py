@@ -106,9 +106,20 @@ def test_the_cache_key_follows_the_vector_instructions(monkeypatch: pytest.Monke
     assert final.uuid() != before
 
 
-def test_another_generator_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("setting", "value", "needed"),
+    [
+        ("cpu_backend", "halide", '"cpp"'),
+        ("cpp.enable_unsafe_math_opt_flag", True, "False"),
+        ("cpp.enable_floating_point_contract_flag", "fast", "'off'"),
+    ],
+)
+def test_another_generator_or_rounding_is_refused(setting: str, value: object, needed: str) -> None:
     torch._dynamo.reset()
-    with torch._inductor.config.patch(cpu_backend="halide"), pytest.raises(Exception, match='set it to "cpp"') as error:
+    with (
+        torch._inductor.config.patch({setting: value}),
+        pytest.raises(Exception, match=f"{setting} is .* set it to {needed}") as error,
+    ):
         torch.compile(torch.exp, backend="bi_ascend")(torch.ones(3))
     assert OptionError.__name__ in str(error.value) or isinstance(error.value, OptionError)
 
