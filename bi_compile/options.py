@@ -51,7 +51,7 @@ class Options:
             if value is not None and (not isinstance(value, str) or not value or "\0" in value):
                 raise OptionError(f"{key}={value!r}: it must be the name of a {kind}")
         if not isinstance(self.trust, Mapping) or not all(
-            isinstance(s, str) and s for item in self.trust.items() for s in item
+            isinstance(s, str) and s.strip() for item in self.trust.items() for s in item
         ):
             raise OptionError(
                 f'trust={self.trust!r}: it must map an operator to the reason why it is invariant, as in {{"ns::op": "reason"}}'

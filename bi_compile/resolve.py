@@ -142,7 +142,9 @@ def _probe(path: str) -> Mapping[str, Any]:
 def _check_inner(name: str) -> None:
     from torch._dynamo.backends.registry import list_backends
 
-    known = list_backends(exclude_tags=())
+    known = [b for b in list_backends(exclude_tags=()) if b != ALL]
+    if name == ALL:
+        raise OptionError(f"inner={ALL!r} would compile each graph twice: leave inner out for Inductor")
     if name not in known:
         raise OptionError(
             f"inner={name!r}{meant(name, known)}: known are {', '.join(['inductor', *(b for b in known if b != 'inductor')])}"

@@ -59,11 +59,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "probe empty": ({"probe": ""}, r"probe='': it must be the name of a file"),
     "inner a number": ({"inner": 1}, r"inner=1: it must be a str"),
     "inner unknown": ({"inner": "inductr"}, r"inner='inductr' \(did you mean 'inductor'\?\): known are inductor"),
+    "inner itself": ({"inner": "bi_ascend"}, r"inner='bi_ascend' would compile each graph twice"),
     "trust a list": (
         {"trust": ["ns::op"]},
         r"trust=\['ns::op'\]: it must map an operator to the reason why it is invariant",
     ),
-    "trust without a reason": ({"trust": {"ns::op": ""}}, r"trust=.*it must map an operator to the reason"),
+    "trust without a reason": ({"trust": {"ns::op": " "}}, r"trust=.*it must map an operator to the reason"),
     "trust with a flag": ({"trust": {"ns::op": True}}, r"trust=.*it must map an operator to the reason"),
     "trust of no operator": ({"trust": {3: "why"}}, r"trust=.*it must map an operator to the reason"),
     "batch a number": ({"batch": 0}, r"batch=0: it must map an input of the graph to its batch dimension"),
