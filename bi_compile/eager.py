@@ -75,6 +75,17 @@ REFUSED: dict[str, str] = {
             "the order of its sum follows the number of elements and of threads",
         ),
         **_all(
+            "quantized::linear_dynamic quantized::linear_relu_dynamic quantized::conv1d_dynamic quantized::conv2d_dynamic "
+            "quantized::conv3d_dynamic quantized::quantized_lstm_cell_dynamic quantized::quantized_gru_cell_dynamic "
+            "quantized::quantized_rnn_relu_cell_dynamic quantized::quantized_rnn_tanh_cell_dynamic quantize_per_tensor_dynamic "
+            "_choose_qparams_per_tensor choose_qparams_optimized",
+            "the scale of a row follows the largest number of the whole batch: quantize each row with a scale of its own",
+        ),
+        **_all(
+            "quantized::linear_dynamic_fp16 quantized::linear_relu_dynamic_fp16 quantized::linear_dynamic_fp16_unpacked_weight",
+            "nothing is known of the order of its sum: use a linear layer in float16",
+        ),
+        **_all(
             "index_add scatter_add scatter_reduce index_reduce put _index_put_impl_",
             "it adds up where indices meet, in an order that nothing fixes",
         ),

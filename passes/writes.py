@@ -5,14 +5,14 @@ from torch import Tensor
 
 from bi_compile import ops
 from bi_compile.ops import write
-from bi_compile.table import Pass
+from bi_compile.table import Pass, refuse
 
 aten = torch.ops.aten
 Indices = list[Tensor | None]
 
 
 class Writes(Pass):
-    """index_put, index_copy and scatter without a sum; of several writes to one place the last stays."""
+    """index_put, index_copy, put and scatter without a sum; of several writes to one place the last stays."""
 
     name = "writes"
     why = "threads share out the writes, and which of several to one place comes last follows their number"
@@ -63,6 +63,22 @@ def index_copy(self: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
 @Writes.replaces(aten.index_copy_.default)
 def index_copy_(self: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     return aten.index_copy_.default(self, dim, index, write.with_last_slices(dim, index, source))
+
+
+def _adds_integers(self: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> bool:
+    """Integers are added up."""
+    return accumulate and not self.is_floating_point() and not self.is_complex()
+
+
+@Writes.replaces(aten.put.default, unless=_adds_integers)
+def put(self: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
+    if accumulate:
+        refuse(
+            "aten.put",
+            ["accumulate=True"],
+            "flatten the tensor and use index_put, which adds in the order of the indices",
+        )
+    return ops.index_put(self.reshape(-1), [index.reshape(-1)], source.reshape(-1)).reshape(self.shape)
 
 
 @Writes.replaces(aten.scatter.src, targets=["cpu", "cuda", "ascend-a2", "ascend-a3", "ascend-950"])

@@ -310,6 +310,7 @@ WITHOUT: dict[str, Function] = {
     "scatter_add": lambda: torch.zeros(6, 6).scatter_add(0, torch.zeros(6, 6, dtype=torch.int64), SQUARE[0]),
     "sparse product (CSR)": lambda: SQUARE[0].to_sparse_csr() @ SQUARE[1],
     "sparse product (COO)": lambda: SQUARE[0].to_sparse() @ SQUARE[1],
+    "dynamic quantization": lambda: torch.quantize_per_tensor_dynamic(SQUARE, torch.qint8, False),
     "embedding_bag": lambda: F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), SQUARE[0]),
 }  # fmt: skip
 

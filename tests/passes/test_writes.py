@@ -33,6 +33,8 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "setitem of a column": lambda i, v: _set_column(torch.full((7, 3), -1.0), i, v)[:, 1],
     "index_copy": lambda i, v: torch.full((7,), -1.0).index_copy(0, i, v),
     "index_copy_": lambda i, v: torch.full((7, 2), -1.0).index_copy_(0, i, v[:, None].expand(-1, 2))[:, 0],
+    "put": lambda i, v: torch.full((7,), -1.0).put(i, v),
+    "put_": lambda i, v: torch.full((7, 1), -1.0).put_(i - 7, v)[:, 0],
     "scatter": lambda i, v: torch.full((7,), -1.0).scatter(0, i, v),
     "scatter along columns": lambda i, v: torch.full((2, 7), -1.0).scatter(1, i.expand(2, -1), v.expand(2, -1))[1],
 }
