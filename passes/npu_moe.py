@@ -44,7 +44,11 @@ def _gate(
         for name, value, known in (("norm_type", norm_type, (0, 1)), ("group_select_mode", group_select_mode, (0, 1)))
         if value not in known
     ]
-    if x.shape[-1] % group_count or k_group > group_count:
+    if (
+        x.shape[-1] % group_count
+        or k_group > group_count
+        or (group_select_mode == 1 and x.shape[-1] == group_count > 1)
+    ):
         named.append(f"{k_group} of {group_count} groups of {x.shape[-1]} experts")
     if named:
         refuse(
@@ -52,21 +56,11 @@ def _gate(
             named,
             "it has one for softmax and sigmoid, and groups of one size chosen by their one or two largest scores",
         )
-    scores = ops.softmax(x, -1, dtype=torch.float32) if norm_type == 0 else torch.sigmoid(x.float())
-    chosen_by = scores if bias is None else scores + bias.float()
-    if group_count > 1 and k_group < group_count:
-        groups = chosen_by.unflatten(-1, (group_count, -1))
-        # a stable sort takes the first of equal ones in every batch
-        best = torch.sort(groups, dim=-1, descending=True, stable=True)[0]
-        of_group = best[..., 0] if group_select_mode == 0 else best[..., 0] + best[..., 1]
-        order = torch.sort(of_group, dim=-1, descending=True, stable=True)[1]
-        rank = torch.sort(order, dim=-1, stable=True)[1]  # of each group
-        chosen_by = groups.masked_fill((rank >= k_group).unsqueeze(-1), -torch.inf).flatten(-2)
-    experts = torch.sort(chosen_by, dim=-1, descending=True, stable=True)[1][..., :k].contiguous()
-    y = scores.gather(-1, experts)
-    if renorm or norm_type == 1:
-        y = y / (ops.sum(y, [-1], True) + eps)
-    return (y * scale).to(x.dtype), experts.to(torch.int32), scores
+    scores, y, experts = ops.moe_gate(
+        x, k, k_group=k_group, groups=group_count, two_of_group=group_select_mode == 1, sigmoid=norm_type == 1,
+        renorm=bool(renorm) or norm_type == 1, scale=scale, eps=eps, bias=bias,
+    )  # fmt: skip
+    return y, experts, scores
 
 
 class NpuMoe(Pass):
@@ -107,9 +101,8 @@ def grouped_matmul(
             "it has one for one tensor of rows, one of weights, split_item 2 or 3, group_type 0 and no quantisation",
         )
     assert group_list is not None
-    ends = group_list if group_list_type == 0 else group_list.cumsum(0, dtype=torch.int32)
     added = None if bias is None else bias[0].to(x[0].dtype)
-    return [ops.grouped_mm(x[0], weight[0], ends, added)]
+    return [ops.grouped_mm(x[0], weight[0], group_list, added, counts=group_list_type == 1)]
 
 
 @NpuMoe.replaces("npu.npu_moe_gating_top_k_softmax.default", why=GATE)
@@ -156,15 +149,9 @@ def token_unpermute(
 ) -> Tensor:  # fmt: skip
     if padded_mode:
         refuse("npu_moe_token_unpermute", ["padded_mode"], "leave it out")
-    moved = permuted_tokens.index_select(0, sorted_indices.abs().long())
     if probs is None:
-        return moved
-    k = probs.shape[1]
-    parts = moved.reshape(-1, k, moved.shape[-1]).float() * probs.float().unsqueeze(-1)
-    total = parts[:, 0]
-    for i in range(1, k):  # the experts in the order in which the gate gave them
-        total = total + parts[:, i]
-    return total.to(permuted_tokens.dtype)
+        return permuted_tokens.index_select(0, sorted_indices.abs().long())
+    return ops.moe_combine(permuted_tokens, sorted_indices, probs)
 
 
 @NpuMoe.replaces(

@@ -303,6 +303,12 @@ def _grouped(n: Node, a: str, b: str) -> Result:
     return (*n.layout(x)[:1], *n.layout(w)[2:]), [(x, 1), (w, 1)]
 
 
+def _combined_experts(n: Node, x: str, weights: str) -> Result:
+    """[M, H] by [N, k]: each token adds up k of the rows, which it names."""
+    rows, w = n.arg(x), n.arg(weights)
+    return (*n.layout(w)[:1], *n.layout(rows)[1:]), [(w, 1)]
+
+
 def _linear(n: Node) -> Result:
     x, w = n.arg("input"), n.arg("weight")
     layout, weight = n.layout(x), n.layout(w)
@@ -462,6 +468,7 @@ DECLARED: dict[type, Callable[[Any], Rule]] = {
     batch.GroupedProduct: lambda said: functools.partial(_grouped, a=said.a, b=said.b),
     batch.Attention: lambda said: functools.partial(_attention, query=said.query, key=said.key, value=said.value),
     batch.PagedAttention: lambda said: functools.partial(_paged_attention, query=said.query),
+    batch.Combines: lambda said: functools.partial(_combined_experts, x=said.x, weights=said.weights),
     batch.Normalises: lambda said: _normalised(lambda n, rank: said.start),
     batch.Resizes: lambda said: _resized,
     batch.BySize: lambda said: _by_size,

@@ -145,7 +145,8 @@ class Sorts:
             offs = n.arg("offs")
             rest = [x for x in node.all_input_nodes if x is not node.args[0] and x is not offs]
             plain = not any(x in given or any(map(carries, n.layout(x))) for x in rest)
-            return "rows" if offs in given and given[offs].name == "ends" and plain else None
+            wanted = "counts" if n.arg("counts") else "ends"
+            return "rows" if offs in given and given[offs].name == wanted and plain else None
         if roles <= {"rows", "keys"}:
             return self._row_by_row(n, given)
         return None

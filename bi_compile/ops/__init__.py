@@ -8,6 +8,7 @@ from .attention import paged_attention, scaled_dot_product_attention
 from .collective import REDUCE_OPS, all_reduce, ranks, reduce_scatter
 from .declare import BATCH, KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .matmul import addmm, baddbmm, bmm, grouped_mm, mm
+from .moe import moe_combine, moe_gate
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
 from .order import amax, amin, topk
 from .pointwise import pointwise
@@ -38,6 +39,8 @@ __all__ = [
     "logsumexp",
     "mean",
     "mm",
+    "moe_combine",
+    "moe_gate",
     "paged_attention",
     "pointwise",
     "ranks",

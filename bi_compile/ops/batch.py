@@ -62,6 +62,14 @@ class PagedAttention:
 
 
 @dataclasses.dataclass(frozen=True)
+class Combines:
+    """`x` [M, H], of whose rows each of `weights` [N, k] has one: k is combined; the result is [N, H]."""
+
+    x: str
+    weights: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Normalises:
     """Statistics over the first tensor's dimensions from `start` (negative: from the end) on, which are combined."""
 
@@ -79,5 +87,15 @@ class BySize:
 
 
 Batch = (
-    Pointwise | Reduces | Along | Product | GroupedProduct | Attention | PagedAttention | Normalises | Resizes | BySize
+    Pointwise
+    | Reduces
+    | Along
+    | Product
+    | GroupedProduct
+    | Attention
+    | PagedAttention
+    | Combines
+    | Normalises
+    | Resizes
+    | BySize
 )

@@ -25,7 +25,7 @@ NAMESPACE = "bi_compile"
 #: device -> (dispatch key, module whose `register(library)` gives every operator its implementation under that key); what is
 #: known of a device stands in `bi_compile.targets`, which fills this in when the package is imported
 KERNELS: dict[str, tuple[str, str]] = {}
-#: operators written with other operators, so the same on every device
+#: operators written with other operators, for every device whose kernels do not have them
 COMPOSITE: dict[str, Callable[..., Any]] = {}
 #: every operator of this package by name
 OPERATORS: dict[str, torch._ops.OpOverload] = {}
@@ -66,7 +66,8 @@ def _load(key: str, module: str) -> torch.library.Library:
     try:
         importlib.import_module(module).register(library)
         for name, implementation in COMPOSITE.items():
-            library.impl(name, implementation, key)
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+                library.impl(name, implementation, key)
     except BaseException:
         library._destroy()
         raise
@@ -87,7 +88,7 @@ def _register_first_call(name: str) -> None:
 
 
 def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The decorated function computes the operator `name` on every device, with other operators."""
+    """The decorated function computes the operator `name` with other operators, on every device that has no kernel for it."""
 
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
         COMPOSITE[name] = implementation

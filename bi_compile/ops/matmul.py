@@ -69,11 +69,14 @@ def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
 
 
-@operator("grouped_mm(Tensor a, Tensor b, Tensor offs, Tensor? bias=None) -> Tensor", batch=GroupedProduct("a", "b"))
-def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
+@operator(
+    "grouped_mm(Tensor a, Tensor b, Tensor offs, Tensor? bias=None, *, bool counts=False) -> Tensor",
+    batch=GroupedProduct("a", "b"),
+)
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, *, counts: bool = False) -> Tensor:
     """The products of a mixture of experts: [M, K], its rows sorted by group, and [G, K, N] give [M, N], contiguous.
 
-    `offs`: int32 or int64 [G], where each group's rows end, ascending. `bias`: [G, N], added in the accumulator. Row m is the
+    `offs`: int32 or int64 [G], where each group's rows end, ascending; or (counts) how many rows each group has. `bias`: [G, N], added in the accumulator. Row m is the
     `mm` (with a bias `addmm`) of row m of `a` with its group's matrix, bit for bit, wherever the groups begin; rows behind the
     last end are zeros. float32, bfloat16, float16.
     """

@@ -89,6 +89,9 @@ def products() -> Iterator[Configuration]:
                 yield Configuration("grouped_mm", dtype, name, layout, group)
             biases = empty(3, N, dtype=dtype)
             yield Configuration("grouped_mm", dtype, name, "bias", lambda f=group, b=biases: f(b))
+            yield Configuration(
+                "grouped_mm", dtype, name, "counts", lambda o=grouped: IMPLEMENTATIONS["grouped_mm"](*o, counts=True)
+            )
             full = empty(3, m, N, dtype=dtype)
             yield Configuration("baddbmm", dtype, name, "", lambda f=full, o=batched: IMPLEMENTATIONS["baddbmm"](f, *o))
 
@@ -162,12 +165,32 @@ def paged_attention() -> Iterator[Configuration]:
             yield Configuration("paged_attention", dtype, "heads of 512 + 64", "pages of 128", run)
 
 
+def experts() -> Iterator[Configuration]:
+    ways: dict[str, dict[str, Any]] = {
+        "softmax": {}, "renormalised": {"renorm": True}, "sigmoid": {"sigmoid": True, "renorm": True},
+        "groups": {"k_group": 4, "groups": 8}, "groups by two, bias": {"k_group": 4, "groups": 8, "two_of_group": True, "sigmoid": True, "renorm": True},
+    }  # fmt: skip
+    for dtype, count in itertools.product(DTYPES, (16, 128, 256, tiles.GATE_ELEMENTS["npu"])):
+        x = empty(64, count, dtype=dtype)
+        for variant, way in ways.items():
+            given = way | ({"bias": empty(count, dtype="float32")} if "bias" in variant else {})
+            run: Callable[[], Any] = lambda x=x, g=given: IMPLEMENTATIONS["moe_gate"](x, 8, **g)
+            yield Configuration("moe_gate", dtype, f"{count} experts", variant, run)
+    most = tiles.COMBINE_COLUMNS["npu"]
+    for dtype in DTYPES:
+        for variant, weights in {"": dtype, "float32 weights": "float32"}.items():
+            parts = empty(64, most, dtype=dtype), torch.zeros(64, dtype=torch.int32), empty(8, 8, dtype=weights)
+            run = lambda p=parts: IMPLEMENTATIONS["moe_combine"](*p)
+            if variant != "float32 weights" or dtype != "float32":
+                yield Configuration("moe_combine", dtype, f"{most} columns", variant, run)
+
+
 def launches() -> dict[tuple[str, str, str, str], lowering.Launch]:
     """(operator, dtype, tile, variant) -> the one kernel that it launches."""
     found = {}
     before, launch.HOST = launch.HOST, "npu"
     try:
-        for c in itertools.chain(products(), row_kernels(), attention(), paged_attention()):
+        for c in itertools.chain(products(), row_kernels(), attention(), paged_attention(), experts()):
             with lowering.captured() as captured:
                 c.run()
             (found[c[:4]],) = captured

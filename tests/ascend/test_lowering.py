@@ -74,6 +74,8 @@ def kernels_over_rows(name: str, rows: int, dtype: torch.dtype) -> list[str]:
         "logsumexp": lambda f: f(x, [1]), "softmax": lambda f: f(x, 1), "log_softmax": lambda f: f(x, 1),
         "cumsum": lambda f: f(x, 1), "rms_norm": lambda f: f(x, w, 1e-6), "add_rms_norm": lambda f: f(x, x, w, 1e-6),
         "layer_norm": lambda f: f(x, w, w, 1e-5), "group_norm": lambda f: f(x[:, :, None], w, w, 4, 1e-5),
+        "moe_gate": lambda f: f(x, 8, k_group=4, groups=8, renorm=True),
+        "moe_combine": lambda f: f(x, torch.zeros(8 * rows, dtype=torch.int32), torch.empty(rows, 8, dtype=dtype)),
         "scaled_dot_product_attention": lambda f: f(
             x.view(1, rows, 8, 128).transpose(1, 2), *[torch.empty(1, 2, 300, 128, dtype=dtype)] * 2
         ),

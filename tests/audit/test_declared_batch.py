@@ -22,6 +22,8 @@ CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
     "bmm": ((X(B, M, K), X(B, K, N)), {K}, set()),
     "baddbmm": ((X(N), X(B, M, K), X(B, K, N)), {K}, set()),
     "grouped_mm": ((X(M, K), X(G, K, N), torch.zeros(G, dtype=torch.int32)), {K}, {G}),
+    "moe_gate": ((X(M, K), 3), {K}, set()),
+    "moe_combine": ((X(M * G, N), torch.zeros(M * G, dtype=torch.int32), X(M, G)), {G}, {M * G}),
     "scaled_dot_product_attention": (
         (X(B, G, M, K), X(B, G, N, K), X(B, G, N, 13), X(B, 1, M, N)),
         {K, N},

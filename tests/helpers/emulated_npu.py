@@ -270,6 +270,8 @@ def init_routing(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """_C_ascend.npu_moe_init_routing_custom: rows by expert (quant_mode 1: in int8), where each went, how many each expert has, scales."""
     experts = expert_idx.flatten().long()
+    if emulated_graph.capturing():  # a Triton kernel before it has not run: numbers as memory has them
+        experts = experts.remainder(expert_num)
     order = experts.argsort(stable=True)
     counts = torch.bincount(experts, minlength=expert_num)
     rows, scales = x[order // expert_idx.shape[1]], torch.empty(0)

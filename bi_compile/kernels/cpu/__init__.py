@@ -53,10 +53,10 @@ EXTENSION = Extension(
 """The operators in C++."""
 
 
-def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, *, counts: bool = False) -> Tensor:
     """See `bi_compile.ops.grouped_mm`: a product for each group."""
     out, start = ops.grouped_mm.meta(a, b, offs, bias).zero_(), 0
-    for group, end in enumerate(offs.tolist()):
+    for group, end in enumerate((offs.cumsum(0) if counts else offs).tolist()):
         rows = a[start:end]
         out[start:end] = ops.mm(rows, b[group]) if bias is None else ops.addmm(bias[group], rows, b[group])
         start = end

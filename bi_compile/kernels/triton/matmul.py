@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -92,17 +91,20 @@ def _product(
 
 
 @triton.jit
-def _group_tile(ends, groups, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _group_tile(offs, groups, M, N, COUNTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Group, first row m0, end of the group's rows and first column n0 of this program's tile.
 
-    Programs beyond the last tile get m0 = end = 0, a tile without rows.
+    The rows behind the last group are a group of their own, number `groups`. Programs beyond its last tile begin behind row M.
     """
     num_pid_n = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // num_pid_n
     group = pid_m * 0
     m0, end, start, tiles_before = group, group, group, group
     for g in range(0, groups):
-        stop = tl.load(ends + g)
+        stop = tl.load(offs + g).to(tl.int32)
+        if COUNTS:
+            stop += start
+        stop = tl.minimum(stop, M)
         tiles = tl.cdiv(stop - start, BLOCK_M)
         here = (pid_m >= tiles_before) & (pid_m < tiles_before + tiles)
         group = tl.where(here, g, group)
@@ -110,29 +112,38 @@ def _group_tile(ends, groups, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         end = tl.where(here, stop, end)
         tiles_before += tiles
         start = stop
+    behind = pid_m >= tiles_before
+    group = tl.where(behind, groups, group)
+    m0 = tl.where(behind, start + (pid_m - tiles_before) * BLOCK_M, m0)
+    end = tl.where(behind, M, end)
     return group.to(tl.int64), m0, end, tl.program_id(0) % num_pid_n * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit(do_not_specialize=["groups", "M"])
 def _grouped(
-    a, b, bias, ends, out, groups, N, K,
-    stride_am, stride_ak, stride_bz, stride_bk, stride_bn, stride_biasz, stride_biasm, stride_biasn,
-    BIASED: tl.constexpr, CHAINED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
+    a, b, bias, offs, out, groups, M, N, K,
+    stride_am, stride_ak, stride_bz, stride_bk, stride_bn, stride_biasz, stride_biasn,
+    COUNTS: tl.constexpr, BIASED: tl.constexpr, CHAINED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = a @ b[g] + bias[g] for the rows of each group g: `_sum_over_k`, then `store_output`. A tile without rows reads nothing."""
-    group, m0, end, n0 = _group_tile(ends, groups, N, BLOCK_M, BLOCK_N)
+    """out = a @ b[g] + bias[g] for the rows of each group g: `_sum_over_k`, then `store_output`; 0 behind the last group. A tile
+    without rows or without a group reads nothing. offs: ends of the groups' rows, or (COUNTS) their numbers."""
+    group, m0, end, n0 = _group_tile(offs, groups, M, N, COUNTS, BLOCK_M, BLOCK_N)
+    real = (group < groups) & (m0 < end)
     offs_m = (m0 + tl.arange(0, BLOCK_M)).to(INDEX)
     offs_n = (n0 + tl.arange(0, BLOCK_N)).to(INDEX)
     acc = _sum_over_k(
-        a, b + group * stride_bz, offs_m, end, offs_n, N, tl.where(m0 < end, K, 0), stride_am, stride_ak, stride_bk, stride_bn,
+        a, b + group * stride_bz, offs_m, end, offs_n, N, tl.where(real, K, 0), stride_am, stride_ak, stride_bk, stride_bn,
         CHAINED, False, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if BIASED:
-        bias += group * stride_biasz
-    store_output(
-        acc, bias, out, 0, offs_m, offs_n, end, N, 0, stride_biasm, stride_biasn, 1.0, 1.0, False, BIASED, BLOCK_M, BLOCK_N
-    )  # fmt: skip
+        addend = tl.load(bias + group * stride_biasz + offs_n * stride_biasn, mask=(offs_n < N) & real, other=0.0)
+        acc = tl.fma(
+            tl.broadcast_to(addend.to(tl.float32)[None, :], BLOCK_M, BLOCK_N),
+            tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32),
+            acc,
+        )
+    store_output(acc, bias, out, 0, offs_m, offs_n, end, N, 0, 0, 0, 1.0, 1.0, False, False, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -249,20 +260,21 @@ def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
     return _batch(ops.baddbmm.meta(bias, a, b), a, b, bias, beta, alpha)
 
 
-def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, *, counts: bool = False) -> Tensor:
     """See `bi_compile.ops.grouped_mm`; the order of the sum: `product`. The host does not read `offs`."""
-    out = ops.grouped_mm.meta(a, b, offs, bias).zero_()
+    out = ops.grouped_mm.meta(a, b, offs, bias)
     m, n = out.shape
-    if out.numel() == 0 or b.shape[0] == 0:
+    if out.numel() == 0:
         return out
+    if b.shape[0] == 0:
+        return out.zero_()
     size = out.element_size()
     tile = choose(PRODUCT[target(a)][size], cdiv(m, b.shape[0]))
     # a group's rows begin anywhere, so each may leave a tile unfilled
     programs = (cdiv(m, tile.height) + b.shape[0]) * cdiv(n, tile.width)
-    bias = None if bias is None else bias.unsqueeze(1).expand(-1, m, -1)
     launch(
-        _grouped, programs, a, a, b, bias, offs.to(torch.int32), out, b.shape[0], n, a.shape[1],
-        *a.stride(), *b.stride(), *((0, 0, 0) if bias is None else bias.stride()),
+        _grouped, programs, a, a, b, bias, offs.contiguous(), out, b.shape[0], m, n, a.shape[1],
+        *a.stride(), *b.stride(), *((0, 0) if bias is None else bias.stride()), COUNTS=counts,
         BIASED=bias is not None, CHAINED=size == 2 or target(a) == "npu", B_TRANSPOSED=loads_transposed(b),
         INDEX=index_type(a, b, bias, out), BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size],
         num_warps=tile.warps, num_stages=tile.stages,

@@ -19,6 +19,12 @@ from bi_compile import ops
 def examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     x, w, m = rand(3, 5, 8, dtype=dtype), rand(8, dtype=dtype), rand(8, 8, dtype=dtype)
     q = rand(2, 4, 3, 8, dtype=dtype).transpose(1, 2)
+    narrow: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "moe_gate": ((x.transpose(0, 1), 3), {"renorm": True}),
+        "moe_combine": ((m, torch.arange(-3, 3), m[:2, :3]), {}),
+    }
+    if dtype == torch.float64:
+        narrow = {}
     return {
         "mm": ((m, m.t()), {}),
         "addmm": ((w, m, m), {"beta": 2, "alpha": 3}),
@@ -36,7 +42,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, A
         "layer_norm": ((x.transpose(0, 1), w, w, 1e-6), {}),
         "group_norm": ((rand(2, 8, 3, dtype=dtype).to(memory_format=torch.contiguous_format), w, w, 2, 1e-6), {}),
         "scaled_dot_product_attention": ((q, q, q), {"is_causal": True}),
-    }
+    } | narrow
 
 
 @each_dtype
@@ -92,6 +98,9 @@ REFUSED: list[tuple[str, tuple[Any, ...]]] = [
     ("layer_norm", (X34, None, torch.ones(3), 1e-6)),
     ("group_norm", (X34, None, None, 3, 1e-6)),
     ("group_norm", (X34, torch.ones(3), None, 2, 1e-6)),
+    ("moe_gate", (X34, 5)),
+    ("moe_combine", (X34, torch.arange(4), torch.ones(2, 3))),
+    ("moe_combine", (X34, torch.ones(6), torch.ones(2, 3))),
     ("scaled_dot_product_attention", (X34, X34, X34)),
     ("scaled_dot_product_attention", (X34[None, None], X34[None, None], X34[None, None].double())),
     ("scaled_dot_product_attention", (torch.ones(1, 3, 2, 8), torch.ones(1, 2, 2, 8), torch.ones(1, 2, 2, 8))),

@@ -61,6 +61,9 @@ def test_a_grouped_product_is_that_of_each_group(ends: tuple[int, ...], length: 
         assert same(call("grouped_mm", x, w, offs), plain)
         assert same(call("grouped_mm", x, w.contiguous(), offs, bias), biased)
         assert same(call("grouped_mm", x.t().contiguous().t(), w, offs), plain)
+        numbers = offs.diff(prepend=offs.new_zeros(1))
+        assert same(call("grouped_mm", x, w, numbers, bias, counts=True), biased)
+        assert same(call("grouped_mm", x, w.contiguous(), numbers.repeat_interleave(2)[::2], counts=True), plain)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
