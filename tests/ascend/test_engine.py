@@ -40,6 +40,8 @@ WITH: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "npugraph_ex": (through("FULL_DECODE_ONLY"), {}),
     "eager fallback alone": (PIECEWISE | {"enforce_eager": True, "compilation_config": PASS}, {}),
 }
+#: attention and what is between are captured, of prompts too; for the other kinds: full_graphs.py
+FULL: dict[str, tuple[dict[str, Any], dict[str, str]]] = {"FULL": (through("FULL"), {})}
 #: one process serves all of them
 pytestmark = pytest.mark.xdist_group("engine")
 KINDS = ("dense", "moe", "v3", "w8a8")
@@ -68,7 +70,7 @@ def served(
     folder, jobs = tmp_path_factory.mktemp("engines"), {}
     models = {kind: npu_models.make(kind, folder / kind) for kind in {c["kind"] for c in chosen}}
     for kind, case in ((c["kind"], c["case"]) for c in chosen):
-        arguments, environment = (WITHOUT | WITH)[case]
+        arguments, environment = (WITHOUT | WITH | FULL)[case]
         cache = str(tmp_path_factory.mktemp("cache"))
         jobs[f"{kind}, {case}"] = {
             "model": str(models[kind]), "arguments": arguments, "log": str(folder / f"{len(jobs)}.log"),
@@ -123,3 +125,13 @@ def test_with_the_pass_none_differs(served: Any, kind: str, case: str) -> None:
     assert (found["graphs"]["replayed"] > 10) == (case != "eager fallback alone")
     if captured:
         assert found["answers"] == served(kind, "eager fallback alone")[0]["answers"]
+
+
+@pytest.mark.parametrize("kind", ["dense"])
+@pytest.mark.parametrize("case", FULL)
+def test_whole_steps_in_one_graph(served: Any, kind: str, case: str) -> None:
+    """What was captured with other lengths answers what eager code answers."""
+    found, said = served(kind, case)
+    assert "mixed prefill-decode, FULL" in said and found["graphs"]["replayed"] > 10
+    assert found["differ"] == found["differ behind a cached prefix"] == 0
+    assert found["answers"] == served(kind, "eager fallback alone")[0]["answers"]
