@@ -38,7 +38,7 @@ class Peak(NamedTuple):
 #: techpowerup.com/335749; no data sheet was found). None for the 950: for the 950PR 1.6 TB/s and 1 PFLOPS in 8 bits are announced,
 #: but no rate in 16 bits
 PEAKS = {"A2": Peak(188e12, 1.6e12), "A3": Peak(188e12, 1.6e12)}
-CUBE = ("mm", "grouped_mm", "paged_attention", "addmm", "bmm", "baddbmm")
+CUBE = ("mm", "grouped_mm", "paged_attention", "scaled_dot_product_attention", "addmm", "bmm", "baddbmm")
 
 
 class Case(NamedTuple):
@@ -86,6 +86,34 @@ def attention() -> Iterator[Case]:
             lambda q=q, k=k, ends=lengths, t=table: IMPLEMENTATIONS["paged_attention"](q, k, k, ends, t, right=0), steps, tile_count,
             2 * (2 * q.numel() + 2 * k.numel()),
         )  # fmt: skip
+
+    q, k = torch.empty(1, heads, 2048, d, dtype=BF16), torch.empty(1, kv, 2048, d, dtype=BF16)
+    yield Case(
+        "scaled_dot_product_attention", "1 x 2048, causal, 32 / 8 heads of 128",
+        lambda: IMPLEMENTATIONS["scaled_dot_product_attention"](q, k, k, None, True), (2048 // 64 + 1) // 2, None,
+        2 * (2 * q.numel() + 2 * k.numel()),
+    )  # fmt: skip
+
+
+def experts() -> Iterator[Case]:
+    """Gates of Qwen3-30B-A3B and DeepSeek-V3, and the sum over 8 experts of the first."""
+    tokens, chosen = 256, 8
+    ways: dict[str, tuple[int, dict[str, Any]]] = {
+        "128 experts, softmax": (128, {"renorm": True}),
+        "256 experts, sigmoid, 4 of 8 groups, bias": (
+            256, {"k_group": 4, "groups": 8, "two_of_group": True, "sigmoid": True, "renorm": True, "bias": torch.empty(256)}
+        ),
+    }  # fmt: skip
+    for name, (count, way) in ways.items():
+        x = torch.empty(tokens, count, dtype=BF16)
+        run: Callable[[], Any] = lambda x=x, w=way: IMPLEMENTATIONS["moe_gate"](x, chosen, **w)
+        yield Case("moe_gate", f"{tokens} rows, {name}", run, 0, None, 6 * x.numel() + 6 * tokens * chosen)
+    x, weights = torch.empty(tokens * chosen, 2048, dtype=BF16), torch.empty(tokens, chosen, dtype=BF16)
+    at = torch.zeros(tokens * chosen, dtype=torch.int32)
+    yield Case(
+        "moe_combine", f"{tokens} tokens, {chosen} x 2048", lambda: IMPLEMENTATIONS["moe_combine"](x, at, weights), chosen, None,
+        2 * (x.numel() + tokens * 2048),
+    )  # fmt: skip
 
 
 def rows() -> Iterator[Case]:
@@ -208,8 +236,7 @@ how it counts: `tests/helpers/costs.py`.
   of cores come from the compiler. A cube core does {MACS:,} multiply-adds a cycle (16 x 16 x 16), a vector core {REPEAT} bytes; the
   length of a cycle follows from the peak.
 - Missing: **the times of a 950**, of which programs and cores alone are given. No rate of its products in 16 bits was found (for the
-  950PR: 1.6 TB/s and, in 8 bits, 1 PFLOPS), and the compiler puts its loops and vector work into a form that is not read here. And
-  **`scaled_dot_product_attention`**, whose loads by rows are counted as whole buffers; a served model's attention is `paged_attention`.
+  950PR: 1.6 TB/s and, in 8 bits, 1 PFLOPS), and the compiler puts its loops and vector work into a form that is not read here.
 - Programs: those with work. Busy: the share of the cores that has a program, over all rounds of programs.
 - MB moved: what programs load and store, in brackets every operand once. Caches are not seen: what several programs read counts several
   times, and so does what cube and vector cores hand each other through memory on A2 and A3. So the memory time is too high where
@@ -222,7 +249,9 @@ What followed from it:
 
 - Attention's masks were in 64 bits, which the vector unit does not compare: for each block of 64 keys the scalar unit took 2,048 elements
   one by one, three times, and at the end it stored the 4,096 elements of the output one by one. Now they are in 32 bits, and the output is
-  stored by rows. What they compute is tested in Triton's interpreter; a chip has run neither form.
+  stored by rows. `scaled_dot_product_attention` stored its output so too, and wrote the whole tile to memory anew for each of the 4,096
+  elements, 67 MB a program; now it stores by queries and heads, where a key head has 1, 2, 4, .. of them. What they compute is tested
+  in Triton's interpreter; a chip has run neither form.
 - At 64 and 128 rows a third of the cube cores idles in the second round of programs. Narrower tiles keep 89 % busy and move more: at a
   core's share of the bandwidth, 67 GB/s, 64 x 64 would take 48 us as 64 x 128 does, and 64 x 128 72 us where 128 x 128 takes 64. So the
   tiles stay.
@@ -234,7 +263,7 @@ What followed from it:
 
 
 def main() -> None:
-    cases = list(itertools.chain(products(), attention(), rows(), others()))
+    cases = list(itertools.chain(products(), attention(), experts(), rows(), others()))
     print(HEADER + "\n".join(line(case, name, chip) for case in cases for name, chip in lowering.CHIPS.items()))
 
 

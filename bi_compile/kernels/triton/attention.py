@@ -44,7 +44,8 @@ def _attention(
     stride_qz, stride_qh, stride_qm, stride_qd, stride_kz, stride_kh, stride_kn, stride_kd,
     stride_vz, stride_vh, stride_vn, stride_vd, stride_maskz, stride_maskh, stride_maskm, stride_maskn,
     SCALE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr,
-    FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    FOLD: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the keys in blocks of BLOCK_N, ascending, with running maximum m_i, sum l_i and output acc in float32.
 
@@ -53,7 +54,7 @@ def _attention(
 
     Row r of a key head's queries is query r // group of its head r % group. A block none of whose keys a row sees
     leaves the row's numbers as they are, so it does not matter whether it is skipped, as causal blocks behind the
-    tile's last query are. MASK: 0 none, 1 bool, 2 float.
+    tile's last query are. MASK: 0 none, 1 bool, 2 float. GROUP: `group`, where the output is stored by queries and heads; 0: by rows.
     """
     off_zh = (tl.program_id(0) // num_pid_m).to(tl.int64)
     off_z = off_zh // heads
@@ -133,8 +134,27 @@ def _attention(
     acc = divide(acc, tl.broadcast_to(total[:, None], BLOCK_M, BLOCK_DV))
     row = (off_z * heads * group + q_head) * L + query
     tl.store(lse + row, tl.where(no_key, float("-inf"), m_i + tl.log(total)), mask=valid)
-    out_ptrs = out + row[:, None] * DV + offs_dv[None, :]
-    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=valid[:, None] & (offs_dv < DV)[None, :])
+    if GROUP > 0:
+        # what a division of rows hides from Ascend's compiler, which then stores single elements
+        HEADS: tl.constexpr = GROUP if GROUP < BLOCK_M else BLOCK_M
+        QUERIES: tl.constexpr = BLOCK_M // HEADS
+        ahead = tl.arange(0, QUERIES)
+        heads_ahead = tl.arange(0, HEADS)
+        first = m0 // GROUP
+        out_base = out + (((off_z * heads + off_h) * GROUP + m0 % GROUP) * L + first) * DV
+        out_ptrs = (
+            out_base
+            + (ahead.to(tl.int64) * DV)[:, None, None]
+            + (heads_ahead.to(tl.int64) * L * DV)[None, :, None]
+            + offs_dv[None, None, :]
+        )
+        there = (
+            (ahead < L - first)[:, None, None] & (heads_ahead < GROUP)[None, :, None] & (offs_dv < DV)[None, None, :]
+        )
+        tl.store(out_ptrs, tl.reshape(acc.to(out.dtype.element_ty), (QUERIES, HEADS, BLOCK_DV)), mask=there)
+    else:
+        out_ptrs = out + row[:, None] * DV + offs_dv[None, :]
+        tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=valid[:, None] & (offs_dv < DV)[None, :])
 
 
 def _uses_fold(x: Tensor) -> bool:
@@ -190,13 +210,15 @@ def attention(
     blocks, longest = blocks_of_head("scaled_dot_product_attention", query, dim, value_dim), ATTENTION_HEAD[device][1]
     tile = _fit_to_head(tile or choose(ATTENTION[device][size], length * group), max(blocks), longest)
     num_pid_m = cdiv(length * group, tile.height)
+    # an Ascend 950 has no room for the longest heads' output twice
+    by_heads = device == "npu" and group & (group - 1) == 0 and blocks[1] < 512
     launch(
         _attention, batches * heads * num_pid_m, query, query, key, value, mask, *outs,
         num_pid_m, heads, group, length, keys, dim, value_dim,
         *query.stride(), *key.stride(), *value.stride(), *mask_strides,
         SCALE=1 / math.sqrt(dim) if scale is None and dim else float(scale or 0), MASK=kind, CAUSAL=causal,
-        HALF=size == 2, ACC=accumulator(query.dtype), FOLD=_uses_fold(query), BLOCK_M=tile.height, BLOCK_N=tile.width,
-        BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
+        HALF=size == 2, ACC=accumulator(query.dtype), FOLD=_uses_fold(query), GROUP=group if by_heads else 0,
+        BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return outs

@@ -23,6 +23,7 @@ from triton_cases import (
     statistic,
 )
 
+from bi_compile.kernels.triton import launch
 from bi_compile.kernels.triton.attention import attention
 from bi_compile.kernels.triton.tiles import ATTENTION
 
@@ -144,3 +145,18 @@ def test_every_tile_of_attention_gives_the_same_bits(dim: int, dtype: torch.dtyp
                 results.append(attention(q, k, v, mask, causal, None, outs, tile))
             for (_, tile), result in zip(table, results, strict=True):
                 assert same(result, results[0]), tile
+
+
+@pytest.mark.skipif(CUDA, reason="an NPU's tile, in the interpreter")
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 64])
+def test_an_npu_stores_each_head_where_it_belongs(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By queries and heads, or, for groups of 3, by rows: each head has the bits that it has as the only one."""
+    monkeypatch.setattr(launch, "HOST", "npu")
+    for length in (1, 3, 33 if group < 64 else 2):
+        q, k, v = (heads(2, n, m, 16, torch.float16, m) for n, m in ((2 * group, length), (2, 70), (2, 70)))
+        out, lse = call("scaled_dot_product_attention", q, k, v, None, length > 3)
+        for head in {0, 1, group, 2 * group - 1} & set(range(2 * group)):
+            of_it = head // group
+            parts = q[1:, head : head + 1], k[1:, of_it : of_it + 1], v[1:, of_it : of_it + 1]
+            alone = call("scaled_dot_product_attention", *parts, None, length > 3)
+            assert same((out[1:, head : head + 1], lse[1:, head : head + 1]), alone), (length, head)
