@@ -13,7 +13,7 @@ from bi_compile import ops
 
 from .launch import as_rows, cdiv, launch, row_stride, target
 from .reduce import divide, exp, load_rows, program_rows, store_rows
-from .tiles import COMBINE_COLUMNS, GATE_ELEMENTS
+from .tiles import COMBINE_COLUMNS, GATE
 
 #: below the key of every number
 LOWEST = tl.constexpr(-(2**31))
@@ -146,13 +146,13 @@ def moe_gate(
     )  # fmt: skip
     if x.numel() == 0:
         return outs
-    experts, most = x.shape[-1], GATE_ELEMENTS[target(x)]
+    experts, (elements, most) = x.shape[-1], GATE[target(x)]
     width = triton.next_power_of_2(experts)
     if width > most:
         raise NotImplementedError(
             f"bi_compile::moe_gate: a program holds a row of up to {most} experts on {x.device}, not {experts}"
         )
-    given, height = as_rows(x, experts), most // width
+    given, height = as_rows(x, experts), max(1, elements // width)
     launch(
         _gate, cdiv(given.shape[0], height), given, given, None if bias is None else bias.contiguous(), *outs, row_stride(given),
         given.shape[0], experts, float(scale), float(eps), K=k, K_GROUP=k_group, GROUPS=groups, SIZE=experts // groups,
