@@ -41,6 +41,8 @@ _HOST = {
     "vllm::moe_forward": "its kernels are called in eager code, where the table replaces them: products of each expert "
     "(npu_grouped_matmul), gating, and the sum over a token's experts (npu_moe_token_unpermute)",
 }
+#: pointwise by their definition, though PyTorch does not tag them so
+_ATEN = {"aten::polar": "abs * cos(angle) and abs * sin(angle), each element by itself (torch.polar's documentation)"}
 _HOST_UNPROVEN = {
     "vllm::qkv_rmsnorm_rope": "norm and rotation in one Triton kernel: set ascend_compilation_config.fuse_qknorm_rope=False",
     "vllm::matmul_and_reduce": "a product and a sum over ranks in one: switch sequence parallelism off (VLLM_ASCEND_ENABLE_FLASHCOMM1=0)",
@@ -81,7 +83,7 @@ def _target(name: str) -> Target:
     return Target(
         name=name,
         device="npu",
-        row_local=ROW_LOCAL,
+        row_local={**ROW_LOCAL, **_ATEN},
         trusted={**TRUSTED, **_HOST},
         unproven={**UNPROVEN, **_HOST_UNPROVEN},
         native=serves,

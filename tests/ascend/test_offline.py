@@ -39,14 +39,12 @@ def test_the_audit_says_what_varies_and_what_is_replaced(model: str, tmp_path: P
     assert not found.left
 
 
-@pytest.mark.parametrize(
-    ("model", "left"), [("Qwen3-32B", []), ("Qwen3-30B-A3B", []), ("DeepSeek-V2-Lite", ["aten.polar.default"])]
-)
-def test_models_as_they_are_published(model: str, left: list[str]) -> None:
+@pytest.mark.parametrize("model", ["Qwen3-32B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite"])
+def test_models_as_they_are_published(model: str) -> None:
     """Two layers at their true width; `audit_models.py` by hand takes all of them."""
     found = audit_models.audited(model, layers=2)
     assert {"aten.matmul.default", "npu.npu_fusion_attention_v3.default"} <= set(found.replaced)
-    assert [f.operator for f in found.left] == left
+    assert not found.left
 
 
 @needs_browser
