@@ -137,7 +137,9 @@ def _grouped(
         CHAINED, False, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if BIASED:
-        addend = tl.load(bias + group * stride_biasz + offs_n * stride_biasn, mask=offs_n < tl.where(real, N, 0), other=0.0)
+        addend = tl.load(
+            bias + group * stride_biasz + offs_n * stride_biasn, mask=offs_n < tl.where(real, N, 0), other=0.0
+        )
         acc = tl.fma(
             tl.broadcast_to(addend.to(tl.float32)[None, :], BLOCK_M, BLOCK_N),
             tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32),
