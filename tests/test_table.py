@@ -280,6 +280,7 @@ OUT: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "aten.nanmedian.dim_values": ((x(), 0, True), {}),
     "aten.mode.values": ((x(), 1), {}),
     "aten.index_put.out": ((x(), [torch.tensor([1, 0])], rand(2, 8)), {}),
+    "aten.put.out": ((x(), torch.tensor([3, 1]), rand(2)), {}),
     "aten.index_copy.out": ((x(), 0, torch.tensor([3, 1]), rand(2, 8)), {}),
     "aten.convolution.out": ((rand(1, 2, 8), rand(3, 2, 3), None, [1], [0], [1], False, [0], 1), {}),
     "aten.avg_pool2d.out": ((rand(1, 2, 6, 8), [2, 2]), {}),
@@ -294,6 +295,7 @@ IN_PLACE: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "aten.addmv_.default": ((rand(6), rand(6, 8), rand(8)), {"beta": 2}),
     "aten.cumsum_.default": ((rand(6, 8), 1), {}),
     "aten.index_put_.default": ((rand(6, 8), [torch.tensor([1, 0])], rand(2, 8)), {}),
+    "aten.put_.default": ((rand(6, 8), torch.tensor([3, 1]), rand(2)), {}),
     "aten.index_copy_.default": ((rand(6, 8), 0, torch.tensor([3, 1]), rand(2, 8)), {}),
 }
 #: those whose arguments no CPU takes, and oneDNN's LSTM, which nobody calls so
