@@ -175,7 +175,8 @@ class Pattern:
     """Nodes that an earlier stage has taken apart, and the function that puts an operator in their place.
 
     `search` and `replace` take the same arguments; `search` is written plainly, and is traced to the form that is looked
-    for. `examples` makes its example arguments (fake mode is on).
+    for. `examples` makes its example arguments (fake mode is on); of these the dtypes of casts alone are looked for in a graph.
+    `fits` is asked about the arguments that were found, as fake values: the pattern is left alone where it says no.
     """
 
     name: str
@@ -184,6 +185,7 @@ class Pattern:
     examples: Callable[[], list[Any]]
     scalars: dict[str, float]
     """Arguments that are numbers in the graph, each with a value of its own."""
+    fits: Callable[..., bool] | None = None
 
 
 class Pass:

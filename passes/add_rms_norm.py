@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from bi_compile import ops
-from bi_compile.table import Pass, refuse
+from bi_compile.table import Pass, Pattern, refuse
 
 from .rms_norm import rms_norm_ir
 
@@ -28,12 +29,49 @@ def _scaled(y: Tensor, scale: Tensor, zero_point: Tensor | None, divide: bool) -
     return y.round().clamp(-128, 127).to(torch.int8)
 
 
+def _one_kind(x: Tensor, residual: Tensor, eps: float, w: Tensor | None = None) -> bool:
+    pairs = zip(x.shape, residual.shape, strict=False)
+    return (
+        (x.dtype, x.device, x.dim()) == (residual.dtype, residual.device, residual.dim())
+        and all(statically_known_true(a == b) for a, b in pairs)
+        and (w is None or w.shape == x.shape[-1:])
+    )
+
+
+def _sum_and_norm(x: Tensor, residual: Tensor, w: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    s = x + residual
+    return ops.rms_norm(s, w, eps)[0], s
+
+
+def _both(x: Tensor, residual: Tensor, w: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, s = ops.add_rms_norm(x, residual, w, eps)
+    return y, s
+
+
 class AddRmsNorm(Pass):
-    """(x + residual) and its RMS normalisation, the row sum in one fixed order."""
+    """(x + residual) and its RMS normalisation, the row sum in one fixed order, as one operator also where a model adds first."""
 
     name = "add_rms_norm"
     why = "AclnnAddRmsNorm chooses its tiling, and with it the order of the row sum, from the number of rows"
     source = "vllm-ascend PR 6910, batch_invariant.py"
+    patterns = (
+        Pattern(
+            "add, rms_norm",
+            search=_sum_and_norm,
+            replace=_both,
+            examples=lambda: [torch.empty(8, 64), torch.empty(8, 64), torch.empty(64)],
+            scalars={"eps": 1.23e-6},
+            fits=_one_kind,
+        ),
+        Pattern(
+            "add, rms_norm",
+            search=lambda x, residual, eps: _sum_and_norm(x, residual, None, eps),
+            replace=lambda x, residual, eps: _both(x, residual, None, eps),
+            examples=lambda: [torch.empty(8, 64), torch.empty(8, 64)],
+            scalars={"eps": 1.23e-6},
+            fits=_one_kind,
+        ),
+    )
 
 
 @AddRmsNorm.replaces("npu.npu_add_rms_norm.default")

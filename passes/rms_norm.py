@@ -1,7 +1,8 @@
 """RMS normalisation, as an operator and taken apart."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +11,40 @@ from bi_compile import ops
 from bi_compile.table import Pass, Pattern
 
 
-def _plain_rms_norm(x: Tensor, eps: float) -> Tensor:
+def _plain(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(torch.mean(x.pow(2), -1, keepdim=True) + eps)
 
 
+def _pattern(dtype: torch.dtype, search: Callable[..., Tensor], weight: torch.dtype | None = None) -> Pattern:
+    """For x of `dtype` and a weight of the dtype `weight`, or none."""
+
+    def weighted(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        return ops.rms_norm(x, w, eps)[0]
+
+    def bare(x: Tensor, eps: float) -> Tensor:
+        return ops.rms_norm(x, None, eps)[0]
+
+    def fits(x: Tensor, eps: float, w: Tensor | None = None) -> bool:
+        return x.dtype == dtype and (w is None or (w.dtype == weight and w.shape == x.shape[-1:]))
+
+    def examples() -> list[Tensor]:
+        return [torch.empty(8, 64, dtype=dtype), *([] if weight is None else [torch.empty(64, dtype=weight)])]
+
+    return Pattern("rms_norm", search, bare if weight is None else weighted, examples, {"eps": 1.23e-6}, fits)
+
+
+def _cast(dtype: torch.dtype) -> Iterator[Pattern]:
+    """With the casts and the weight that models write around it, either factor first; the largest come first."""
+    wide = torch.float32
+    yield _pattern(dtype, lambda x, w, eps: _plain(x.float(), eps).to(dtype) * w, dtype)
+    yield _pattern(dtype, lambda x, w, eps: w * _plain(x.float(), eps).to(dtype), dtype)
+    yield _pattern(dtype, lambda x, w, eps: (_plain(x.float(), eps) * w).to(dtype), wide)
+    yield _pattern(dtype, lambda x, w, eps: (w * _plain(x.float(), eps)).to(dtype), wide)
+    yield _pattern(dtype, lambda x, eps: _plain(x.float(), eps).to(dtype))
+
+
 class RmsNorm(Pass):
-    """RMS normalisation, the row sum in one fixed order. Where it arrives taken apart, the compiler multiplies by the weight."""
+    """RMS normalisation, the row sum in one fixed order."""
 
     name = "rms_norm"
     why = "the row sum's split follows the number of rows"
@@ -23,13 +52,12 @@ class RmsNorm(Pass):
         "measured under Inductor on an H100: compiled Qwen3 changes from batch 8, and batch 1 has a graph of its own"
     )
     patterns = (
-        Pattern(
-            "rms_norm",
-            search=_plain_rms_norm,
-            replace=lambda x, eps: ops.rms_norm(x, None, eps)[0],
-            examples=lambda: [torch.empty(8, 64)],
-            scalars={"eps": 1.23e-6},
-        ),
+        *_cast(torch.bfloat16),
+        *_cast(torch.float16),
+        _pattern(torch.float32, lambda x, w, eps: _plain(x, eps) * w, torch.float32),
+        _pattern(torch.float32, lambda x, w, eps: w * _plain(x, eps), torch.float32),
+        # whatever x is, and what is done with it
+        dataclasses.replace(_pattern(torch.float32, _plain), fits=None),
     )
 
 

@@ -78,8 +78,8 @@ def rows(p: type[Pass]) -> Iterator[tuple[list[str], str, str, str, str]]:
 
 
 def patterns(p: type[Pass]) -> Iterator[tuple[str, str]]:
-    """Pattern, by what."""
-    for pattern in p.patterns:
+    """Pattern, by what; one for the forms of one name."""
+    for pattern in {pattern.name: pattern for pattern in p.patterns}.values():
         yield pattern.name, ", ".join(called(pattern.replace)) or f"{NAMESPACE}::{pattern.name}"
 
 

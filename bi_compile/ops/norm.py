@@ -32,8 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tens
     x [..., C]; weight [C] of any float dtype, or None. Returns y (x's shape and dtype, contiguous) and rstd [..., 1] in
     float32 (float64 for float64). The sum over C has the order of `bi_compile::sum`.
 
-    On a CPU it rounds where transformers' models and vLLM's definition do, and has their bits: squares, mean and mean + eps to
-    float32, x * rstd to weight's dtype, y to x's dtype. Elsewhere y alone is rounded.
+    It rounds where transformers' models and vLLM's definition do: squares, mean and mean + eps to float32, x * rstd to weight's
+    dtype, y to x's dtype. On a CPU it has the bits of theirs. On an NPU y alone is rounded, as by npu_rms_norm.
     """
     _affine("rms_norm", x, weight)
     return x.new_empty(x.shape), x.new_empty([*x.shape[:-1], 1], dtype=_statistic(x))

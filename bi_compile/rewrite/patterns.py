@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,16 @@ def _keywords_match(match: Match) -> bool:
     return True
 
 
+def _fits(pattern: Pattern, match: Match) -> bool:
+    if not _keywords_match(match):
+        return False
+    outputs = [n for n in match.output_nodes() if n is not None]
+    if len(outputs) > 1 and any(n >= min(outputs) for n in match.kwargs.values() if isinstance(n, fx.Node)):
+        return False  # one of the values is used before all arguments are there
+    values = {k: v.meta.get("val") if isinstance(v, fx.Node) else v for k, v in match.kwargs.items()}
+    return pattern.fits is None or pattern.fits(**values)
+
+
 def _traced(pattern: Pattern, stage: str) -> PatternExpr:
     """What Inductor's matcher looks for; the constants in it have to match too."""
     gm = _TRACE[stage](pattern.search, [*pattern.examples(), *pattern.scalars.values()])
@@ -88,7 +99,7 @@ def replace(graph: fx.Graph, p: type[Pass], stage: str) -> list[Change]:
     matcher = PatternMatcherPass(pass_name=f"bi_compile_{p.name}_{stage}")
     tracer = Tracer(fake_mode_of(graph), {})
     for pattern, form in _forms(p, stage):  # type: ignore[arg-type]  # a class is hashable
-        register_graph_pattern(form, extra_check=_keywords_match, pass_dict=matcher)(
+        register_graph_pattern(form, extra_check=functools.partial(_fits, pattern), pass_dict=matcher)(
             functools.partial(_replace_match, pattern, p, tracer, changes)
         )
     if matcher.apply(graph):
@@ -102,9 +113,30 @@ def _replace_match(
     # torch.compile(dynamic=True) may turn a Python number into an input of the graph; the replacement needs the number
     if any(isinstance(arguments[name], fx.Node) for name in pattern.scalars):
         return
-    last = match.output_node()
-    last.args, last.kwargs = tuple(arguments[name] for name in inspect.signature(pattern.replace).parameters), {}
+    given = tuple(arguments[name] for name in inspect.signature(pattern.replace).parameters)
     entry = Entry(pattern.name, pattern.replace, why="", source="", unless=None, targets=None, pass_name=p.name)
+    whole = _as_one_node(match, [n for n in match.output_nodes() if n is not None])
+    whole.args, whole.kwargs = given, {}
     changes.append(
-        dataclasses.replace(splice(match.graph, last, entry, pattern.replace, tracer), operator=pattern.name)
+        dataclasses.replace(splice(match.graph, whole, entry, pattern.replace, tracer), operator=pattern.name)
     )
+    match.erase_nodes()  # or a smaller pattern would find itself in what is left of them
+
+
+def _as_one_node(match: Match, outputs: list[fx.Node]) -> fx.Node:
+    """The node whose value the replacement's is: the pattern's last, or, for several, one of which they are the elements."""
+    if len(outputs) == 1:
+        return outputs[0]
+    first = min(outputs)
+    with match.graph.inserting_before(first):
+        whole = match.graph.call_function(_elements)
+        whole.meta = {**first.meta, "val": tuple(n.meta["val"] for n in outputs)}
+        for i, n in enumerate(outputs):
+            element = match.graph.call_function(operator.getitem, (whole, i))
+            element.meta = dict(n.meta)
+            n.replace_all_uses_with(element)
+    return whole
+
+
+def _elements() -> None:
+    """Stands for a match of several values until its replacement does."""

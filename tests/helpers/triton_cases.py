@@ -112,6 +112,12 @@ def variance(x: Tensor) -> Tensor:
     return ((wide - wide.mean(1, keepdim=True)).square().sum(1) / (x.shape[1] - 1)).to(x.dtype)
 
 
+def models_rms_norm(x: Tensor, w: Tensor) -> Tensor:
+    """As models write it, and vLLM (vllm/ir/ops/layernorm.py): rounded before the weight."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype) * w
+
+
 #: operator -> what PyTorch computes for the same x [R, C]
 THEIRS: dict[str, Callable[[Tensor], Tensor]] = {
     "mm": lambda x: x @ matrix(x),
@@ -122,7 +128,7 @@ THEIRS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: x.softmax(1),
     "log_softmax": lambda x: x.log_softmax(1),
     "cumsum": lambda x: running(x),
-    "rms_norm": lambda x: functional.rms_norm(x, x.shape[1:], weight(x, 1), 1e-6),
+    "rms_norm": lambda x: models_rms_norm(x, weight(x, 1)),
     "layer_norm": lambda x: functional.layer_norm(x, x.shape[1:], weight(x, 1), weight(x, 2), 1e-5),
 }
 

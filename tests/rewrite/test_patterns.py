@@ -15,7 +15,7 @@ from torch._inductor.decomposition import select_decomp_table
 from bi_compile.passes import PASSES
 from bi_compile.rewrite import patterns
 from bi_compile.rewrite.splice import Change, rewrite
-from bi_compile.table import Table
+from bi_compile.table import Pass, Table
 
 EPS = 1e-6
 STAGES = ("captured", "final")
@@ -112,6 +112,72 @@ def test_it_is_found_with_symbolic_rows(f: Function, stage: str) -> None:
     assert matched(gm, stage) == WRITTEN[f]
     x = rand(9, 3, 64, seed=2)
     close(gm(x, w), f(x, w))
+
+
+def plain(x: Tensor, weight: Tensor) -> Tensor:
+    """Of float32, the weight behind."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight
+
+
+def adds(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    s = x + x.abs()
+    return llama(s, weight), s
+
+
+def adds_first(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight is there only after the sum was used."""
+    s = x + x.abs()
+    return llama(s, weight + s.sum()), s
+
+
+def another_shape(x: Tensor, weight: Tensor) -> Tensor:
+    return llama(x + x[:1], weight[None])
+
+
+@each_stage
+@each_dtype
+@pytest.mark.parametrize(
+    "f, left",
+    [
+        (llama, {"bi_compile.rms_norm.default"}),
+        (plain, {"bi_compile.rms_norm.default"}),
+        (adds, {"aten.abs.default", "bi_compile.add_rms_norm.default"}),
+        (adds_first, {"bi_compile.rms_norm.default", "aten.add.Tensor"}),
+        (another_shape, {"bi_compile.rms_norm.default", "aten.add.Tensor", "aten.mul.Tensor"}),
+    ],
+    ids=lambda f: getattr(f, "__name__", ""),
+)
+def test_weight_cast_and_sum_go_into_the_operator(f: Function, left: set[str], dtype: torch.dtype, stage: str) -> None:
+    """Where nothing else happens to them; with the bits that the operator has for the parts."""
+    x, w = rand(6, 64, dtype=dtype), rand(64, dtype=dtype, seed=1)
+    if f is plain and dtype != torch.float32:
+        return  # in 16 bits each step is rounded: there is no such operator
+    gm = graph(f, x, w, stage=stage)
+    for _ in range(2):  # the norm, then the sum before it
+        matched(gm, stage)
+    gm.graph.eliminate_dead_code()
+    assert left <= set(targets(gm.graph))
+    if f in (llama, plain, adds):
+        assert set(targets(gm.graph)) - {"<built-in function getitem>", "_operator.getitem", "getitem"} == left
+    got, want = gm(x, w), by_parts(f, x, w)
+    assert all(same_bits(g, t) for g, t in zip(as_tuple(got), as_tuple(want), strict=True))
+
+
+def as_tuple(x: Any) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def by_parts(f: Function, x: Tensor, w: Tensor) -> Any:
+    """f with the bare norm for its norm: cast and weight as the program writes them."""
+    gm = graph(f, x, w, stage="final")
+    bare = next(p.patterns[-1:] for p in PASSES if p.name == "rms_norm")
+
+    class Bare(Pass):
+        name, why, source, patterns = "bare", "a test", "a test", bare
+
+    patterns.replace(gm.graph, Bare, "final")
+    gm.recompile()
+    return gm(x, w)
 
 
 WHOLE: dict[str, tuple[Function, list[str]]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .launch import aligned, as_head_rows, as_rows, cdiv, keeps_row, launch, row_stride, rows_meta
+from .launch import aligned, as_head_rows, as_rows, cdiv, keeps_row, launch, row_stride, rows_meta, target
 from .reduce import divide, load_rows, program_rows, row_mean, row_var, store_each, store_rows
 
 
@@ -41,12 +41,12 @@ def _summand(
 def _rms_norm(
     x, residual, weight, y, rstd, s, stride_xg, stride_xr, stride_residual, R, C,
     GROUP: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    ROUND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """s = x + residual if ADD (else x); y = s / sqrt(sum(s * s) / C + EPS) * weight. The sum has the order of `_sum`.
 
     s is computed again for y instead of being read back: another thread may have written it. WHOLE: a row fits into BLOCK_C
-    and is read once.
+    and is read once. ROUND: s / sqrt(...) is rounded to x's dtype before a weight of 16 bits multiplies it.
     """
     rows = program_rows(BLOCK_R)
     lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
@@ -69,6 +69,8 @@ def _rms_norm(
         scaled = value * scale[:, None]
         if WEIGHT:
             cols = start + tl.arange(0, BLOCK_C)
+            if ROUND and weight.dtype.element_ty.primitive_bitwidth == 16:
+                scaled = scaled.to(x.dtype.element_ty).to(ACC)
             scaled = scaled * tl.load(weight + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
         store_rows(y, scaled, rows, start, R, C, BLOCK_C)
 
@@ -134,7 +136,8 @@ def _run_rms_norm(
     launch(
         _rms_norm, cdiv(count, meta["BLOCK_R"]), x, rows, others, _param_or_none(weight), y, rstd, s,
         *strides, 0 if others is None else row_stride(others), count, length,
-        GROUP=group, EPS=eps, ADD=others is not None, WEIGHT=weight is not None, WHOLE=keeps_row(rows, length), **meta,
+        GROUP=group, EPS=eps, ADD=others is not None, WEIGHT=weight is not None, WHOLE=keeps_row(rows, length),
+        ROUND=target(x) != "npu", **meta,
     )  # fmt: skip
 
 
