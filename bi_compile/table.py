@@ -70,6 +70,8 @@ class Entry:
         """Whether the operator is exact for these arguments, and is left as it is."""
         if self.unless is None:
             return False
+        if not kwargs:  # asked at every call of eager code
+            return self.unless(*args)
         names = {a.name for a in self.op._schema.arguments} if self.op is not None else kwargs.keys()
         # an overload that says where the result goes asks by the arguments that it has in common with the operator
         return self.unless(*args, **{k: v for k, v in kwargs.items() if k in names})
