@@ -69,7 +69,9 @@ def served(
     chosen = [i.callspec.params for i in request.session.items if getattr(i, "module", None) is request.module]
     folder, jobs = tmp_path_factory.mktemp("engines"), {}
     models = {kind: npu_models.make(kind, folder / kind) for kind in {c["kind"] for c in chosen}}
-    for kind, case in ((c["kind"], c["case"]) for c in chosen):
+    pairs = [(c["kind"], c["case"]) for c in chosen]
+    compared = [(kind, "eager fallback alone") for kind, case in pairs if case in ("npugraph_ex", *FULL)]
+    for kind, case in dict.fromkeys(pairs + compared):
         arguments, environment = (WITHOUT | WITH | FULL)[case]
         cache = str(tmp_path_factory.mktemp("cache"))
         jobs[f"{kind}, {case}"] = {
