@@ -391,11 +391,20 @@ def _numbers_as_tensors(op: OpOverload) -> Callable[[tuple[Any, ...]], tuple[Any
         numbers = [i for i in places if i < len(args) and isinstance(args[i], (int, float, complex))]
         if not numbers:
             return args
-        return tuple(
-            torch.scalar_tensor(x, dtype=torch.tensor(x).dtype) if i in numbers else x for i, x in enumerate(args)
-        )
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        return tuple(_as_tensor(x, tensors) if i in numbers else x for i, x in enumerate(args))
 
     return arguments
+
+
+def _as_tensor(number: Any, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The number beside `tensors` as precisely as PyTorch takes it, and without a say in the dtype of the result."""
+    if not tensors:
+        return torch.scalar_tensor(number, dtype=torch.tensor(number).dtype)
+    dtype = functools.reduce(torch.promote_types, (torch.result_type(x, number) for x in tensors))
+    if dtype in (torch.float16, torch.bfloat16) and any(x.dim() for x in tensors):
+        dtype = torch.float32  # the kernel computes in it, and rounds once
+    return torch.scalar_tensor(number, dtype=dtype)
 
 
 def replaced_by(op: Any, device: str) -> Entry | None:

@@ -289,6 +289,22 @@ def test_a_row_does_not_see_its_neighbours() -> None:
                 assert same_bits(tensors(f(x))[0][:1], f(LONG[:1])), (name, bad)
 
 
+def test_a_number_beside_a_tensor_is_as_precise_as_before() -> None:
+    """Within a fallback, and when it has gone; a number has no say in the dtype."""
+
+    def check() -> None:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32):
+            for x in (torch.arange(1, 40).to(dtype), torch.tensor(3, dtype=dtype)):
+                for f in (torch.add, torch.mul):
+                    assert f(x, 3).dtype == dtype and f(x, 0.1).dtype == torch.result_type(x, 0.1)
+                    if dtype.itemsize > 2 and dtype.is_floating_point:
+                        assert torch.equal(f(x, 0.1), f(x, torch.full_like(x, 0.1)))
+
+    with invariant():
+        check()
+    check()
+
+
 # -- what has no replacement ------------------------------------------------------------------------------------------
 
 SQUARE = rand(3, 6, 6)
