@@ -129,7 +129,9 @@ def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequen
         return make_boxed_func(plain(graph, list(inputs)))
 
     with eager.tracing():
-        return aot_autograd(fw_compiler=forward, bw_compiler=backward, inference_compiler=forward)(gm, example_inputs)
+        return aot_autograd(
+            fw_compiler=forward, bw_compiler=backward, inference_compiler=forward, keep_inference_input_mutations=True
+        )(gm, example_inputs)
 
 
 def _check_device(target: Target, graph: fx.Graph) -> None:

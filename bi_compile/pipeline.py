@@ -119,8 +119,11 @@ class Pipeline:
         target: the graph's, for a caller that has found it.
         """
         from .rewrite import (
+            fallbacks,
             patterns,  # imports Inductor, which takes a second, and which compiles the graph in any case
         )
+
+        fallbacks.tell_inductor()
 
         start = time.perf_counter()
         target = target or self.target_of(graph)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from support import close, python, rand, rows_equal, same_bits
 from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
 
 import bi_compile
 from bi_compile import AuditError, OptionError, Options
@@ -415,3 +416,19 @@ def test_one_hot_of_a_symbolic_batch() -> None:
         assert torch.equal(f(torch.arange(n) % 10), F.one_hot(torch.arange(n) % 10, 10) * 2)
     with pytest.raises(Exception, match=r"(?i)class"):
         f(torch.full((3,), 10))
+
+
+def test_a_token_is_written_into_its_cache_in_place() -> None:
+    """Also in the first graph that has our attention: Inductor copied the whole cache there."""
+
+    def step(q: Tensor, cache: Tensor, token: Tensor) -> Tensor:
+        cache[:, :, -1] = token * 2
+        return torch.nn.functional.scaled_dot_product_attention(q, cache, cache) + 1
+
+    q, cache, token = rand(3, 2, 1, 16), rand(3, 2, 40, 16), rand(3, 2, 16)
+    compiled = torch.compile(step, backend="bi_ascend")
+    changed = cache.clone()
+    got, (code, *_) = run_and_get_code(lambda: compiled(q, changed, token))
+    assert "(3, 2, 40, 16)" in code and "empty_strided_cpu((3, 2, 40, 16)" not in code
+    close(got, step(q, cache, token))
+    assert same_bits(changed, cache)

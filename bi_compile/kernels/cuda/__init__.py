@@ -2,6 +2,7 @@
 
 - mm and addmm run in cuBLASLt, by algorithms whose bits were compared with the Triton kernel's (`proof`, `product.cpp`).
 - rms_norm, add_rms_norm, softmax, log_softmax, sum and mean launch Triton's own kernels from C++ (`launches`, `rows.cpp`).
+- moe_gate and moe_combine are computed as they are defined, by other operators.
 - The other operators, and what the C++ cannot take, run in `bi_compile.kernels.triton`: the same order, so the same bits.
 
 The C++ is compiled at the first call on a machine. Where that cannot be done the Triton kernels compute everything, which
@@ -24,6 +25,9 @@ log = logging.getLogger("bi_compile")
 DISPATCH_KEY = "CUDA"
 NATIVE: tuple[str, ...] = ("mm", "addmm", "rms_norm", "add_rms_norm", "softmax", "log_softmax", "sum", "mean")
 """The operators that `product.cpp` and `rows.cpp` implement."""
+NPU_ALONE = ("moe_gate", "moe_combine")
+"""Operators whose Triton kernels are for Ascend: on an H100 the gate's softmax had other bits than `bi_compile::softmax`. On CUDA they
+are computed as they are defined (`ops/moe.py`)."""
 _library: torch.library.Library | None = None
 _why_not = ""
 
@@ -62,7 +66,7 @@ def register(library: torch.library.Library) -> None:
             "more of the host's time: %s", _why_not,
         )  # fmt: skip
     for name, function in triton.IMPLEMENTATIONS.items():
-        if name not in native:
+        if name not in (*native, *NPU_ALONE):
             library.impl(name, function, DISPATCH_KEY)
 
 
