@@ -80,14 +80,51 @@ template <class T>
 using Step = Fma<T>;
 #endif
 
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define BI_AVX2
+#endif
+
 #ifdef __AVX512F__
 inline constexpr int MAX_ROWS = 6;  // 6 x 4 accumulators, 4 vectors of b and one of a: 29 of 32 registers
+#elif defined(BI_AVX2)
+inline constexpr int MAX_ROWS = 3;  // 3 x 4 accumulators of half a vector, in 16 registers
 #else
 inline constexpr int MAX_ROWS = 1;
 #endif
 inline constexpr int TILE_N = 4;
 inline constexpr int AHEAD = 2 * TILE_N;  // columns between the one in use and the one that is fetched from memory meanwhile
 inline constexpr int64_t BLOCK_K = 1024;  // part of the order of the sum, see above
+
+#ifdef BI_AVX2
+// A register holds half a vector of floats, and GCC keeps whole ones in memory: lanes 0 to 7 and 8 to 15 are taken one after the
+// other, each over the whole block of K.
+inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) { return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline f32x8 load8(const float* p) { return read<f32x8>(p); }
+inline f32x8 load8(const BFloat16* p) {
+  return (f32x8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(p)), 16);
+}
+inline f32x8 load8(const Half* p) {
+#ifdef __F16C__
+  return (f32x8)_mm256_cvtph_ps(read<__m128i>(p));
+#else
+  f32x8 v;
+  for (int j = 0; j < 8; ++j) v[j] = p[j];
+  return v;
+#endif
+}
+// The first n elements at p, zeros behind them.
+template <class T>
+inline f32x8 load8(const T* p, int64_t n) {
+  T part[8] = {};
+  std::memcpy(part, p, std::clamp<int64_t>(n, 0, 8) * sizeof(T));
+  return load8(part);
+}
+template <class Op>
+inline constexpr bool in_halves = std::is_same_v<typename Op::Sum, float>;
+#else
+template <class Op>
+inline constexpr bool in_halves = false;
+#endif
 
 // ---- dot ----
 
@@ -127,10 +164,37 @@ inline void lane_trees(const V (&acc)[MR][NR], S (&sum)[MR][NR]) {
   }
 }
 
-// MR x NR elements over the k elements of one block of K; `first`: out is set, else added to; `prefetch`: b comes from memory.
+#ifdef BI_AVX2
+// Lanes 8 * half and the seven behind it of `dot_tile`: their trees.
+template <int MR, int NR, class A, class B>
+void dot_half(const A* a, int64_t lda, const B* b, int64_t ldb, int64_t k, int64_t half, float (&sum)[MR][NR]) {
+  f32x8 acc[MR][NR] = {};
+  int64_t i = half;
+  for (; i - half + 16 <= k; i += 16) {
+    f32x8 av[MR];
+    for (int m = 0; m < MR; ++m) av[m] = load8(a + m * lda + i);
+    for (int n = 0; n < NR; ++n) {
+      f32x8 bv = load8(b + n * ldb + i);
+      for (int m = 0; m < MR; ++m) acc[m][n] = fma(av[m], bv, acc[m][n]);
+    }
+  }
+  if (int64_t rest = k - i; rest > 0)
+    for (int n = 0; n < NR; ++n)
+      for (int m = 0; m < MR; ++m) acc[m][n] = fma(load8(a + m * lda + i, rest), load8(b + n * ldb + i, rest), acc[m][n]);
+  for (int m = 0; m < MR; ++m) {
+    __m256 ab = _mm256_hadd_ps((__m256)acc[m][0], (__m256)acc[m][NR > 1]), cd = _mm256_hadd_ps((__m256)acc[m][NR / 2], (__m256)acc[m][NR - 1]);
+    __m256 fours = _mm256_hadd_ps(ab, cd);
+    float r[4];
+    _mm_storeu_ps(r, _mm_add_ps(_mm256_castps256_ps128(fours), _mm256_extractf128_ps(fours, 1)));
+    std::memcpy(sum[m], r, sizeof(float) * NR);
+  }
+}
+#endif
+
+// The trees of MR x NR elements over the k elements of one block of K; `prefetch`: b comes from memory.
 template <class Op, int MR, int NR>
-void dot_tile(const typename Op::A* a, int64_t lda, const typename Op::B* b, int64_t ldb, int64_t k,
-              bool first, bool prefetch, typename Op::Sum* out, int64_t ldo) {
+void dot_lanes(const typename Op::A* a, int64_t lda, const typename Op::B* b, int64_t ldb, int64_t k, bool prefetch,
+               typename Op::Sum (&sum)[MR][NR]) {
   using V = typename Op::V;
   constexpr int64_t STEP = Op::W * Op::PER_STEP;
   V acc[MR][NR] = {};
@@ -151,12 +215,28 @@ void dot_tile(const typename Op::A* a, int64_t lda, const typename Op::B* b, int
   }
   if (int64_t rest = k - i)
     step([=](auto p) { return Op::a_part(p, rest); }, [=](auto p) { return Op::b_part(p, rest); }, i);
-  typename Op::Sum sum[MR][NR];
   lane_trees(acc, sum);
+}
+
+// MR x NR elements over the k elements of one block of K; `first`: out is set, else added to; `prefetch`: b comes from memory.
+template <class Op, int MR, int NR>
+void dot_tile(const typename Op::A* a, int64_t lda, const typename Op::B* b, int64_t ldb, int64_t k,
+              bool first, bool prefetch, typename Op::Sum* out, int64_t ldo) {
+  typename Op::Sum sum[MR][NR];
+#ifdef BI_AVX2
+  if constexpr (in_halves<Op>) {
+    static_assert(NR == 1 || NR == 4);
+    typename Op::Sum high[MR][NR];
+    dot_half<MR, NR>(a, lda, b, ldb, k, 0, sum);
+    dot_half<MR, NR>(a, lda, b, ldb, k, 8, high);
+    for (int m = 0; m < MR; ++m)
+      for (int n = 0; n < NR; ++n) sum[m][n] = sum[m][n] + high[m][n] + 0.f;
+  } else
+#endif
+    dot_lanes<Op, MR, NR>(a, lda, b, ldb, k, prefetch, sum);
   for (int m = 0; m < MR; ++m)
     for (int n = 0; n < NR; ++n) out[m * ldo + n] = first ? sum[m][n] : out[m * ldo + n] + sum[m][n];
 }
-
 template <class Op, int NR, int MR = MAX_ROWS, class... Args>
 inline void dot_rows(int64_t rows, Args... args) {
   if (rows == MR) return dot_tile<Op, MR, NR>(args...);
@@ -183,11 +263,40 @@ void dot_block(const typename Op::A* a, int64_t lda, const typename Op::B* b, in
 
 // ---- column ----
 
+#ifdef BI_AVX2
+// Eight columns of `column_tile`.
+template <int MR, int L, class P>
+void column_half(const float* a, int64_t lda, const P* b, int64_t ldb, int64_t K, bool first, float* out, int64_t ldo) {
+  f32x8 group[MR][16 / L];
+  for (int g = 0; g < 16 / L; ++g) {
+    f32x8 acc[MR][L] = {};
+    for (int64_t s = g * L; s < K; s += 16)
+      for (int i = 0; i < L; ++i) {
+        if (s + i >= K) break;
+        f32x8 bv = load8(b + (s + i) * ldb);
+        for (int m = 0; m < MR; ++m) acc[m][i] = fma(f32x8{} + a[m * lda + s + i], bv, acc[m][i]);
+      }
+    for (int m = 0; m < MR; ++m) group[m][g] = tree<L>(acc[m]);
+  }
+  for (int m = 0; m < MR; ++m) {
+    f32x8 sum = tree<16 / L>(group[m]) + f32x8{};
+    f32x8 all = first ? sum : read<f32x8>(out + m * ldo) + sum;
+    std::memcpy(out + m * ldo, &all, sizeof all);
+  }
+}
+#endif
+
 // MR rows of W columns over the K elements of one block of K, L lanes at a time; `first`: out is set, else added to.
 template <class Op, int MR, int L>
 void column_tile(const typename Op::A* a, int64_t lda, const typename Op::P* b, int64_t ldb, int64_t K,
                  bool first, typename Op::Sum* out, int64_t ldo) {
   using V = typename Op::V;
+#ifdef BI_AVX2
+  if constexpr (in_halves<Op>) {
+    column_half<MR, L>(a, lda, b, ldb, K, first, out, ldo);
+    return column_half<MR, L>(a, lda, b + 8, ldb, K, first, out + 8, ldo);
+  }
+#endif
   int64_t steps = ceil_div(K, Op::PER_STEP), full = K / Op::PER_STEP / Op::W * Op::W;
   V group[MR][Op::W / L];
   for (int g = 0; g < Op::W / L; ++g) {
@@ -213,7 +322,7 @@ void column_tile(const typename Op::A* a, int64_t lda, const typename Op::P* b, 
 
 // How many lanes of MR rows the registers hold: a divisor of W.
 template <class Op, int MR>
-inline constexpr int lanes_at_once = MR == 1 ? Op::W : MR <= 3 && MAX_ROWS > 1 ? 8 : 4;
+inline constexpr int lanes_at_once = in_halves<Op> ? (MR == 1 ? 8 : 4) : MR == 1 ? Op::W : MR <= 3 && MAX_ROWS > 1 ? 8 : 4;
 
 template <class Op, int MR = MAX_ROWS, class... Args>
 inline void column_rows(int64_t rows, Args... args) {
