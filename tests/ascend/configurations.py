@@ -20,8 +20,10 @@ import lowering
 import torch
 from torch import Tensor
 
-from bi_compile.kernels.triton import IMPLEMENTATIONS, launch, tiles
+from bi_compile.kernels.ascend import moe, triton_kernels
+from bi_compile.kernels.triton import launch, tiles
 
+IMPLEMENTATIONS = triton_kernels()
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 #: the columns that a program of a row kernel can hold, each a kernel of its own
 WIDTHS = [2**n for n in range(tiles.ROWS["npu"][0].bit_length())]
@@ -170,15 +172,15 @@ def experts() -> Iterator[Configuration]:
         "softmax": {}, "renormalised": {"renorm": True}, "sigmoid": {"sigmoid": True, "renorm": True},
         "groups": {"k_group": 4, "groups": 8}, "groups by two, bias": {"k_group": 4, "groups": 8, "two_of_group": True, "sigmoid": True, "renorm": True},
     }  # fmt: skip
-    for dtype, count in itertools.product(DTYPES, (16, 128, 256, tiles.GATE["npu"][1])):
-        if dtype == "float16" and count != tiles.GATE["npu"][1]:
+    for dtype, count in itertools.product(DTYPES, (16, 128, 256, moe.MOST_EXPERTS)):
+        if dtype == "float16" and count != moe.MOST_EXPERTS:
             continue  # the buffers of bfloat16
         x = empty(64, count, dtype=dtype)
         for variant, way in ways.items():
             given = way | ({"bias": empty(count, dtype="float32")} if "bias" in variant else {})
             run: Callable[[], Any] = lambda x=x, g=given: IMPLEMENTATIONS["moe_gate"](x, 8, **g)
             yield Configuration("moe_gate", dtype, f"{count} experts", variant, run)
-    most = tiles.COMBINE_COLUMNS["npu"]
+    most = moe.COMBINE_COLUMNS
     for dtype in DTYPES:
         for variant, weights in {"": dtype, "float32 weights": "float32"}.items():
             parts = empty(64, most, dtype=dtype), torch.zeros(64, dtype=torch.int32), empty(8, 8, dtype=weights)

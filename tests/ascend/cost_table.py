@@ -20,8 +20,10 @@ import lowering
 import torch
 from triton.runtime.jit import JITFunction
 
-from bi_compile.kernels.triton import IMPLEMENTATIONS, launch, tiles
+from bi_compile.kernels.ascend import triton_kernels
+from bi_compile.kernels.triton import launch, tiles
 
+IMPLEMENTATIONS = triton_kernels()
 BF16 = torch.bfloat16
 #: what a cube core multiplies and adds in a cycle, in 16 bits (16 x 16 x 16), and the bytes of one vector instruction's repeat
 MACS, REPEAT = 4096, 256

@@ -14,8 +14,10 @@ import lowering
 import pytest
 import torch
 
-from bi_compile.kernels.triton import IMPLEMENTATIONS, launch, tiles
+from bi_compile.kernels.ascend import triton_kernels
+from bi_compile.kernels.triton import launch, tiles
 
+IMPLEMENTATIONS = triton_kernels()
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "ascend-kernels.md"
 LAUNCHES = configurations.launches()
 #: the last variant, for row kernels the widest, of each operator, dtype and tile

@@ -1,5 +1,5 @@
 """The operators on an Ascend NPU: AscendC's where its package is installed (`ascendc`), else the kernels of
-`bi_compile.kernels.triton`, compiled by triton-ascend.
+`bi_compile.kernels.triton` and, of mixtures of experts, those of `moe`, compiled by triton-ascend.
 
 The tiles are the "npu" entries of `bi_compile.kernels.triton.tiles`. Sums of float64 are refused: neither the cube nor
 the vector cores add it up, and Ascend's kernel compiler has no type for it.
@@ -30,6 +30,14 @@ def _without_float64(name: str, function: Callable[..., Any]) -> Callable[..., A
     return run
 
 
+def triton_kernels() -> dict[str, Callable[..., Any]]:
+    """operator -> the function that computes it by a Triton kernel."""
+    from .. import triton
+    from . import moe
+
+    return triton.IMPLEMENTATIONS | moe.IMPLEMENTATIONS
+
+
 def register(library: torch.library.Library) -> None:
     """Give every operator its kernel for Ascend.
 
@@ -44,9 +52,8 @@ def register(library: torch.library.Library) -> None:
             "bi_compile's kernels for Ascend are written in Triton, which cannot be imported here: install it with "
             "`pip install triton-ascend`, without upstream's triton beside it"
         ) from error
-    from ..triton import IMPLEMENTATIONS
     from .ascendc import preferred
 
-    kernels = {name: _without_float64(name, function) for name, function in IMPLEMENTATIONS.items()}
+    kernels = {name: _without_float64(name, function) for name, function in triton_kernels().items()}
     for name, function in preferred(kernels).items():
         library.impl(name, function, DISPATCH_KEY)

@@ -25,9 +25,6 @@ log = logging.getLogger("bi_compile")
 DISPATCH_KEY = "CUDA"
 NATIVE: tuple[str, ...] = ("mm", "addmm", "rms_norm", "add_rms_norm", "softmax", "log_softmax", "sum", "mean")
 """The operators that `product.cpp` and `rows.cpp` implement."""
-NPU_ALONE = ("moe_gate", "moe_combine")
-"""Operators whose Triton kernels are for Ascend: on an H100 the gate's softmax had other bits than `bi_compile::softmax`. On CUDA they
-are computed as they are defined (`ops/moe.py`)."""
 _library: torch.library.Library | None = None
 _why_not = ""
 
@@ -66,7 +63,7 @@ def register(library: torch.library.Library) -> None:
             "more of the host's time: %s", _why_not,
         )  # fmt: skip
     for name, function in triton.IMPLEMENTATIONS.items():
-        if name not in (*native, *NPU_ALONE):
+        if name not in native:
             library.impl(name, function, DISPATCH_KEY)
 
 

@@ -19,7 +19,7 @@ except ImportError as error:
         "`pip install triton`, in the version that your PyTorch requires"
     ) from error
 
-from . import attention, matmul, moe, norm, paged_attention, reduce
+from . import attention, matmul, norm, paged_attention, reduce
 
 DISPATCH_KEY = "CUDA"
 #: operator -> the function that computes it
@@ -29,7 +29,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     **norm.IMPLEMENTATIONS,
     **attention.IMPLEMENTATIONS,
     **paged_attention.IMPLEMENTATIONS,
-    **moe.IMPLEMENTATIONS,
 }
 
 

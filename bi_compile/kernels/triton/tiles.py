@@ -102,7 +102,3 @@ LONGEST_HEAD_GATHERED: dict[str, dict[int, int]] = {"npu": {2: 128, 4: 64}}
 ROWS: dict[str, tuple[int, int, int]] = {"cuda": (8192, 1024, 512), "npu": (4096, 4096, 4096)}
 #: target -> rows for which one program computes the cumsum
 SCAN_ROWS: dict[str, int] = {"cuda": 32, "npu": 32}
-#: target -> (elements of the tile of rows on which a gate's program works, the greatest number of experts)
-GATE: dict[str, tuple[int, int]] = {"cuda": (1024, 4096), "npu": (512, 2048)}
-#: target -> columns that a program adds up of a token's experts
-COMBINE_COLUMNS: dict[str, int] = {"cuda": 1024, "npu": 4096}

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import CUDA, DEVICE, call, draw, same
+from triton_cases import CUDA, DEVICE, draw, same
 
+from bi_compile.kernels.ascend import triton_kernels
 from bi_compile.kernels.triton import launch
 from bi_compile.ops.moe import choose_experts
 
 pytestmark = pytest.mark.skipif(CUDA, reason="these kernels are for an NPU; on CUDA the definition computes")
+KERNELS = triton_kernels()
 HALF = torch.float16  # the interpreter cuts off digits on the way to bfloat16
 #: experts, chosen, groups that take part, groups
 SIZES = [
@@ -71,19 +73,19 @@ def test_the_gate_is_as_it_is_defined(experts: int, k: int, k_group: int, groups
     for way, dtype in zip(ways, (HALF, torch.float32), strict=True):
         x = rows(experts, dtype)
         given = {"k_group": k_group, "groups": groups, "sigmoid": sigmoid, "eps": 1e-20} | way
-        scores, weights, chosen = call("moe_gate", x, k, **given)
+        scores, weights, chosen = KERNELS["moe_gate"](x, k, **given)
         if sigmoid:
             exact = x.double().sigmoid()
             error = (scores.double() - exact).abs() / exact.clamp_min(2.0**-126)
             assert error.nan_to_num().max() < 2.0**-22 and torch.equal(scores.isnan(), x.isnan())
         else:
-            assert same(scores, call("softmax", x, -1, dtype=torch.float32))
+            assert same(scores, KERNELS["softmax"](x, -1, dtype=torch.float32))
         wanted_weights, wanted = from_scores(scores, x, k, **given)
         assert torch.equal(chosen, wanted)
         assert same(weights.nan_to_num(-1), wanted_weights.nan_to_num(-1))
         assert torch.equal(weights.isnan(), wanted_weights.isnan())
         for i, m in ((0, 1), (8, 9)):  # alone, and among others
-            alone = call("moe_gate", x[i : i + 1].repeat(m, 1)[m - 1 :], k, **given)
+            alone = KERNELS["moe_gate"](x[i : i + 1].repeat(m, 1)[m - 1 :], k, **given)
             assert same(
                 tuple(t.nan_to_num(-1) for t in alone),
                 tuple(t[i : i + 1].nan_to_num(-1) for t in (scores, weights, chosen)),
@@ -94,19 +96,19 @@ def test_a_gate_of_rows_that_lie_apart_and_of_none() -> None:
     x = draw(6, 64)
     wide = torch.full((6, 70), math.nan, device=DEVICE)
     wide[:, 3:67] = x
-    assert same(call("moe_gate", wide[:, 3:67], 4), call("moe_gate", x, 4))
+    assert same(KERNELS["moe_gate"](wide[:, 3:67], 4), KERNELS["moe_gate"](x, 4))
     assert same(
-        call("moe_gate", x.t().contiguous().t().view(2, 3, 64), 4),
-        tuple(t.view(2, 3, -1) for t in call("moe_gate", x, 4)),
+        KERNELS["moe_gate"](x.t().contiguous().t().view(2, 3, 64), 4),
+        tuple(t.view(2, 3, -1) for t in KERNELS["moe_gate"](x, 4)),
     )
-    assert [t.shape for t in call("moe_gate", x[:0], 4)] == [(0, 64), (0, 4), (0, 4)]
+    assert [t.shape for t in KERNELS["moe_gate"](x[:0], 4)] == [(0, 64), (0, 4), (0, 4)]
     for wrong in ({"k": 0}, {"k": 65}, {"k": 2, "groups": 7}, {"k": 2, "k_group": 3, "groups": 2}):
         with pytest.raises(RuntimeError, match="bi_compile::moe_gate cannot take"):
-            call("moe_gate", x, **wrong)
+            KERNELS["moe_gate"](x, **wrong)
     with pytest.raises(RuntimeError, match="no two largest"):
-        call("moe_gate", x, 1, groups=64, two_of_group=True)
+        KERNELS["moe_gate"](x, 1, groups=64, two_of_group=True)
     with pytest.raises(NotImplementedError, match="moe_gate: a program holds a row of up to"):
-        call("moe_gate", draw(1, 5000), 4)
+        KERNELS["moe_gate"](draw(1, 5000), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
@@ -120,10 +122,10 @@ def test_the_sum_over_experts_is_in_their_order(tokens: int, k: int, width: int,
         # one rounding, but for a rare second one in float32
         product = x[at.view(tokens, k)[:, i]].double() * weights[:, i : i + 1].double()
         total = (product + total.double()).float()
-    found = call("moe_combine", x, at.int(), weights)
+    found = KERNELS["moe_combine"](x, at.int(), weights)
     assert same(found, total.to(dtype))
     wide = torch.full((x.shape[0], width + 3), math.nan, dtype=dtype, device=DEVICE)
     wide[:, 1 : width + 1] = x
-    assert same(call("moe_combine", wide[:, 1 : width + 1], -at, weights), found)
+    assert same(KERNELS["moe_combine"](wide[:, 1 : width + 1], -at, weights), found)
     if tokens > 1:
-        assert same(call("moe_combine", x, at[-k:].int() if k else at.int(), weights[-1:]), found[-1:])
+        assert same(KERNELS["moe_combine"](x, at[-k:].int() if k else at.int(), weights[-1:]), found[-1:])

@@ -1,4 +1,8 @@
-"""Mixtures of experts: the gate, a few rows for each program, and the sum over a token's experts, a token for each."""
+"""Mixtures of experts: the gate, a few rows for each program, and the sum over a token's experts, a token for each.
+
+For an NPU alone: on an H100 the gate's softmax had other bits than `bi_compile::softmax`. Elsewhere both are computed as they are
+defined (`bi_compile.ops.moe`).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,13 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .launch import as_rows, cdiv, launch, row_stride, target
-from .reduce import divide, exp, load_rows, program_rows, store_rows
-from .tiles import COMBINE_COLUMNS, GATE
+from ..triton.launch import as_rows, cdiv, launch, row_stride
+from ..triton.reduce import divide, exp, load_rows, program_rows, store_rows
 
+#: elements of the tile of rows on which a gate's program works, and the greatest number of experts
+GATE_ELEMENTS, MOST_EXPERTS = 512, 2048
+#: columns that a program adds up of a token's experts
+COMBINE_COLUMNS = 4096
 #: below the key of every number
 LOWEST = tl.constexpr(-(2**31))
 #: the key of -inf
@@ -146,18 +153,18 @@ def moe_gate(
     )  # fmt: skip
     if x.numel() == 0:
         return outs
-    experts, (elements, most) = x.shape[-1], GATE[target(x)]
+    experts = x.shape[-1]
     width = triton.next_power_of_2(experts)
-    if width > most:
+    if width > MOST_EXPERTS:
         raise NotImplementedError(
-            f"bi_compile::moe_gate: a program holds a row of up to {most} experts on {x.device}, not {experts}"
+            f"bi_compile::moe_gate: a program holds a row of up to {MOST_EXPERTS} experts on {x.device}, not {experts}"
         )
-    given, height = as_rows(x, experts), max(1, elements // width)
+    given, height = as_rows(x, experts), max(1, GATE_ELEMENTS // width)
     launch(
         _gate, cdiv(given.shape[0], height), given, given, None if bias is None else bias.contiguous(), *outs, row_stride(given),
         given.shape[0], experts, float(scale), float(eps), K=k, K_GROUP=k_group, GROUPS=groups, SIZE=experts // groups,
         TWO=two_of_group, SIGMOID=sigmoid, RENORM=renorm, BIASED=bias is not None, BLOCK_R=height, BLOCK_E=width,
-        BLOCK_G=triton.next_power_of_2(groups), BLOCK_K=triton.next_power_of_2(k), num_warps=4,
+        BLOCK_G=triton.next_power_of_2(groups), BLOCK_K=triton.next_power_of_2(k),
     )  # fmt: skip
     return outs
 
@@ -167,11 +174,11 @@ def moe_combine(x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     out = ops.moe_combine.meta(x, rows, weights)
     if out.numel() == 0:
         return out
-    width = min(triton.next_power_of_2(x.shape[1]), COMBINE_COLUMNS[target(x)])
+    width = min(triton.next_power_of_2(x.shape[1]), COMBINE_COLUMNS)
     given, blocks = as_rows(x, x.shape[1]), cdiv(x.shape[1], width)
     launch(
         _combine, out.shape[0] * blocks, given, given, rows.contiguous(), weights.contiguous(), out, row_stride(given),
-        x.shape[1], weights.shape[1], blocks, BLOCK_H=width, num_warps=4,
+        x.shape[1], weights.shape[1], blocks, BLOCK_H=width,
     )  # fmt: skip
     return out
 
