@@ -73,6 +73,15 @@ def main() -> None:
     with invariant(Options(target="ascend-a2"), "npu"):
         a, b = torch.ones(2, 4, 8, dtype=torch.float16).npu(), torch.ones(2, 8, 16, dtype=torch.float16).npu()
         torch.bmm(a, b), torch.mm(a[0], b[0])
+        # theirs has the last dimension alone
+        found["reductions"] = [
+            torch.allclose(y.cpu().float(), want, atol=1e-3)
+            for y, want in (
+                (a.sum(-1), torch.full((2, 4), 8.0)), (a.sum([2], keepdim=True), torch.full((2, 4, 1), 8.0)),
+                (a.sum(0), torch.full((4, 8), 2.0)), (a.sum([0, 1]), torch.full((8,), 8.0)), (a.mean(-1), torch.ones(2, 4)),
+                (a.mean(1), torch.ones(2, 8)), (a.log_softmax(-1), torch.full((2, 4, 8), 1 / 8).log()),
+            )
+        ]  # fmt: skip
         call = arguments([(1, 3), (1, 7)], True)
         out = [torch.empty_like(call["query"]), torch.empty(1).npu()]
         torch_npu.npu_fused_infer_attention_score.out(**call, workspace=None, out=out)

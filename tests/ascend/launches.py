@@ -2,21 +2,23 @@
 
     LD_LIBRARY_PATH=.venv-ascend/cann .venv-ascend/bin/python tests/ascend/launches.py      # some 15 minutes of a core
 
-For Qwen3 and Qwen3-MoE served by the real vllm-ascend on the emulated NPU, whose counter (`emulated_npu.LAUNCHES`) knows native
-operators, copies and Triton kernels by name: everything between the attention of layer 0 and that of layer 1, in steps of 1,
-16 and 256 requests. Prints a Markdown table, and for each cell that differs from vllm-ascend's own the names.
+For Qwen3, Qwen3-MoE and a model of DeepSeek-V3's shape served by the real vllm-ascend on the emulated NPU, whose counter
+(`emulated_npu.LAUNCHES`) knows native operators, copies and Triton kernels by name: everything from the attention of the last
+layer but one to that of the last, in steps of 1, 16 and 256 requests. Prints a Markdown table, and below it what each engine launched.
 
     ... tests/ascend/launches.py "moe, ours, eager" "dense, ours, eager"        # these
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +34,43 @@ ENGINES = {
 }  # fmt: skip
 #: "decode, 16" -> what a layer launched, for each way that was seen
 Launches = dict[str, list[dict[str, int]]]
+#: kind of model -> its layers; the last two are of one kind
+LAYERS = {"dense": 2, "moe": 2, "v3": 3}
 
 
-def count_layers() -> Launches:
-    """What a layer of each step launches from now on; the first two layers have to be of one kind."""
+def count_layers(last: int) -> Launches:
+    """What the layer before layer `last` launches in each step from now on."""
     import emulated_npu
-    from vllm_ascend.attention.attention_v1 import AscendAttentionBackendImpl as Impl
+    from vllm_ascend.attention.attention_v1 import AscendAttentionBackendImpl
+    from vllm_ascend.attention.mla_v1 import AscendMLAImpl
 
     found: Launches = {}
-    plain = Impl.forward
     before: list[Counter[str]] = []
 
-    def forward(
-        self: Any, layer: Any, query: Any, key: Any, value: Any, cache: Any, metadata: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if metadata is not None:
-            if ".1." in layer.layer_name:
-                ends = metadata.actual_seq_lengths_q
-                name = f"{'decode' if ends[-1] == len(ends) else 'prefill'}, {len(ends)}"
-                launched = dict(emulated_npu.LAUNCHES - before.pop())
-                if launched not in found.setdefault(name, []):
-                    found[name].append(launched)
-            elif ".0." in layer.layer_name:
-                before[:] = [emulated_npu.LAUNCHES.copy()]
-        return plain(self, layer, query, key, value, cache, metadata, *args, **kwargs)
+    def note(layer: str, tokens: int, requests: int) -> None:
+        if f".{last}." in layer:
+            name = f"{'decode' if tokens == requests else 'prefill'}, {requests}"
+            launched = dict(emulated_npu.LAUNCHES - before.pop())
+            if launched not in found.setdefault(name, []):
+                found[name].append(launched)
+        elif f".{last - 1}." in layer:
+            before[:] = [emulated_npu.LAUNCHES.copy()]
 
-    Impl.forward = forward
+    def counted(plain: Any, size: Callable[[Any], tuple[int, int]]) -> Any:
+        def forward(self: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+            metadata = inspect.signature(plain).bind(self, layer, *args, **kwargs).arguments["attn_metadata"]
+            if metadata is not None:
+                note(getattr(layer, "layer_name", layer), *size(metadata))
+            return plain(self, layer, *args, **kwargs)
+
+        return forward
+
+    AscendAttentionBackendImpl.forward = counted(
+        AscendAttentionBackendImpl.forward, lambda m: (m.actual_seq_lengths_q[-1], len(m.actual_seq_lengths_q))
+    )
+    AscendMLAImpl.forward = counted(
+        AscendMLAImpl.forward, lambda m: (m.num_actual_tokens, m.num_decodes + m.num_prefills)
+    )
     return found
 
 
@@ -67,9 +80,9 @@ def engine(model: str, arguments: dict[str, Any]) -> Launches:
 
     llm = LLM(
         model=model, skip_tokenizer_init=True, max_model_len=64, max_num_batched_tokens=1024, max_num_seqs=max(REQUESTS),
-        dtype="float16", seed=0, enable_prefix_caching=False, gpu_memory_utilization=0.05, **arguments,
+        seed=0, enable_prefix_caching=False, gpu_memory_utilization=0.05, **arguments,
     )  # fmt: skip
-    found = count_layers()
+    found = count_layers(llm.llm_engine.model_config.hf_config.num_hidden_layers - 1)
     for n in REQUESTS:
         prompts = [{"prompt_token_ids": [10 + i, 11, 12][: 2 + i % 2]} for i in range(n)]
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2, detokenize=False), use_tqdm=False)
@@ -95,11 +108,11 @@ def main(chosen: list[str]) -> None:
     import npu_models
     import test_engine
 
-    cases = chosen or [f"{kind}, {name}" for kind in ("dense", "moe") for name in ENGINES]
+    cases = chosen or [f"{kind}, {name}" for kind in LAYERS for name in ENGINES]
     package = str(Path(__file__).parents[1] / "helpers" / "stand_in")
     with tempfile.TemporaryDirectory() as folder:
         for kind in {case.split(", ")[0] for case in cases}:
-            npu_models.make(kind, Path(folder, kind))
+            npu_models.make(kind, Path(folder, kind), LAYERS[kind])
         # vllm-ascend looks for the package when it is imported
         for path in ("", package):
             some = [case for case in cases if ("`batch_invariant_ops`" in case) == bool(path)]

@@ -51,8 +51,12 @@ def test_with_the_package_its_attention_is_called_and_ours_is_not(with_the_packa
     assert with_the_package["error"] == 0 and with_the_package["out"]
 
 
-def test_with_the_package_products_are_its_and_the_certificate_says_so(with_the_package: dict[str, Any]) -> None:
+def test_with_the_package_products_and_sums_are_its_and_the_certificate_says_so(
+    with_the_package: dict[str, Any],
+) -> None:
     calls = with_the_package["calls"]
+    assert with_the_package["reductions"] == [True] * 7
+    assert [calls[f"npu_{name}_batch_invariant"] for name in ("reduce_sum", "reduce_mean", "log_softmax")] == [2, 1, 1]
     assert calls["npu_mm_batch_invariant"] == calls["npu_matmul_batch_invariant"] == 1
     assert calls["npu_fused_infer_attention_score_batch_invariant.out"] == 1
     assert with_the_package["certificate"] == {

@@ -1,7 +1,7 @@
 """AscendC operators of the package `batch_invariant_ops`, which take precedence over the Triton kernels where it is installed.
 
-They are those that vllm-ascend takes from it (its batch_invariant.py of August 2026). Where an argument goes beyond what theirs
-takes (a dtype, several dimensions), the Triton kernel stays.
+They are those that vllm-ascend (batch_invariant.py, August 2026) and SGLang take from it, and are called as they call them. Where an
+argument goes beyond that (a dtype, several dimensions, another dimension than the last), the Triton kernel stays.
 """
 
 from __future__ import annotations
@@ -131,8 +131,10 @@ def _reduce(
     *,
     dtype: Any = None,
 ) -> Tensor:
-    fits = len(dim) == 1 and dtype in (None, x.dtype) and x.dtype in DTYPES and x.numel()
-    return theirs(x, dim, keepdim) if fits else ours(x, dim, keepdim, dtype=dtype)
+    """Theirs takes one dimension, as an integer; vllm-ascend moves every other one to the end before it calls it."""
+    last = dim in ([-1], [x.dim() - 1]) and x.dim() > 0
+    fits = last and dtype in (None, x.dtype) and x.dtype in DTYPES and x.numel()
+    return theirs(x, -1, keepdim) if fits else ours(x, dim, keepdim, dtype=dtype)
 
 
 def _log_softmax(

@@ -1,8 +1,8 @@
-"""A STAND-IN for AscendC's package of that name, which is Huawei's and only for NPU machines: the operators that vllm-ascend takes
-from it, under their names and with their arguments, computed by the CPU in float32. `CALLS` counts what was called.
+"""A STAND-IN for AscendC's package of that name, which is Huawei's and only for NPU machines: the operators that vllm-ascend and SGLang
+take from it, under their names and with their arguments, computed by the CPU in float32. `CALLS` counts what was called.
 
 Its schemas: the attention's are those of torch_npu's npu_fused_infer_attention_score, in whose place vllm-ascend puts it; the
-others' are how vllm-ascend's batch_invariant.py calls them.
+others' are how vllm-ascend's batch_invariant.py and SGLang's npu_batch_invariant_ops.py call them.
 """
 
 from __future__ import annotations
@@ -43,15 +43,21 @@ def _theirs(overload: str) -> str:
     return schema[schema.index("(") :]
 
 
+def _last(x: Tensor, dim: int) -> int:
+    """Callers move every other dimension to the end."""
+    assert dim in (-1, x.dim() - 1), dim
+    return dim
+
+
 _ATTENTION = "npu_fused_infer_attention_score_batch_invariant"
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "npu_mm_batch_invariant(Tensor a, Tensor b) -> Tensor": lambda a, b: (a.float() @ b.float()).to(a.dtype),
     "npu_matmul_batch_invariant(Tensor a, Tensor b) -> Tensor": lambda a, b: (a.float() @ b.float()).to(a.dtype),
-    "npu_reduce_sum_batch_invariant(Tensor x, int[1]? dim, bool keepdim=False) -> Tensor": lambda x, dim, keepdim=False: (
-        x.sum(dim, keepdim)
+    "npu_reduce_sum_batch_invariant(Tensor x, int dim, bool keepdim=False) -> Tensor": lambda x, dim, keepdim=False: (
+        x.sum(_last(x, dim), keepdim)
     ),
-    "npu_reduce_mean_batch_invariant(Tensor x, int[1]? dim, bool keepdim=False) -> Tensor": lambda x, dim, keepdim=False: (
-        x.mean(dim, keepdim)
+    "npu_reduce_mean_batch_invariant(Tensor x, int dim, bool keepdim=False) -> Tensor": lambda x, dim, keepdim=False: (
+        x.mean(_last(x, dim), keepdim)
     ),
     "npu_log_softmax_batch_invariant(Tensor x, int dim) -> Tensor": lambda x, dim: x.log_softmax(dim),
     f"{_ATTENTION}{_theirs('default')}": _attention,
