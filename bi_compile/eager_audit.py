@@ -278,6 +278,19 @@ def watching(observer: Observer) -> Iterator[None]:
         _thread.observers = before
 
 
+def judge_within(observer: Observer, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(...)`, judged by `observer` although an operator or a compiled graph calls it.
+
+    For an operator that holds a part of the host's model: what it runs is judged, not the operator as a whole.
+    """
+    before, _thread.depth = _thread.depth, 0
+    try:
+        with watching(observer):
+            return function(*args, **kwargs)
+    finally:
+        _thread.depth = before
+
+
 @contextlib.contextmanager
 def judged(options: Options | None = None, device: str = "cpu", seen: Observed | None = None) -> Iterator[Observed]:
     """Judge what this thread runs outside of compiled graphs within the block.
@@ -357,7 +370,7 @@ def _in_a_compiled_graph() -> bool:
     """Whether Inductor's code calls: a product, say, for which it wrote no kernel."""
     frame: types.FrameType | None = sys._getframe(1)
     file, function = _COMPILED_CALL
-    while frame is not None:
+    while frame is not None and frame.f_code is not judge_within.__code__:
         if frame.f_code.co_name == function and frame.f_code.co_filename.endswith(file):
             return True
         frame = frame.f_back

@@ -44,6 +44,23 @@ TARGET = Target(
         "_C.weak_ref_tensor.default": "another name for the same memory",
         "triton._topk_topp_kernel": "vLLM's top-k and top-p: one program takes one row at a time, in blocks of one size; "
         "bi_compile/vllm/cuda.py has it for every batch, which vLLM 0.23 sorts where it is small",
+        **dict.fromkeys(
+            ("vllm.moe_forward.default", "vllm.moe_forward_shared.default"),
+            "what it runs is judged by itself while the engine warms up (bi_compile/vllm/cuda_experts.py)",
+        ),
+        "triton.fused_moe_kernel": "vLLM's product of each token with its experts: K in one ascending sum, in tiles whose bits were compared on "
+        "this device (bi_compile/vllm/cuda_experts.py)",
+        "triton._sum_experts": "bi_compile's sum over a token's experts, in the router's order",
+        **dict.fromkeys(
+            ("_moe_C.topk_softmax.default", "_moe_C.topk_sigmoid.default", "_moe_C.grouped_topk.default"),
+            "vLLM's routers: a token's scores are taken and its experts chosen by the same threads in every batch, of equal ones the lowest "
+            "index (csrc/moe of vLLM; tests/vllm/experts_on_cuda.py compares rows alone and in batches)",
+        ),
+        "_moe_C.moe_align_block_size.default": "places tokens by their experts; where a token stands changes no sum",
+        **dict.fromkeys(
+            [f"_C.{name}_and_mul.default" for name in ("silu", "gelu", "gelu_tanh", "swigluoai")],
+            "vLLM's activations, each element by itself (csrc/activation_kernels.cu)",
+        ),
         **{f"triton._{name}_kernel": _RUNNERS_REASON for name in _RUNNERS_KERNELS},
     },
 )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import HostError
+from .experts import check_routing
 from .platforms import Platform, Switch
 from .shared import attribute
 
@@ -52,31 +53,6 @@ def before_config(vllm_config: Any) -> None:
         )
 
 
-def wrong_routing(router: Any) -> str | None:
-    """What is wrong with how many experts a router of vLLM's is to choose, and out of which groups; None: nothing."""
-    experts, k = router.global_num_experts, router.top_k
-    if not 0 < k <= experts:
-        return f"a token is to have {k} of {experts} experts"
-    if not getattr(router, "use_grouped_topk", False):
-        return None
-    groups, chosen = router.num_expert_group, router.topk_group
-    if not groups or experts % groups:
-        return f"{experts} experts are to stand in {groups} groups of one size"
-    if not chosen or chosen > groups:
-        return f"{chosen} of {groups} groups are to be chosen"
-    if k > chosen * (experts // groups):
-        return f"{chosen} groups have {chosen * (experts // groups)} experts, of which a token is to have {k}"
-    return None
-
-
-def check_model(vllm_config: Any) -> None:
-    for name, layer in vllm_config.compilation_config.static_forward_context.items():
-        router = getattr(layer, "router", None)  # a mixture of experts
-        wrong = None if router is None else wrong_routing(router)
-        if wrong:
-            raise HostError(f"{name}: {wrong}: correct the model's config.json")
-
-
 PLATFORM = Platform(
     device="cpu",
     environment={
@@ -85,5 +61,5 @@ PLATFORM = Platform(
     before_config=before_config,
     prepare=_permit_amx,
     switches=(_plain_linear,),
-    check_model=check_model,
+    check_model=check_routing,
 )

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import HostError
+from . import cuda_experts
 from .platforms import Platform, attention_layers
 from .shared import attribute
 
@@ -80,6 +81,7 @@ def before_config(vllm_config: Any) -> None:
             f"decode_context_parallel_size={parallel.decode_context_parallel_size}: nothing is known about attention whose keys lie on "
             "several ranks; remove that line"
         )
+    cuda_experts.before_config(vllm_config)
 
 
 @contextlib.contextmanager
@@ -108,7 +110,8 @@ def one_sampler() -> Iterator[None]:
 
 
 def check_model(vllm_config: Any) -> None:
-    """Every attention layer's backend is one of `PINNED`, for a decoder; FlashAttention is version 3 and has no window."""
+    """Every attention layer's backend is one of `PINNED`, for a decoder; FlashAttention is version 3 and has no window. Experts are checked too."""
+    cuda_experts.check_model(vllm_config)
     for layer, impl in attention_layers(vllm_config):
         if type(impl).__module__ not in PINNED:
             raise HostError(
@@ -135,7 +138,7 @@ PLATFORM = Platform(
         "VLLM_BATCH_INVARIANT": ("0", "vLLM's own mode patches the operators that bi_compile replaces a second time"),
     },
     before_config=before_config,
-    switches=(attention_pinned, one_sampler),
+    switches=(attention_pinned, one_sampler, cuda_experts.experts_pinned),
     check_model=check_model,
     refuses_uncompiled=False,
 )

@@ -49,6 +49,7 @@ class Held:
         self.vllm_config, self.options, self.platform = vllm_config, options_of(vllm_config), platforms.current()
         self.steps, self.judging = Steps(), True
         self.seen: eager_audit.Observed | None = None
+        self._within: eager_audit.Observer | None = None
         self.platform.prepare(vllm_config)
         with contextlib.ExitStack() as stack:
             self._enter(stack)
@@ -87,6 +88,16 @@ class Held:
             options = dataclasses.replace(options, on_unproven="warn")
         with eager_audit.judged(options, self.platform.device, self.seen) as self.seen:
             yield
+
+    def judge_within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`function(...)`, which an operator of vLLM's calls; each of its own operators is judged, and refused on any platform.
+
+        Raises:
+            AuditError: one that is not known to be invariant, where on_unproven is "error".
+        """
+        if self._within is None:
+            self._within = eager_audit.Observer(_for_eager_code(self.options), self.platform.device, self.seen)
+        return eager_audit.judge_within(self._within, function, *args, **kwargs)
 
     def certify(self) -> None:
         """Write the certificate of what ran uncompiled beside those of the graphs, if there is a `dump_dir`."""
@@ -247,6 +258,13 @@ def _maybe_judged(held: Held, plain: Callable[..., Any], wrapper: Any, *args: An
         result = in_turn(plain, wrapper, *args, **kwargs)
     held.certify()
     return result
+
+
+def judge_within(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(...)`, which an operator of vLLM's calls: judged where what this thread runs is judged."""
+    if _running is None or eager_audit.current() is None:
+        return function(*args, **kwargs)
+    return _running.judge_within(function, *args, **kwargs)
 
 
 def check_model(wrapper: Any) -> None:

@@ -13,7 +13,7 @@ from bi_compile.audit.spec import Call, Knowledge, Verdict, judge
 from bi_compile.passes import PASSES
 from bi_compile.table import Table
 from bi_compile.targets import get_target
-from bi_compile.vllm.cpu import wrong_routing
+from bi_compile.vllm.experts import wrong_routing
 
 pytestmark = pytest.mark.xdist_group("engine")
 T, E, K, H = 70, 5, 3, 96
