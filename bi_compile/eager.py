@@ -109,6 +109,12 @@ REFUSED_SPARSE = _all(
 )
 SPARSE_KEYS = {"cpu": ("SparseCPU", "SparseCsrCPU"), "cuda": ("SparseCUDA", "SparseCsrCUDA")}
 
+#: operators that do nothing but call another, with the same arguments, which meets the table
+CALLS: dict[str, OpOverload] = dict.fromkeys(
+    ("aten.index_put.default", "aten.index_put_.default", "aten._unsafe_index_put.default"),
+    torch.ops.aten._index_put_impl_.default,
+)
+
 _lock = threading.RLock()
 #: what is installed, the oldest first; exchanged as a whole, so that a thread sees one state or the other
 _installed: tuple[EagerFallback, ...] = ()

@@ -163,7 +163,7 @@ class Observer(TorchDispatchMode):
 
     def judge(self, call: Call) -> tuple[Verdict, str]:
         device = self.device_of(call)
-        entry = eager.replaced_by(call.target, device)
+        entry = eager.replaced_by(eager.CALLS.get(str(call.target), call.target), device)
         if entry is not None:
             if not call.complete:
                 return Verdict.VARIANT, entry.why

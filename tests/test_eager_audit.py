@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import bi_compile
-from bi_compile import AuditError, OptionError, Options
+from bi_compile import AuditError, OptionError, Options, eager_audit
 from bi_compile.audit.report import Verdict
 from bi_compile.eager_audit import invariant, judged
 
@@ -122,6 +122,45 @@ def test_what_a_compiled_graph_calls_is_not_judged() -> None:
         g(X)
         X.view(-1)
     assert set(seen.calls) == {"aten.view.default"} and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_what_an_operator_runs_is_judged_where_that_is_asked_for(mystery: Callable[[Tensor], Tensor]) -> None:
+    """As in vLLM's operator for a mixture of experts: called by a compiled graph, within a block that only warns."""
+
+    def part(x: Tensor) -> Tensor:
+        return mystery(x.relu())
+
+    def operator(x: Tensor) -> Tensor:
+        observer = eager_audit.current()
+        if observer is None:
+            return part(x)
+        return eager_audit.judge_within(eager_audit.Observer(Options(), "cpu", observer.seen), part, x)  # type: ignore[no-any-return]
+
+    library = torch.library.Library("eager_audit_opaque", "DEF")
+    library.define("opaque(Tensor x) -> Tensor")
+    library.impl("opaque", operator, "CPU")
+    torch.library.register_fake("eager_audit_opaque::opaque", lambda x: x.new_empty(x.shape[0]), lib=library)
+    compiled = torch.compile(lambda x: torch.ops.eager_audit_opaque.opaque(x + 1), backend="inductor")
+    warning = Options(on_unproven="warn", trust={"eager_audit_opaque::opaque": "its parts are judged"})
+    try:
+        compiled(X)
+        for call in (compiled, torch.ops.eager_audit_opaque.opaque):
+            with pytest.raises(AuditError, match=r"eager_audit_test.mystery.default unproven"), judged(warning) as seen:
+                call(X)
+            assert seen.calls["aten.relu.default"] == 1
+    finally:
+        library._destroy()
+
+
+def test_a_write_at_indices_is_judged_as_what_it_calls() -> None:
+    where, values = (torch.tensor([0, 1]), torch.tensor([2, 3])), torch.ones(2)
+    with torch.no_grad(), invariant(), judged() as seen:
+        X.clone()[where] += values
+        X.index_put(where, values)
+    verdicts = {f.operator: f.verdict for f in seen.findings if "index_put" in f.operator}
+    assert verdicts == dict.fromkeys(("aten.index_put_.default", "aten.index_put.default"), Verdict.REPLACED)
+    with pytest.raises(AuditError, match=r"aten.index_put_.default variant"), judged():
+        X.clone().index_put_(where, values)
 
 
 def test_a_backward_pass_is_not_judged() -> None:

@@ -176,8 +176,8 @@ def check_model(vllm_config: Any) -> None:
         method = getattr(layer, "quant_method", None) or layer._quant_method
         if type(method).__name__ != "UnquantizedFusedMoEMethod":
             raise HostError(
-                f"{name} has quantised experts ({type(method).__name__}), about which nothing is known: serve a model whose experts are not "
-                "quantised, or write on_unproven"
+                f"{name} has quantised experts ({type(method).__name__}), about which nothing is known: serve one whose experts are "
+                "not quantised"
             )
         experts = method.moe_kernel.fused_experts
         if type(experts).__name__ != "TritonExperts":

@@ -72,7 +72,7 @@ def test_more_keys_than_that_are_refused() -> None:
 )
 def test_settings_that_cut_the_keys_are_refused(cascade: bool, ranks: int, words: str) -> None:
     config = SimpleNamespace(
-        model_config=SimpleNamespace(disable_cascade_attn=cascade),
+        model_config=SimpleNamespace(disable_cascade_attn=cascade, is_moe=False),
         parallel_config=SimpleNamespace(decode_context_parallel_size=ranks),
     )
     with pytest.raises(HostError, match=words):
