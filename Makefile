@@ -2,7 +2,7 @@
 # make test    the tests, then those for Ascend in an environment of their own (no NPU needed)
 # make bench   what invariance costs on this CPU: products, vLLM end to end, compilation
 # make lint    ruff check, ruff format --check, mypy, import contracts, the page of operators, the site
-# make docs    docs/reference/operators.md from the passes' tables; make npu-operators: docs/reference/npu-operators.md from torch_npu's registry
+# make docs    docs/reference/operators.md from the passes' tables, ways.md from tests/helpers/ways.py; make npu-operators: docs/reference/npu-operators.md from torch_npu's registry
 # make site    the documentation as a site, in site/; make plots: its plots from docs/data/
 #
 # Python 3.11 or 3.12 does for all of it. Each of them first makes .venv, once. vLLM for the CPU needs Python 3.11 to 3.14: name one
@@ -58,6 +58,7 @@ lint: $(READY) site
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/bi-compile passes --markdown | diff docs/reference/operators.md - || { echo 'run `make docs`'; exit 1; }
+	$(BIN)/python tests/helpers/ways.py --table | diff docs/reference/ways.md - || { echo 'run `make docs`'; exit 1; }
 
 # strict: a link that leads nowhere, a page outside of the navigation, or a docstring that cannot be read stops it
 site: $(READY)
@@ -68,6 +69,7 @@ plots: $(READY)
 
 docs: $(READY)
 	$(BIN)/bi-compile passes --markdown > docs/reference/operators.md
+	$(BIN)/python tests/helpers/ways.py --table > docs/reference/ways.md
 
 npu-operators: $(STAND_INS)
 	$(RUN_ASCEND) -m bi_compile.cli.npu_reference docs/reference/npu-operators.md

@@ -16,6 +16,13 @@ TARGET = Target(
         "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
         "_C.cpu_fused_moe.default": "each expert takes K in one order whoever shares its tile, and a token's experts are added up in float32 in "
         "the router's order (vLLM csrc/cpu/cpu_fused_moe.cpp); measured (vLLM 0.32): rows equal alone and among others",
+        "_C.onednn_scaled_mm.default": "sums of int8 are exact in int32, and the scales, zero points and bias come after the sum, each element by "
+        "itself (vLLM csrc/cpu/dnnl_kernels.cpp); measured (vLLM 0.32): rows equal alone and among others",
+        **dict.fromkeys(
+            ("_C.dynamic_scaled_int8_quant.default", "_C.static_scaled_int8_quant.default"),
+            "each token has a scale of its own, or all the same one (vLLM csrc/cpu/dnnl_kernels.cpp); measured (vLLM 0.32): rows equal alone and "
+            "among others",
+        ),
         "_C.shm_all_gather.default": "copies the ranks' rows, rank after rank (vLLM csrc/cpu/shm.cpp)",
         "_C.greedy_argmax.default": "each row's first maximum; measured (vLLM 0.32): rows equal alone and among others",
         "_C.fused_gumbel_argmax.default": "each row draws from a seed of its own; measured (vLLM 0.32): rows equal alone and among others",

@@ -13,7 +13,7 @@ OLDEST, NEWEST = Version("0.23"), Version("0.34")
 RANDOM_SAMPLING = dict.fromkeys(
     [
         f"aten.{name}"
-        for name in "exponential.default exponential_.default rand.default rand.generator rand_like.default randint.low "
+        for name in "exponential.default exponential_.default rand.default rand.generator rand_like.default randn.default randint.low "
         "randint.low_generator randint_like.low_dtype uniform_.default".split()
     ]
     + ["prims.inductor_random.default"],

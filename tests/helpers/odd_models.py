@@ -57,19 +57,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 #: what vLLM reads of a configuration and transformers no longer writes
 READ_BY_VLLM: dict[str, dict[str, Any]] = {"lfm2": {"conv_dim": 256, "conv_dim_out": 256, "block_dim": 256}}
 GROUP = 64
-QUANTISED: dict[str, dict[str, Any]] = {
-    "int8": {
+
+
+def _eight_bits(kind: str) -> dict[str, Any]:
+    """W8A8 in the layout of compressed-tensors: a scale for each output channel, one for each token."""
+    weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel", "dynamic": False}
+    inputs = {**weights, "strategy": "token", "dynamic": True}
+    return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": f"{kind}-quantized",
         "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
-                "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
-            }
-        },
-    },
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs}},
+    }
+
+
+QUANTISED: dict[str, dict[str, Any]] = {
+    "int8": _eight_bits("int"),
+    "fp8": _eight_bits("float"),
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
 }  # fmt: skip
@@ -121,6 +125,9 @@ def _packed(name: str, weight: Tensor) -> dict[str, Tensor]:
     if name == "int8":
         scale = weight.abs().amax(1, keepdim=True) / 127
         return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+    if name == "fp8":
+        scale = weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
     scales = torch.rand(k // GROUP, n) * 0.01 + 0.005
     if name == "awq":
         return {"qweight": _any_bits(k, n // 8), "qzeros": _any_bits(k // GROUP, n // 8), "scales": scales.half()}
