@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from engines import python
-
 import ways
+from engines import python
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("engine")
