@@ -173,7 +173,6 @@ def experts() -> None:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             if dtype != torch.bfloat16 and name not in ("odd", "Qwen3-30B-A3B"):
                 continue
-            cuda_experts._same.clear()
             mixture = Mixture(sizes, dtype)
             print(f"{name}, {dtype}: vLLM {differ(mixture)}", flush=True)
             timed = dtype == torch.bfloat16 and name != "odd"
@@ -181,14 +180,13 @@ def experts() -> None:
                 print(f"  us vLLM {microseconds(mixture)}", flush=True)
             with cuda_experts.experts_pinned():
                 began = time.perf_counter()
-                cuda_experts._compare_layer(mixture.layer, 8192)
+                its_name = mixture.module.quant_config.config_name(dtype)
+                cuda_experts.compare_layer(mixture.layer, mixture.k, its_name, 8192)
                 print(f"  comparing took {time.perf_counter() - began:.1f} s", flush=True)
                 print(f"  pinned: {differ(mixture)}", flush=True)
                 if timed:
                     print(f"  us pinned {microseconds(mixture)}", flush=True)
-            for good in cuda_experts._same.values():
-                print(f"  {len(good)} tiles have the reference's bits", flush=True)
-            cuda_experts._same.clear()
+                print(f"  {len([*cuda_experts._same.values()][-1])} tiles have the reference's bits", flush=True)
             del mixture
             torch.cuda.empty_cache()
 

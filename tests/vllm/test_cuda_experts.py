@@ -32,10 +32,11 @@ def test_a_tile_that_was_not_compared_or_differs_gives_way(compared: dict[Any, A
     assert choose(W13, W2, TOP_K, None, 64) == cuda_experts.REFERENCE, "nothing was compared"
     tiles = cuda_experts.chosen_tiles(vllms, 200)
     assert list(tiles.values()) == [(1, 32), (33, 100), (101, 200)]
-    compared[W13, W2, TOP_K] = set(list(tiles)[:2])
+    compared[W13, W2, TOP_K, None] = set(list(tiles)[:2])
     assert choose(W13, W2, TOP_K, None, 64) == vllms(64)
     assert choose(W13, W2, TOP_K, None, 101) == cuda_experts.REFERENCE, "it differs"
     assert choose(W13, W2, 3, None, 64) == cuda_experts.REFERENCE, "another number of experts of a token"
+    assert choose(W13, W2, TOP_K, "float32", 64) == cuda_experts.REFERENCE, "another dtype"
 
 
 def config(**given: Any) -> Any:
