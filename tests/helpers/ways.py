@@ -71,20 +71,20 @@ WAYS = (
     Way("a draft model", {"speculative_config": {"model": "$draft", "num_speculative_tokens": 3}}),
     Way("EAGLE", {"model": "$llama", "speculative_config": {"method": "eagle", "model": "$eagle", "num_speculative_tokens": 2}}),
     Way("keys and values in fp8", {"kv_cache_dtype": "fp8"}),
-    Way("LoRA", {"enable_lora": True}, refused="does not cover LoRA's kernels"),
+    Way("LoRA", {"enable_lora": True}, tests="tests/vllm/test_config.py", by_hand=False, refused="does not cover LoRA's kernels"),
     Way("embeddings (pooling)", {"runner": "pooling"}),
     Way("prompts as embeddings", {"enable_prompt_embeds": True}),
     Way("two ranks (tensor parallel)", tests="tests/vllm/test_mixtures.py", by_hand=False),
     Way("pipeline parallel", {"pipeline_parallel_size": 2}),
     Way("data parallel", {"data_parallel_size": 2}),
-    Way("experts divided among ranks", {"enable_expert_parallel": True}, refused="enable_expert_parallel=True"),
+    Way("experts divided among ranks", {"enable_expert_parallel": True}, tests="tests/vllm/test_config.py", by_hand=False, refused="enable_expert_parallel=True"),
     Way("several engines in a process", tests="tests/vllm/test_several_engines.py", by_hand=False),
     Way("the server", tests="tests/vllm/test_serve.py", by_hand=False),
     Way("W8A8, int8 (compressed-tensors)", tests="tests/vllm/test_odd_engines.py", by_hand=False),
     Way("W8A8, fp8 (compressed-tensors)", tests="tests/vllm/test_odd_engines.py", by_hand=False, refused="a scaled product with float8 operands has no invariant form"),
     Way("4-bit weights (GPTQ, AWQ)", tests="tests/vllm/test_odd_engines.py", by_hand=False, refused="is not known to be batch-invariant"),
     Way("mixtures of experts", tests="tests/vllm/test_mixtures.py", by_hand=False),
-    Way("Ray", {"distributed_executor_backend": "ray"}, refused='distributed_executor_backend="ray" was not tried'),
+    Way("Ray", {"distributed_executor_backend": "ray"}, tests="tests/vllm/test_config.py", by_hand=False, refused='distributed_executor_backend="ray" was not tried'),
 )  # fmt: skip
 
 

@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ways
 from engines import python
 
+from bi_compile import HostError
 from bi_compile.measure.process import ENVIRONMENT
+from bi_compile.vllm import engine, platforms
 
 Model = Callable[[str], Path]
 #: runs the programs that it is given, one after the other: importing vLLM takes longer than they do
@@ -162,16 +167,25 @@ def test_an_older_vllm_is_refused(run: Callable[..., str]) -> None:
     assert "Traceback" in output and "needs vLLM 0.23 or newer, this is 0.22.1" in output, output[-2000:]
 
 
-def test_experts_that_are_divided_among_ranks_are_refused(run: Callable[..., str]) -> None:
-    output = run(
-        """
-        EngineArgs(model=model, skip_tokenizer_init=True, enable_expert_parallel=True,
-                   compilation_config={"custom_passes": ["bi_ascend"]}).create_engine_config()
-        """
-    )
-    assert "enable_expert_parallel=True: experts that are divided among ranks were not tried on a CPU" in output, (
-        output[-2000:]
-    )
+def test_ways_to_serve_that_are_refused_before_a_model_loads(run: Callable[..., str]) -> None:
+    """Those of `ways.py`, with the words that its page promises; Ray is not installed here, so that vLLM would refuse it first."""
+    refused = {
+        w.refused: dict(w.engine) for w in ways.WAYS if w.tests == "tests/vllm/test_config.py" and w.name != "Ray"
+    }
+    body = f"""
+    for words, settings in {refused!r}.items():
+        try:
+            EngineArgs(model=model, skip_tokenizer_init=True, compilation_config={{"custom_passes": ["bi_ascend"]}}, **settings).create_engine_config()
+        except Exception as error:
+            say(words in str(error) and "remove" in str(error), "" if words in str(error) else error)
+        else:
+            say("no error", settings)
+    """
+    assert len(refused) > 1 and said(run(body)) == ["True "] * len(refused)
+    (ray,) = (w for w in ways.WAYS if w.name == "Ray")
+    config = SimpleNamespace(compilation_config=None, parallel_config=SimpleNamespace(**ray.engine))
+    with pytest.raises(HostError, match=re.escape(ray.refused)):
+        engine._check_mode(config, platforms.current())
 
 
 def test_llm_takes_the_key_and_the_command_line_reads_it(run: Callable[..., str]) -> None:
