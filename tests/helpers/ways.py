@@ -40,6 +40,8 @@ class Way:
     """Whether it is run by hand alone, not in `make test` (test_ways.py)."""
     tests: str = ""
     """The test that stands behind it, if not this program."""
+    tried: bool = True
+    """Whether this program was run for it."""
     note: str = ""
 
 
@@ -48,7 +50,7 @@ def asking(name: str, note: str = "", **asked: Any) -> Way:
 
 
 WAYS = (
-    asking("greedy, logprobs"),
+    asking("greedy, logprobs", tried=False),
     asking("prompt logprobs", prompt_logprobs=3),
     asking("penalties", presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.2),
     asking(
@@ -62,21 +64,21 @@ WAYS = (
     asking("logit bias", logit_bias={11: 3.0, 12: -4.0}),
     asking("allowed tokens", allowed_token_ids=list(range(100, 400))),
     asking("stop tokens, min_tokens", stop_token_ids=list(range(2000)), min_tokens=3, ignore_eos=False),
-    Way("structured output", {"model": "$tokenizer", "skip_tokenizer_init": False}, {"structured_outputs": {"regex": "[a-f]{2,40}"}, "ignore_eos": False}),
-    Way("chunked prefill", {"max_num_batched_tokens": 64}),
+    Way("structured output", {"model": "$tokenizer", "skip_tokenizer_init": False}, {"structured_outputs": {"regex": "[a-f]{2,40}"}, "ignore_eos": False}, tried=False),
+    Way("chunked prefill", tests="tests/vllm/test_engine.py", by_hand=False),
     Way("prefix caching", {"enable_prefix_caching": True}, tests="tests/vllm/test_engine.py", by_hand=False),
-    Way("preemption", {"kv_cache_memory_bytes": 2**21, "disable_log_stats": False}),
-    Way("asynchronous scheduling", {"async_scheduling": True}),
-    Way("n-gram speculation", {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}}),
-    Way("a draft model", {"speculative_config": {"model": "$draft", "num_speculative_tokens": 3}}),
-    Way("EAGLE", {"model": "$llama", "speculative_config": {"method": "eagle", "model": "$eagle", "num_speculative_tokens": 2}}),
-    Way("keys and values in fp8", {"kv_cache_dtype": "fp8"}),
+    Way("preemption", {"kv_cache_memory_bytes": 2**21, "disable_log_stats": False}, tried=False),
+    Way("asynchronous scheduling", {"async_scheduling": True}, tried=False),
+    Way("n-gram speculation", {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}}, tried=False),
+    Way("a draft model", {"speculative_config": {"model": "$draft", "num_speculative_tokens": 3}}, tried=False),
+    Way("EAGLE", {"model": "$llama", "speculative_config": {"method": "eagle", "model": "$eagle", "num_speculative_tokens": 2}}, tried=False),
+    Way("keys and values in fp8", {"kv_cache_dtype": "fp8"}, tried=False),
     Way("LoRA", {"enable_lora": True}, tests="tests/vllm/test_config.py", by_hand=False, refused="does not cover LoRA's kernels"),
-    Way("embeddings (pooling)", {"runner": "pooling"}),
-    Way("prompts as embeddings", {"enable_prompt_embeds": True}),
+    Way("embeddings (pooling)", {"runner": "pooling"}, tried=False),
+    Way("prompts as embeddings", {"enable_prompt_embeds": True}, tried=False),
     Way("two ranks (tensor parallel)", tests="tests/vllm/test_mixtures.py", by_hand=False),
-    Way("pipeline parallel", {"pipeline_parallel_size": 2}),
-    Way("data parallel", {"data_parallel_size": 2}),
+    Way("pipeline parallel", {"pipeline_parallel_size": 2}, tried=False),
+    Way("data parallel", {"data_parallel_size": 2}, tried=False),
     Way("experts divided among ranks", {"enable_expert_parallel": True}, tests="tests/vllm/test_config.py", by_hand=False, refused="enable_expert_parallel=True"),
     Way("several engines in a process", tests="tests/vllm/test_several_engines.py", by_hand=False),
     Way("the server", tests="tests/vllm/test_serve.py", by_hand=False),
@@ -250,7 +252,7 @@ start and says why (*refused*). `make docs` writes this page from `tests/helpers
 def table() -> str:
     rows = []
     for way in WAYS:
-        outcome = f"*refused*: “{way.refused}”" if way.refused else f"**{EQUAL}**"
+        outcome = f"*refused*: “{way.refused}”" if way.refused else f"**{EQUAL}**" if way.tried else "not tried"
         test = way.tests or ("tests/helpers/ways.py, by hand" if way.by_hand else "tests/vllm/test_ways.py")
         rows.append(
             f"| {way.name}{'; ' + way.note if way.note else ''} | {outcome} | `{test.partition(',')[0]}`{', by hand' if way.by_hand else ''} |"
