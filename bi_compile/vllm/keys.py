@@ -51,6 +51,9 @@ USED: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.attention_layer_base": ("AttentionLayerBase",),
     "vllm.v1.attention.backends.flash_attn": ("flash_attn_varlen_func", "get_scheduler_metadata"),
     "vllm.v1.attention.backends.triton_attn": ("unified_attention",),
+    "vllm.model_executor.layers.fused_moe.fused_moe": ("_prepare_expert_assignment", "invoke_fused_moe_triton_kernel"),
+    "vllm.model_executor.layers.fused_moe.experts.triton_moe": ("try_get_optimal_moe_config", "TritonExperts.moe_sum"),
+    "vllm.model_executor.layers.fused_moe.runner.moe_runner": ("MoERunner._forward_impl",),
     "vllm.v1.sample.ops.topk_topp_sampler": ("apply_top_k_top_p_pytorch",),
     "vllm.v1.worker.gpu_worker": ("Worker.determine_available_memory", "Worker.execute_dummy_batch"),
     "vllm.v1.core.sched.output": (
