@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from triton.runtime.errors import OutOfResources
 
 from bi_compile import HostError
 from bi_compile.vllm import cuda_experts
@@ -37,6 +39,31 @@ def test_a_tile_that_was_not_compared_or_differs_gives_way(compared: dict[Any, A
     assert choose(W13, W2, TOP_K, None, 101) == cuda_experts.REFERENCE, "it differs"
     assert choose(W13, W2, 3, None, 64) == cuda_experts.REFERENCE, "another number of experts of a token"
     assert choose(W13, W2, TOP_K, "float32", 64) == cuda_experts.REFERENCE, "another dtype"
+
+
+class Products:
+    """Stands in for the device: a tile of 64 rows has other bits for more than 40 tokens, one of 128 does not fit."""
+
+    def __init__(self, w13: torch.Tensor, w2: torch.Tensor, biases: Any, top_k: int, rows: int, kind: str) -> None:
+        self.ids, self.kind = torch.zeros(rows, top_k), kind
+
+    def run(self, tile: Any, rows: int) -> list[torch.Tensor]:
+        if tile["BLOCK_SIZE_M"] == 128:
+            raise OutOfResources(1, 0, "shared memory")
+        out = torch.ones(rows, 4)
+        if tile["BLOCK_SIZE_M"] == 64 and rows > 40 and self.kind == "cancelling":
+            out[-1, -1] = 1 + 2**-23
+        return [torch.ones(rows, 4), out]
+
+
+def test_only_tiles_with_the_same_bits_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_experts, "_Products", Products)
+    tiles = cuda_experts.chosen_tiles(vllms, 200)
+    weights = torch.zeros(W13), torch.zeros(W2)
+    good = cuda_experts.compare(*weights, [None, None], TOP_K, tiles)
+    assert [dict(tile)["BLOCK_SIZE_M"] for tile in good] == [16]
+    few = {tile: (low, min(high, 40)) for tile, (low, high) in tiles.items()}
+    assert len(cuda_experts.compare(*weights, [None, None], TOP_K, few)) == 2
 
 
 def config(**given: Any) -> Any:
