@@ -1,6 +1,6 @@
 """What one decoder layer launches on the device: the table of docs/use/ascend.md.
 
-    LD_LIBRARY_PATH=.venv-ascend/cann .venv-ascend/bin/python tests/ascend/launches.py      # some 15 minutes of a core
+    LD_LIBRARY_PATH=.venv-ascend/cann .venv-ascend/bin/python tests/ascend/launches.py      # over a minute of a core for each of 18 engines
 
 For Qwen3, Qwen3-MoE and a model of DeepSeek-V3's shape served by the real vllm-ascend on the emulated NPU, whose counter
 (`emulated_npu.LAUNCHES`) knows native operators, copies and Triton kernels by name: everything from the attention of the last
