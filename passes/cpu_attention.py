@@ -29,13 +29,9 @@ def reshape_and_cache(
     v_scale: float = 1.0, kv_cache_dtype: str = "auto",
 ) -> None:  # fmt: skip
     """key [T, Hkv, D] to key_cache [pages, Hkv, page size, D] at slot_mapping [T]: page * page size + place; -1 is nowhere."""
-    slots, size = slot_mapping[: key.shape[0]], key_cache.shape[2]
-    if bool((slots < 0).any()):
-        kept = (slots >= 0).nonzero().flatten()
-        key, value, slots = key[kept], value[kept], slots[kept]
-    page, place = slots // size, slots % size
+    write = torch.ops.bi_compile_cpu.write_pages_.default
     for cache, rows in ((key_cache, key), (value_cache, value)):
-        cache[page, :, place] = rows[: len(slots)].to(cache.dtype)
+        write(cache.transpose(1, 2), rows, slot_mapping[: key.shape[0]])
 
 
 @CpuAttention.replaces("_C.cpu_attention_with_kv_cache.default", targets=["cpu", "cpu_eager"], unless=_quantised)

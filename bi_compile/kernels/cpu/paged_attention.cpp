@@ -3,6 +3,8 @@
 // The sums of a query are those of attention.cpp for its request alone with its keys in one piece. A score is multiplied by
 // `scale`; then, where asked for, softcap * tanh(score / softcap), plus slope * (the key's place - the query's). A sink's exp is
 // added last to the sum of exp. Keys in blocks of 1024 before the first that a row sees are left out: they would add zeros.
+//
+// write_pages_: the keys or values of a step to their places in the pages; the last of several for one place stays.
 
 #include <ATen/ops/cat.h>
 
@@ -172,8 +174,34 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& ke
   return {out, lse};
 }
 
+void write_pages(Tensor& cache, const Tensor& rows, const Tensor& slots) {
+  constexpr const char* op = "bi_compile_cpu::write_pages_";
+  TORCH_CHECK(cache.dim() == 4 && rows.dim() == 3 && rows.size(1) == cache.size(2) && rows.size(2) == cache.size(3), op,
+              " takes a cache [pages, page_size, Hkv, D] and rows [T, Hkv, D], got ", cache.sizes(), " and ", rows.sizes());
+  TORCH_CHECK(slots.dim() == 1 && slots.size(0) <= rows.size(0), op, " takes one slot for each row, got ", slots.sizes(), " for ", rows.sizes());
+  TORCH_CHECK(cache.stride(3) == 1 || cache.size(3) <= 1, op, " takes a cache whose last dimension is contiguous, got strides ", cache.strides());
+  Tensor from = along_last(rows.to(cache.scalar_type())), where = slots.to(at::kLong).contiguous();
+  const int64_t *slot = where.const_data_ptr<int64_t>(), page_size = cache.size(1), places = cache.size(0) * page_size, T = where.size(0);
+  for (int64_t t = 0; t < T; ++t)
+    TORCH_CHECK_INDEX(slot[t] < places, op, ": row ", t, " goes to slot ", slot[t], ", and the cache has ", places);
+  auto source = static_cast<const char*>(from.const_data_ptr());
+  auto target = static_cast<char*>(cache.mutable_data_ptr());
+  int64_t size = cache.element_size(), bytes = cache.size(3) * size;
+  parallel_rows(cache.size(2), T * cache.size(3), [&](int64_t begin, int64_t end) {  // a head's rows by one thread, ascending
+    for (int64_t t = 0; t < T; ++t)
+      for (int64_t h = begin; h < end && slot[t] >= 0; ++h)
+        std::memcpy(target + (slot[t] / page_size * cache.stride(0) + slot[t] % page_size * cache.stride(1) + h * cache.stride(2)) * size,
+                    source + (t * from.stride(0) + h * from.stride(1)) * size, bytes);
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bi_compile, CPU, m) { m.impl("paged_attention", paged_attention); }
+
+TORCH_LIBRARY_FRAGMENT(bi_compile_cpu, m) {
+  m.def("write_pages_(Tensor(a!) cache, Tensor rows, Tensor slots) -> ()");
+  m.impl("write_pages_", c10::DispatchKey::CPU, write_pages);
+}
 
 }  // namespace bi
