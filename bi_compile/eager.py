@@ -126,8 +126,8 @@ _libraries: dict[str, torch.library.Library] = {}
 
 class _Active(threading.local):
     def __init__(self) -> None:
-        self.operators: set[OpOverload] = set()
-        """Those within whose replacement this thread is."""
+        self.operators: set[int] = set()
+        """Those within whose replacement this thread is, by their id: an OpOverload is hashed in Python."""
         self.fallbacks: tuple[EagerFallback, ...] = ()
         """Those that are installed for this thread alone (`held`)."""
         self.tracing = False
@@ -153,6 +153,8 @@ class EagerFallback:
         self.replaced: dict[OpOverload, tuple[Entry, Replacement]] = {
             op: found for op, found in self.table.by_overload.items() if found[0].eager and _has_kernel(op, key)
         }
+        self.by_id = {id(op): found for op, found in self.replaced.items()}
+        """What is replaced, for the kernels, which ask at every call."""
         self.refused: dict[OpOverload, str] = {
             op: why
             for name, why in REFUSED.items()
@@ -289,7 +291,7 @@ def _register(op: OpOverload, key: str, kernel: Callable[..., Any]) -> None:
 
 
 def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
-    as_tensors = _numbers_as_tensors(op)
+    as_tensors, me = _numbers_as_tensors(op), id(op)
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         mine = _active.fallbacks
@@ -297,14 +299,14 @@ def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
         if fallbacks:
             inside = _active.operators
             # a replacement that calls its own operator means the native one
-            found = _replacement(fallbacks, op, device) if op not in inside else None
+            found = _replacement(fallbacks, op, device) if me not in inside else None
             if found is not None and not found[0].stays(*args, **kwargs):
-                inside.add(op)
+                inside.add(me)
                 try:
                     return found[1](*args, **kwargs)
                 finally:
-                    inside.discard(op)
-            if found is None and op not in inside and any(f.device == device and op in f.apart for f in fallbacks):
+                    inside.discard(me)
+            if found is None and me not in inside and any(f.device == device and op in f.apart for f in fallbacks):
                 return op.decompose(*args, **kwargs)
             if found is None and not inside:
                 for fallback in fallbacks:
@@ -384,8 +386,8 @@ def _wants_gradient(x: Any) -> bool:
 def _replacement(fallbacks: tuple[EagerFallback, ...], op: Any, device: str) -> tuple[Entry, Replacement] | None:
     """That of the newest fallback which has one."""
     for fallback in reversed(fallbacks):
-        if fallback.device == device and op in fallback.replaced:
-            return fallback.replaced[op]
+        if fallback.device == device and id(op) in fallback.by_id:
+            return fallback.by_id[id(op)]
     return None
 
 
@@ -405,12 +407,26 @@ def _numbers_as_tensors(op: OpOverload) -> Callable[[tuple[Any, ...]], tuple[Any
 
 def _as_tensor(number: Any, tensors: list[torch.Tensor]) -> torch.Tensor:
     """The number beside `tensors` as precisely as PyTorch takes it, and without a say in the dtype of the result."""
+    kinds = tuple((x.dtype, x.dim() > 0) for x in tensors)
+    if type(number) in (bool, int) or (type(number) is float and number != 0):  # a zero has a sign, which equality does not see
+        return _constant(type(number), number, kinds)
+    return _number_tensor(number, kinds)
+
+
+@functools.lru_cache(maxsize=4096)  # asked at every call of eager code with a number
+def _constant(kind: type, number: float, tensors: tuple[tuple[torch.dtype, bool], ...]) -> torch.Tensor:
+    with torch.inference_mode(False):  # it outlives the mode that asks first
+        return _number_tensor(number, tensors)
+
+
+def _number_tensor(number: Any, tensors: tuple[tuple[torch.dtype, bool], ...]) -> torch.Tensor:
     if not tensors:
-        return torch.scalar_tensor(number, dtype=torch.tensor(number).dtype)
-    dtype = functools.reduce(torch.promote_types, (torch.result_type(x, number) for x in tensors))
-    if dtype in (torch.float16, torch.bfloat16) and any(x.dim() for x in tensors):
+        return torch.scalar_tensor(number, dtype=torch.tensor(number).dtype, device="cpu")
+    likes = [torch.empty([0] * has_dims, dtype=dtype, device="meta") for dtype, has_dims in tensors]
+    dtype = functools.reduce(torch.promote_types, (torch.result_type(x, number) for x in likes))
+    if dtype in (torch.float16, torch.bfloat16) and any(has_dims for _, has_dims in tensors):
         dtype = torch.float32  # the kernel computes in it, and rounds once
-    return torch.scalar_tensor(number, dtype=dtype)
+    return torch.scalar_tensor(number, dtype=dtype, device="cpu")
 
 
 def replaced_by(op: Any, device: str) -> Entry | None:

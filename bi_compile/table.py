@@ -72,9 +72,9 @@ class Entry:
             return False
         if not kwargs:  # asked at every call of eager code
             return self.unless(*args)
-        names = {a.name for a in self.op._schema.arguments} if self.op is not None else kwargs.keys()
+        names = _argument_names(self.operator)
         # an overload that says where the result goes asks by the arguments that it has in common with the operator
-        return self.unless(*args, **{k: v for k, v in kwargs.items() if k in names})
+        return self.unless(*args, **{k: v for k, v in kwargs.items() if not names or k in names})
 
     def overloads(self) -> Iterator[tuple[OpOverload, Replacement]]:
         """The operator with its replacement, and the overloads that only say where the result goes (`.out`, in place)."""
@@ -85,6 +85,13 @@ class Entry:
         yield op, self.replacement
         for sibling, outs in _siblings(op):
             yield sibling, _into_out(self.replacement, outs) if outs else _into_self(self.replacement)
+
+
+@functools.cache
+def _argument_names(operator: str) -> frozenset[str]:
+    """Empty where nobody has registered the operator."""
+    op = find_operator(operator)
+    return frozenset() if op is None else frozenset(a.name for a in op._schema.arguments)
 
 
 @functools.cache

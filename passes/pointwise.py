@@ -23,10 +23,26 @@ def _makes_no_float(op: Any, *args: Any, **kwargs: Any) -> bool:
     tensors = [a for a in args if isinstance(a, Tensor)]
     if all(t.is_floating_point() or t.is_complex() for t in tensors):
         return False
-    without = [
-        torch.empty([0] * min(a.dim(), 1), dtype=a.dtype, device="meta") if isinstance(a, Tensor) else a for a in args
-    ]
-    made: Tensor = op.overloadpacket(*without, **kwargs)  # a number may stand for a tensor
+    return _integers_of(op, tuple(map(_kind, args)), tuple((name, _kind(value)) for name, value in kwargs.items()))
+
+
+def _kind(value: Any) -> Any:
+    """What of an argument decides the dtype of the result: dtype and whether it has dimensions, or a number's type."""
+    if isinstance(value, Tensor):
+        return value.dtype, min(value.dim(), 1)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return int if isinstance(value, torch.SymInt) else float
+    return type(value) if isinstance(value, (int, float, complex)) else value
+
+
+@functools.cache  # asked at every call of eager code
+def _integers_of(op: Any, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> bool:
+    def like(kind: Any) -> Any:
+        if isinstance(kind, tuple):
+            return torch.empty([0] * kind[1], dtype=kind[0], device="meta")
+        return kind(1) if isinstance(kind, type) else kind
+
+    made: Tensor = op.overloadpacket(*map(like, args), **{name: like(kind) for name, kind in kwargs})
     return not made.is_floating_point() and not made.is_complex()
 
 

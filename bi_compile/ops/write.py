@@ -15,6 +15,7 @@ from .batch import BySize
 from .declare import composite, operator
 
 _A = torch.ops.aten
+MASKS = (torch.bool, torch.uint8)
 
 
 def last_of_each(place: Tensor) -> Tensor:
@@ -33,12 +34,12 @@ def _writes(
     found: list[Tensor | None] = []
     for i in indices:
         i = i if i is None else i.to(x.device)  # PyTorch takes those of the host too
-        masks = i is not None and i.dtype in (torch.bool, torch.uint8)
+        masks = i is not None and i.dtype in MASKS
         found += list(i.nonzero().unbind(1)) if masks and i is not None else [i]
     dims = [d for d, i in enumerate(found) if i is not None]
     given = torch.broadcast_tensors(*(i for i in found if i is not None))
-    place = torch.zeros_like(given[0], dtype=torch.int64)
-    for d, i in zip(dims, given, strict=True):
+    place = given[0].long() % x.shape[dims[0]]
+    for d, i in zip(dims[1:], given[1:], strict=True):
         place = place * x.shape[d] + i % x.shape[d]
     together = given[0].shape  # of the indices, which stand where the first stood, in front if they are apart
     start = dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0
@@ -52,6 +53,9 @@ def _writes(
 def with_last_values(x: Tensor, indices: Sequence[Tensor | None], values: Tensor) -> tuple[list[Tensor | None], Tensor]:
     """`indices` and `values` of x[indices] = values, each write with the value of the last to its place."""
     if values.numel() == 1:  # one value for all, which PyTorch takes from the host too
+        return list(indices), values
+    given = [i for i in indices if i is not None]
+    if len(given) == 1 and given[0].dtype not in MASKS and given[0].numel() < 2:  # one place
         return list(indices), values
     found, start, place, spread = _writes(x, indices, values)
     return found, spread.index_select(start, last_of_each(place))
