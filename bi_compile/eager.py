@@ -408,7 +408,9 @@ def _numbers_as_tensors(op: OpOverload) -> Callable[[tuple[Any, ...]], tuple[Any
 def _as_tensor(number: Any, tensors: list[torch.Tensor]) -> torch.Tensor:
     """The number beside `tensors` as precisely as PyTorch takes it, and without a say in the dtype of the result."""
     kinds = tuple((x.dtype, x.dim() > 0) for x in tensors)
-    if type(number) in (bool, int) or (type(number) is float and number != 0):  # a zero has a sign, which equality does not see
+    if type(number) in (bool, int) or (
+        type(number) is float and number != 0
+    ):  # a zero has a sign, which equality does not see
         return _constant(type(number), number, kinds)
     return _number_tensor(number, kinds)
 

@@ -397,6 +397,8 @@ def _is_composite(func: Any) -> bool:
 
 _hook_lock = threading.Lock()
 _hook_users = 0
+#: function of Triton that is wrapped now -> our wrapper, what was there
+_wrapped: dict[str, tuple[Any, Any]] = {}
 
 
 def _on_launch(name: str) -> None:
@@ -427,11 +429,14 @@ def _set_hook(on: bool) -> None:
     from triton.runtime.jit import JITFunction
 
     for owner, name, wrap in ((JITFunction, "run", _watched_run), (CompiledKernel, "__getitem__", _watched_getitem)):
-        current = getattr(owner, name)
         if on:
-            setattr(owner, name, wrap(current))
-        elif hasattr(current, "_bi_theirs"):  # where somebody has wrapped it since, ours stays below and does nothing
-            setattr(owner, name, current._bi_theirs)
+            theirs = getattr(owner, name)
+            _wrapped[name] = wrap(theirs), theirs
+            setattr(owner, name, _wrapped[name][0])
+        else:
+            ours, theirs = _wrapped.pop(name)
+            if getattr(owner, name) is ours:  # where somebody has wrapped it since, ours stays below and does nothing
+                setattr(owner, name, theirs)
 
 
 def _watched_run(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -441,7 +446,6 @@ def _watched_run(theirs: Callable[..., Any]) -> Callable[..., Any]:
             _on_launch(self.__name__)
         return theirs(self, *args, **kwargs)
 
-    run._bi_theirs = theirs  # type: ignore[attr-defined]
     return run
 
 
@@ -456,5 +460,4 @@ def _watched_getitem(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
         return runner
 
-    getitem._bi_theirs = theirs  # type: ignore[attr-defined]
     return getitem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,16 +34,34 @@ def make(family: str, folder: Path, seed: int = 0, std: float = 0.05, **changes:
 
     Weights are normal with standard deviation `std`, float32.
     """
+    name, differs = FAMILIES[family]
+    sizes = {k: v for k, v in SIZES.items() if not (family == "opt" and k == "intermediate_size")}
+    spread = {"init_std": std} if family == "opt" else {"initializer_range": std}
+    return write(name, {**sizes, **differs, **spread, **changes}, folder, seed)
+
+
+def write(
+    configuration: str,
+    settings: Mapping[str, object],
+    folder: Path,
+    seed: int = 0,
+    draw: Callable[[torch.nn.Module], object] | None = None,
+) -> Path:
+    """Write a model of transformers' class `configuration` into `folder` (unless it is there) and return the folder; float32.
+
+    draw: gives the model weights beside those that transformers draws.
+    """
     if (folder / "config.json").exists():
         return folder
     import transformers
 
-    name, differs = FAMILIES[family]
-    sizes = {k: v for k, v in SIZES.items() if not (family == "opt" and k == "intermediate_size")}
-    spread = {"init_std": std} if family == "opt" else {"initializer_range": std}
-    config = getattr(transformers, name)(**{**sizes, **differs, **spread, **changes})
+    config = getattr(transformers, configuration)(**settings)
     torch.manual_seed(seed)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if draw is not None:
+        with torch.no_grad():
+            draw(model)
+    model.save_pretrained(folder)
     return folder
 
 

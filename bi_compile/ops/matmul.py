@@ -76,9 +76,9 @@ def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, *, counts: bool = False) -> Tensor:
     """The products of a mixture of experts: [M, K], its rows sorted by group, and [G, K, N] give [M, N], contiguous.
 
-    `offs`: int32 or int64 [G], where each group's rows end, ascending; or (counts) how many rows each group has. `bias`: [G, N], added in the accumulator. Row m is the
-    `mm` (with a bias `addmm`) of row m of `a` with its group's matrix, bit for bit, wherever the groups begin; rows behind the
-    last end are zeros. float32, bfloat16, float16.
+    `offs`: int32 or int64 [G], where each group's rows end, ascending; or (counts) how many rows each group has. `bias`: [G, N],
+    added in the accumulator. Row m is the `mm` (with a bias `addmm`) of row m of `a` with its group's matrix, bit for bit, wherever
+    the groups begin; rows behind the last end are zeros. float32, bfloat16, float16.
     """
     check(
         a.dim() == 2 and b.dim() == 3,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bi_compile.measure import process
+from bi_compile.measure.models import write
 
 SIZES: dict[str, Any] = dict(
     hidden_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, vocab_size=4096, max_position_embeddings=2048,
@@ -71,20 +72,14 @@ REQUESTS = {"requests": 48, "batches": [3, 16, 48], "prompt": [5, 100], "tokens"
 
 def make(name: str, folder: Path) -> Path:
     """Write the model into `folder`, unless it is there: weights and biases normal, float32."""
-    if (folder / "config.json").exists():
-        return folder
-    import transformers
-
     kind, differs = MODELS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, kind)(**SIZES, **differs)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for where, x in [*model.named_parameters(), *model.named_buffers()]:
-            if "bias" in where:
-                x.normal_(0, SIZES["initializer_range"])
-    model.save_pretrained(folder)
-    return folder
+    return write(kind, {**SIZES, **differs}, folder, draw=_biases)
+
+
+def _biases(model: torch.nn.Module) -> None:
+    for where, x in [*model.named_parameters(), *model.named_buffers()]:
+        if "bias" in where:
+            x.normal_(0, SIZES["initializer_range"])
 
 
 def plan(how: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bi_compile.measure.models import make
+from bi_compile.measure.models import make, write
 
 SIZES: dict[str, Any] = dict(
     hidden_size=256,
@@ -84,18 +84,16 @@ def odd_model(name: str, folder: Path) -> Path:
     """Write the model `name` of `NAMES` into `folder` and return the folder."""
     if name in QUANTISED:
         return _quantised(name, make("qwen3", folder, **SIZES))
-    import transformers
-
     kind, differs = FAMILIES[name]
-    config = getattr(transformers, kind)(**{**SIZES, **differs})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for weight in model.parameters():
-        if weight.dim() > 1:  # those of experts too, which transformers leaves as the memory was
-            weight.data.normal_(std=0.05)
-    model.save_pretrained(folder)
+    write(kind, {**SIZES, **differs}, folder, draw=_matrices)
     _add(folder, READ_BY_VLLM.get(name, {}))
     return folder
+
+
+def _matrices(model: torch.nn.Module) -> None:
+    for weight in model.parameters():
+        if weight.dim() > 1:  # those of experts too, which transformers leaves as the memory was
+            weight.normal_(std=0.05)
 
 
 def _add(folder: Path, settings: dict[str, Any]) -> None:
