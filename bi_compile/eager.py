@@ -408,15 +408,12 @@ def _numbers_as_tensors(op: OpOverload) -> Callable[[tuple[Any, ...]], tuple[Any
 def _as_tensor(number: Any, tensors: list[torch.Tensor]) -> torch.Tensor:
     """The number beside `tensors` as precisely as PyTorch takes it, and without a say in the dtype of the result."""
     kinds = tuple((x.dtype, x.dim() > 0) for x in tensors)
-    if type(number) in (bool, int) or (
-        type(number) is float and number != 0
-    ):  # a zero has a sign, which equality does not see
-        return _constant(type(number), number, kinds)
-    return _number_tensor(number, kinds)
+    # a zero has a sign, which equality does not see
+    return _number_tensor(number, kinds) if number == 0 or isinstance(number, complex) else _constant(number, kinds)
 
 
-@functools.lru_cache(maxsize=4096)  # asked at every call of eager code with a number
-def _constant(kind: type, number: float, tensors: tuple[tuple[torch.dtype, bool], ...]) -> torch.Tensor:
+@functools.lru_cache(maxsize=4096, typed=True)  # asked at every call of eager code with a number
+def _constant(number: float, tensors: tuple[tuple[torch.dtype, bool], ...]) -> torch.Tensor:
     with torch.inference_mode(False):  # it outlives the mode that asks first
         return _number_tensor(number, tensors)
 

@@ -152,3 +152,19 @@ def test_integers_have_pytorchs_own_bits(name: str) -> None:
     with invariant():
         got = outcome(CALLS[name])
     assert got is want if isinstance(want, type) else same_bits(got, want)
+
+
+def test_a_number_is_taken_anew_with_its_type_and_sign() -> None:
+    """Numbers are kept between calls: 1, 1.0 and True are three, and so are the zeros."""
+    x, whole = torch.tensor([2.0, -3.0]), torch.tensor([2, -3])
+    with invariant():
+        for _ in range(2):
+            assert (
+                (whole * 1).dtype == torch.int64
+                and (whole * 1.0).dtype == torch.float32
+                and (whole * True).dtype == torch.int64
+            )
+            assert torch.signbit(x * 0.0).tolist() == [False, True] and torch.signbit(x * -0.0).tolist() == [
+                True,
+                False,
+            ]
