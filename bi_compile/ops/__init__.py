@@ -5,9 +5,9 @@ inside a CUDA graph. The order of each sum is a function of the reduced length, 
 """
 
 from .attention import paged_attention, scaled_dot_product_attention
-from .collective import REDUCE_OPS, all_reduce, ranks, reduce_scatter
+from .collective import REDUCE_OPS, all_reduce, all_reduce_tree, ranks, reduce_scatter
 from .declare import BATCH, KERNELS, NAMESPACE, OPERATORS, load_kernels
-from .matmul import addmm, baddbmm, bmm, grouped_mm, mm
+from .matmul import addmm, baddbmm, bmm, grouped_mm, in_pairs, mm, mm_segments
 from .moe import moe_combine, moe_gate
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
 from .order import amax, amin, topk
@@ -24,6 +24,7 @@ __all__ = [
     "add_rms_norm",
     "addmm",
     "all_reduce",
+    "all_reduce_tree",
     "amax",
     "amin",
     "baddbmm",
@@ -31,6 +32,7 @@ __all__ = [
     "cumsum",
     "group_norm",
     "grouped_mm",
+    "in_pairs",
     "index_copy",
     "index_put",
     "layer_norm",
@@ -39,6 +41,7 @@ __all__ = [
     "logsumexp",
     "mean",
     "mm",
+    "mm_segments",
     "moe_combine",
     "moe_gate",
     "paged_attention",

@@ -1,7 +1,7 @@
-"""Reductions over the ranks of a process group, in rank order.
+"""Reductions over the ranks of a process group, in rank order or in a tree.
 
 A collective library may split a tensor, and with it the order of the sum over ranks, by its size, which the batch
-decides. Here each rank receives the parts of all ranks unreduced and adds them up itself: rank 0 + rank 1 + rank 2 + ...,
+decides. Here each rank receives the parts of all ranks unreduced and adds them up itself: rank 0 + rank 1 + rank 2 + ... (`all_reduce_tree`: pairs),
 in float32 (float64 for float64, integers exactly), rounded once. Element by element, so neither the number of rows nor the place
 of an element in the tensor can matter.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .batch import Pointwise, Resizes
 from .declare import check, composite, operator
+from .matmul import in_pairs
 
 REDUCE_OPS = ("sum", "avg")
 
@@ -52,6 +53,20 @@ def reduce_scatter(x: Tensor, reduce_op: str, group_size: int, group_name: str) 
     return x.new_empty([x.shape[0] // group_size, *x.shape[1:]])
 
 
+@operator("all_reduce_tree(Tensor x, str group_name) -> Tensor", batch=Pointwise())
+def all_reduce_tree(x: Tensor, group_name: str) -> Tensor:
+    """Sum of x over the ranks of the group, a power of two of them, the same on every rank: a tree of adjacent pairs, in x's dtype.
+
+    For four ranks (x0 + x1) + (x2 + x3): what `mm_segments` leaves on each rank becomes what it gives where one process has all of K.
+    x: float32 or float64, since nothing may be rounded on the way. Moves world_size * x per rank.
+    """
+    check(
+        x.dtype in (torch.float32, torch.float64),
+        lambda: f"bi_compile::all_reduce_tree has no kernel for {x.dtype}: use float32 or float64",
+    )
+    return x.new_empty(x.shape)
+
+
 def _in_rank_order(parts: Tensor, reduce_op: str) -> Tensor:
     dtype = parts.dtype
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
@@ -63,12 +78,28 @@ def _in_rank_order(parts: Tensor, reduce_op: str) -> Tensor:
     return total.to(dtype).contiguous()
 
 
+def _of_all_ranks(x: Tensor, group_name: str) -> Tensor:
+    """[ranks, *x.shape]"""
+    size = ranks(group_name)
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.reshape(1, -1), size, group_name)
+    return torch.ops._c10d_functional.wait_tensor(gathered).view(size, *x.shape)
+
+
 @composite("all_reduce")
 def _all_reduce(x: Tensor, reduce_op: str, group_name: str) -> Tensor:
     _check("all_reduce", reduce_op)
+    return _in_rank_order(_of_all_ranks(x, group_name), reduce_op)
+
+
+@composite("all_reduce_tree")
+def _all_reduce_tree(x: Tensor, group_name: str) -> Tensor:
+    all_reduce_tree.meta(x, group_name)
     size = ranks(group_name)
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.reshape(1, -1), size, group_name)
-    return _in_rank_order(torch.ops._c10d_functional.wait_tensor(gathered).view(size, *x.shape), reduce_op)
+    check(
+        size & (size - 1) == 0,
+        lambda: f"bi_compile::all_reduce_tree takes a power of two of ranks, the group has {size}",
+    )
+    return in_pairs(_of_all_ranks(x, group_name)).contiguous()
 
 
 @composite("reduce_scatter")

@@ -43,6 +43,31 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
+@operator("mm_segments(Tensor a, Tensor b, int segments) -> Tensor", batch=Product("a", "b"))
+def mm_segments(a: Tensor, b: Tensor, segments: int) -> Tensor:
+    """`a @ b`, K taken in equal segments: [M, K] by [K, N] gives [M, N], contiguous, in float32 (of float64: in float64), not rounded.
+
+    Each segment is summed as `mm` sums a K of its length. The segments' sums s are joined in a tree of adjacent pairs: for four of them
+    (s0 + s1) + (s2 + s3). So a process that holds an aligned part of K has a subtree, and `all_reduce_tree` finishes the tree: the
+    bits are the same whether 1, 2, 4, ... processes divide K. `segments`: a power of two that divides K.
+    """
+    _check("mm_segments", 2, a, b)
+    check(
+        segments > 0 and segments & (segments - 1) == 0 and a.shape[1] % segments == 0,
+        lambda: (
+            f"bi_compile::mm_segments: K = {a.shape[1]} does not divide into {segments} segments, or that is no power of two"
+        ),
+    )
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
+
+
+def in_pairs(parts: Tensor) -> Tensor:
+    """The sum over dimension 0, whose size is a power of two, as a tree of adjacent pairs, in the tensor's dtype."""
+    while parts.shape[0] > 1:
+        parts = parts[0::2] + parts[1::2]
+    return parts[0]
+
+
 @operator("addmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1) -> Tensor", batch=Product("a", "b"))
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """`beta * bias + alpha * (a @ b)`: the sums of `mm`; scaled and the bias added in the accumulator, rounded once.

@@ -70,6 +70,7 @@ def kernels_over_rows(name: str, rows: int, dtype: torch.dtype) -> list[str]:
     x, w = torch.empty(rows, 1024, dtype=dtype), torch.empty(1024, dtype=dtype)
     calls = {
         "mm": lambda f: f(x, torch.empty(512, 1024, dtype=dtype).t()),
+        "mm_segments": lambda f: f(x, torch.empty(512, 1024, dtype=dtype).t(), 4),
         "addmm": lambda f: f(torch.empty(1, 512, dtype=dtype), x, torch.empty(1024, 512, dtype=dtype), alpha=2),
         "grouped_mm": lambda f: f(x, torch.empty(4, 1024, 512, dtype=dtype), torch.tensor([0, rows // 2, rows, rows])),
         "sum": lambda f: f(x, [1]), "mean": lambda f: f(x, [1]), "var_mean": lambda f: f(x, [1]),
@@ -96,7 +97,8 @@ def kernels_over_rows(name: str, rows: int, dtype: torch.dtype) -> list[str]:
 def test_the_number_of_rows_reaches_no_constant(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One module for all numbers of rows; of a product, one for each tile in the table."""
     monkeypatch.setattr(launch, "HOST", "npu")
-    table = tiles.PRODUCT["npu"][dtype.itemsize] if name in ("mm", "addmm", "grouped_mm") else [(1, None)]
+    products = ("mm", "mm_segments", "addmm", "grouped_mm")
+    table = tiles.PRODUCT["npu"][dtype.itemsize] if name in products else [(1, None)]
     found = {key for rows in (*range(1, 258), 512, 1024, 4095) for key in kernels_over_rows(name, rows, dtype)}
     assert len(found) == len(table), found
 

@@ -18,6 +18,7 @@ B, M, K, N, G = 2, 7, 5, 11, 3
 #: operator -> its arguments, the sizes that are combined, and those of which one element is taken
 CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
     "mm": ((X(M, K), X(K, N)), {K}, set()),
+    "mm_segments": ((X(M, K), X(K, N), 1), {K}, set()),
     "addmm": ((X(M, N), X(M, K), X(K, N)), {K}, set()),
     "bmm": ((X(B, M, K), X(B, K, N)), {K}, set()),
     "baddbmm": ((X(N), X(B, M, K), X(B, K, N)), {K}, set()),
@@ -59,6 +60,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
     "index_copy": ((X(M, K), 0, torch.zeros(M, dtype=torch.int64), X(M, K)), set(), set()),
     "scatter": ((X(M, K), 1, torch.zeros(M, K, dtype=torch.int64), X(M, K)), set(), set()),
     "all_reduce": ((X(M, K), "sum", "group"), set(), set()),
+    "all_reduce_tree": ((X(M, K), "group"), set(), set()),
     "reduce_scatter": ((X(M, K), "sum", 1, "group"), set(), set()),
 }
 

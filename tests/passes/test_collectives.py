@@ -8,6 +8,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.multiprocessing as mp
 
+from bi_compile import ops
+
 ROWS = (1, 2, 3, 5, 16, 17, 64)
 
 
@@ -26,8 +28,15 @@ def rank_main(rank: int, ranks: int, folder: str) -> None:
     try:
         for dtype in (torch.float32, torch.bfloat16):
             compare(rank, ranks, dtype)
+            compare_segments(rank, ranks, dtype)
     finally:
         dist.destroy_process_group()
+
+
+def in_segments(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The same, in one order for every number of ranks up to 4."""
+    total = ops.mm_segments(x, w, 4 // dist.get_world_size())
+    return ops.all_reduce_tree(total, dist.group.WORLD.group_name).to(x.dtype)
 
 
 def compare(rank: int, ranks: int, dtype: torch.dtype) -> None:
@@ -54,6 +63,23 @@ def compare(rank: int, ranks: int, dtype: torch.dtype) -> None:
     everyone = [torch.empty_like(eager[-1]) for _ in range(ranks)]
     dist.all_gather(everyone, eager[-1])
     assert all(torch.equal(everyone[0], e) for e in everyone)
+
+
+def compare_segments(rank: int, ranks: int, dtype: torch.dtype) -> None:
+    """Against one process that has all of K."""
+    torch.manual_seed(0)
+    k = 768 // ranks
+    x, w = torch.randn(max(ROWS), 768).to(dtype), torch.randn(768, 128).to(dtype)
+    own, part = x[:, rank * k : (rank + 1) * k].contiguous(), w[rank * k : (rank + 1) * k]
+    alone = ops.mm_segments(x, w, 4).to(dtype)
+    compiled = torch.compile(in_segments, backend="bi_ascend", options={"inner": "eager"}, dynamic=True)
+    for m in ROWS:
+        assert torch.equal(compiled(own[:m], part).view(torch.uint8), alone[:m].view(torch.uint8)), (ranks, m)
+        assert torch.equal(in_segments(own[-m:], part), alone[-m:]), (ranks, m)
+    # a row of an embedding, which the last rank has
+    row = torch.tensor([[-0.0, 1.5, float("-inf")]], dtype=dtype).view(torch.int8)
+    mine = row if rank == ranks - 1 else torch.zeros_like(row)
+    assert torch.equal(ops.all_reduce(mine, "sum", dist.group.WORLD.group_name), row)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -1,18 +1,20 @@
-// mm, addmm, bmm, baddbmm. The order of the sums stands in product.h and amx.h; here is only how the work is divided.
+// mm, addmm, bmm, baddbmm, mm_segments. The order of the sums stands in product.h and amx.h; here is only how the work is divided.
 //
 // A task is a block of columns by all rows (by 48 rows where there are few columns): the columns of b come from memory once
 // and stay in cache while the rows pass by, in blocks of 48. K is never split between tasks.
 
 #include "amx.h"
 
+#include <bit>
+
 namespace bi {
 namespace {
 
 constexpr int64_t BLOCK_M = 48;
 
-// Strides in elements; bias is nullptr where it is not read.
+// Strides in elements; bias is nullptr where it is not read. K is the length of a segment, of which there are `segments`.
 struct Problem {
-  int64_t batch, M, N, K;
+  int64_t batch, M, N, K, segments = 1;
   const void *a, *b, *bias = nullptr;
   int64_t a_batch, a_m;
   int64_t b_batch, b_k, b_n;
@@ -21,7 +23,24 @@ struct Problem {
   double alpha = 1, beta = 0;
 };
 
-// Rounds a block of sums into the output: alpha * sum + beta * bias in the accumulator's type.
+// The tree of adjacent pairs over the segments: `sum(s, to)` writes the `size` sums of segment s to `to`. `blocks` has room for
+// blocks_of(segments) blocks of them, of which the first becomes the result.
+template <class S, class F>
+inline void join_segments(int64_t segments, int64_t size, S* blocks, const F& sum) {
+  S* end = blocks;
+  for (int64_t s = 0; s < segments; ++s) {
+    sum(s, end);
+    for (int64_t pairs = s; pairs & 1; pairs >>= 1) {
+      end -= size;
+      for (int64_t i = 0; i < size; ++i) end[i] += end[i + size];
+    }
+    end += size;
+  }
+}
+
+inline int64_t blocks_of(int64_t segments) { return std::bit_width(static_cast<uint64_t>(segments)); }
+
+// Rounds a block of sums into the output, of dtype T: alpha * sum + beta * bias in the accumulator's type.
 template <class T>
 void store_output(const Problem& p, const Acc<T>* sums, int64_t ld, int64_t batch, int64_t m0, int64_t n0, int64_t rows, int64_t cols) {
   using S = Acc<T>;
@@ -87,9 +106,11 @@ void run_tasks(const Problem& p) {
   int64_t m_tasks = p.batch * n_tasks >= 2 * threads ? 1 : m_blocks;
   int64_t block_m = ceil_div(ceil_div(p.M, m_blocks), MAX_ROWS) * MAX_ROWS;
   int64_t rows_of_task = m_tasks == 1 ? p.M : block_m;
-  int64_t cost = std::min(p.M, rows_of_task) * block_n * p.K / 8;
+  int64_t cost = std::min(p.M, rows_of_task) * block_n * p.K * p.segments / 8;
   parallel_rows(p.batch * n_tasks * m_tasks, cost, [&](int64_t begin, int64_t end) {
-    alignas(64) typename Op::Sum sums[BLOCK_M * COLUMNS];
+    struct Blocks;
+    using Sum = typename Op::Sum;
+    Sum* sums = scratch<Blocks, Sum>(blocks_of(p.segments) * BLOCK_M * COLUMNS);
     for (int64_t task = begin; task < end; ++task) {
       int64_t batch = task / (n_tasks * m_tasks), n = task / m_tasks % n_tasks * block_n;
       int64_t m = task % m_tasks * rows_of_task, m_end = std::min(p.M, m + rows_of_task);
@@ -98,7 +119,9 @@ void run_tasks(const Problem& p) {
       auto b = static_cast<const typename Op::B*>(p.b) + batch * p.b_batch + n * p.b_n;
       for (; m < m_end; m += block_m) {
         int64_t rows = std::min(block_m, m_end - m);
-        Kernel<Op>::run(p, a + m * p.a_m, b, rows, cols, sums);
+        join_segments(p.segments, rows * COLUMNS, sums, [&](int64_t s, Sum* to) {
+          Kernel<Op>::run(p, a + m * p.a_m + s * p.K, b + s * p.K * p.b_k, rows, cols, to);
+        });
         store_output<T>(p, sums, COLUMNS, batch, m, n, rows, cols);
       }
     }
@@ -110,6 +133,7 @@ void run_tasks(const Problem& p) {
 constexpr int64_t MOST_PACKED = 2048;
 
 // bfloat16 on tiles: 32 columns to a task, by all rows or by 32.
+template <class T>
 void run_amx(const Problem& p, bool along_k) {
   constexpr int64_t PAIR = 2 * TILE;
   struct Packed;
@@ -119,19 +143,21 @@ void run_amx(const Problem& p, bool along_k) {
     int64_t M = std::min(MOST_PACKED, p.M - first), blocks = ceil_div(M, TILE);
     Tensor rows;  // of `a`, packed, if they are the right operand
     if (along_k) {
-      rows = at::empty({p.batch * blocks * steps * BLOCK}, at::kInt);
-      parallel_rows(p.batch * blocks, TILE * p.K / 8, [&](int64_t begin, int64_t end) {
+      rows = at::empty({p.batch * p.segments * blocks * steps * BLOCK}, at::kInt);
+      parallel_rows(p.batch * p.segments * blocks, TILE * p.K / 8, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          int64_t m = i % blocks * TILE;
-          auto x = a + i / blocks * p.a_batch + (first + m) * p.a_m;
+          int64_t m = i % blocks * TILE, batch = i / (blocks * p.segments), s = i / blocks % p.segments;
+          auto x = a + batch * p.a_batch + s * p.K + (first + m) * p.a_m;
           pack_rows(reinterpret_cast<uint32_t*>(rows.mutable_data_ptr<int>()) + i * steps * BLOCK, x, p.a_m, std::min(TILE, M - m), p.K);
         }
       });
     }
     int64_t pairs = ceil_div(M, PAIR), m_tasks = p.batch * n_tasks >= 2 * threads ? 1 : pairs, each = m_tasks == 1 ? blocks * TILE : PAIR;
-    parallel_rows(p.batch * n_tasks * m_tasks, each * PAIR * p.K / 64, [&](int64_t begin, int64_t end) {
+    parallel_rows(p.batch * n_tasks * m_tasks, each * PAIR * p.K * p.segments / 64, [&](int64_t begin, int64_t end) {
       TileConfig config;
-      alignas(64) float tiles[4 * BLOCK], sums[PAIR * PAIR];
+      struct Tiles;
+      float* tiles = scratch<Tiles, float>(blocks_of(p.segments) * 4 * BLOCK);
+      alignas(64) float sums[PAIR * PAIR];
       for (int64_t task = begin; task < end; ++task) {
         int64_t batch = task / (n_tasks * m_tasks), n = task / m_tasks % n_tasks * PAIR, cols = std::min(PAIR, p.N - n);
         int64_t n_blocks = ceil_div(cols, TILE), from = task % m_tasks * each;
@@ -142,29 +168,32 @@ void run_amx(const Problem& p, bool along_k) {
           if (count > TILE) left[1] = left_rows<1>(x + TILE * ld, ld, count - TILE, p.K);
         };
         const uint32_t* right[2] = {};
+        uint32_t* panel = nullptr;
         if (along_k) {
-          read_left(weights, p.b_n, cols);
+          if (p.segments == 1) read_left(weights, p.b_n, cols);
         } else {
-          uint32_t* panel = scratch<Packed, uint32_t>(n_blocks * steps * BLOCK);
-          for (int64_t j = 0; j < n_blocks; ++j) {
-            right[j] = panel + j * steps * BLOCK;
-            pack_columns(panel + j * steps * BLOCK, weights + j * TILE, p.b_k, cols - j * TILE, p.K);
-          }
+          panel = scratch<Packed, uint32_t>(p.segments * n_blocks * steps * BLOCK);
+          for (int64_t i = 0; i < p.segments * n_blocks; ++i)
+            pack_columns(panel + i * steps * BLOCK, weights + i / n_blocks * p.K * p.b_k + i % n_blocks * TILE, p.b_k, cols - i % n_blocks * TILE, p.K);
         }
         for (int64_t m = from; m < std::min(M, from + each); m += PAIR) {
           int64_t count = std::min(PAIR, M - m), m_blocks = ceil_div(count, TILE);
-          if (along_k) {
-            auto packed = reinterpret_cast<const uint32_t*>(rows.const_data_ptr<int>()) + batch * blocks * steps * BLOCK;
-            for (int64_t j = 0; j < m_blocks; ++j) right[j] = packed + (m / TILE + j) * steps * BLOCK;
-            tile_product(n_blocks, m_blocks, left, right, p.K, m == from, tiles);
-          } else {
-            read_left(a + batch * p.a_batch + (first + m) * p.a_m, p.a_m, count);
-            tile_product(m_blocks, n_blocks, left, right, p.K, false, tiles);
-          }
+          join_segments(p.segments, m_blocks * n_blocks * BLOCK, tiles, [&](int64_t s, float* to) {
+            if (along_k) {
+              auto packed = reinterpret_cast<const uint32_t*>(rows.const_data_ptr<int>()) + (batch * p.segments + s) * blocks * steps * BLOCK;
+              for (int64_t j = 0; j < m_blocks; ++j) right[j] = packed + (m / TILE + j) * steps * BLOCK;
+              if (p.segments > 1) read_left(weights + s * p.K, p.b_n, cols);
+              tile_product(n_blocks, m_blocks, left, right, p.K, m == from, to);
+            } else {
+              for (int64_t j = 0; j < n_blocks; ++j) right[j] = panel + (s * n_blocks + j) * steps * BLOCK;
+              read_left(a + batch * p.a_batch + s * p.K + (first + m) * p.a_m, p.a_m, count);
+              tile_product(m_blocks, n_blocks, left, right, p.K, false, to);
+            }
+          });
           for (int64_t i = 0; i < m_blocks; ++i)
             for (int64_t j = 0; j < n_blocks; ++j)
               store_tile(tiles + (along_k ? j * m_blocks + i : i * n_blocks + j) * BLOCK, along_k, sums + i * TILE * PAIR + j * TILE, PAIR);
-          store_output<BFloat16>(p, sums, PAIR, batch, first + m, n, count, cols);
+          store_output<T>(p, sums, PAIR, batch, first + m, n, count, cols);
         }
       }
     });
@@ -200,39 +229,70 @@ void set_bias(const char* op, Problem& p, const Tensor& bias, at::IntArrayRef si
 
 bool contiguous_along(const Tensor& t, int64_t dim) { return t.stride(dim) == 1 || t.size(dim) <= 1; }
 
-Tensor product(const char* op, int64_t dims, const Tensor& a_, const Tensor& b_, const OptTensor& bias = {}, double alpha = 1, double beta = 0) {
-  check(op, dims, a_, b_, bias);
-  ScalarType type = a_.scalar_type();
-  bool wide_a = type == at::kHalf;
-#ifndef __AVX512BF16__
-  wide_a = wide_a || type == at::kBFloat16;
-#endif
-  Tensor a = wide_a ? a_.to(at::kFloat) : a_, b = b_;
-  if (!contiguous_along(a, -1)) a = a.contiguous();
-  if (!contiguous_along(b, -2) && !contiguous_along(b, -1)) b = b.transpose(-1, -2).contiguous().transpose(-1, -2);
+// The operands as the kernels read them, and their sizes and strides.
+struct Operands {
+  Tensor a, b;
   Problem p;
-  int64_t sizes[3] = {dims == 3 ? a.size(0) : 1, a.size(-2), b.size(-1)};
+
+  Operands(const Tensor& a_, const Tensor& b_) : a(a_), b(b_) {
+    ScalarType type = a.scalar_type();
+    bool wide_a = type == at::kHalf;
+#ifndef __AVX512BF16__
+    wide_a = wide_a || type == at::kBFloat16;
+#endif
+    if (wide_a) a = a.to(at::kFloat);
+    if (!contiguous_along(a, -1)) a = a.contiguous();
+    if (!contiguous_along(b, -2) && !contiguous_along(b, -1)) b = b.transpose(-1, -2).contiguous().transpose(-1, -2);
+    bool batched = a.dim() == 3;
+    p.batch = batched ? a.size(0) : 1, p.M = a.size(-2), p.N = b.size(-1), p.K = a.size(-1);
+    p.a = a.const_data_ptr(), p.b = b.const_data_ptr();
+    p.a_batch = batched ? a.stride(0) : 0, p.a_m = a.stride(-2);
+    p.b_batch = batched ? b.stride(0) : 0, p.b_k = b.stride(-2), p.b_n = b.stride(-1);
+  }
+
+  // Fills p.out, which is of the operands' dtype, or (wide) of their accumulator's.
+  void run(bool wide = false) const {
+    bool along_k = contiguous_along(b, -2);
+#ifdef BI_AMX
+    if (b.scalar_type() == at::kBFloat16 && amx_permitted()) return wide ? run_amx<float>(p, along_k) : run_amx<BFloat16>(p, along_k);
+#endif
+    with_type(b.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      auto into = [&](auto o) {
+        using Out = decltype(o);
+        along_k ? run_tasks<Step<T>, Out, Dot>(p) : run_tasks<Step<T>, Out, Column>(p);
+      };
+      wide ? into(Acc<T>{}) : into(T{});
+    });
+  }
+};
+
+Tensor product(const char* op, int64_t dims, const Tensor& a, const Tensor& b, const OptTensor& bias = {}, double alpha = 1, double beta = 0) {
+  check(op, dims, a, b, bias);
+  Operands x(a, b);
+  Problem& p = x.p;
+  int64_t sizes[3] = {p.batch, p.M, p.N};
   at::IntArrayRef shape(sizes + 3 - dims, dims);
-  p.batch = sizes[0], p.M = sizes[1], p.N = sizes[2], p.K = a.size(-1);
   p.alpha = alpha, p.beta = beta;
-  p.a = a.const_data_ptr(), p.b = b.const_data_ptr();
-  p.a_batch = dims == 3 ? a.stride(0) : 0, p.a_m = a.stride(-2);
-  p.b_batch = dims == 3 ? b.stride(0) : 0, p.b_k = b.stride(-2), p.b_n = b.stride(-1);
   if (bias) set_bias(op, p, *bias, shape);
   if (beta == 0) p.bias = nullptr;
-  Tensor out = at::empty(shape, a_.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = at::empty(shape, a.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
   p.out = out.mutable_data_ptr();
-#ifdef BI_AMX
-  if (type == at::kBFloat16 && amx_permitted()) {
-    run_amx(p, contiguous_along(b, -2));
-    return out;
-  }
-#endif
-  with_type(type, [&](auto t) {
-    using T = decltype(t);
-    contiguous_along(b, -2) ? run_tasks<Step<T>, T, Dot>(p) : run_tasks<Step<T>, T, Column>(p);
-  });
+  x.run();
+  return out;
+}
+
+Tensor mm_segments(const Tensor& a, const Tensor& b, int64_t segments) {
+  check("mm_segments", 2, a, b, {});
+  TORCH_CHECK(segments > 0 && (segments & (segments - 1)) == 0 && a.size(1) % segments == 0, "bi_compile::mm_segments: K = ", a.size(1),
+              " does not divide into ", segments, " segments, or that is no power of two");
+  Operands x(a, b);
+  Tensor out = at::empty({x.p.M, x.p.N}, a.options().dtype(statistic(a)).memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  x.p.segments = segments, x.p.K /= segments;
+  x.p.out = out.mutable_data_ptr();
+  x.run(/*wide=*/true);
   return out;
 }
 
@@ -252,6 +312,7 @@ TORCH_LIBRARY_IMPL(bi_compile, CPU, m) {
   m.impl("addmm", addmm);
   m.impl("bmm", bmm);
   m.impl("baddbmm", baddbmm);
+  m.impl("mm_segments", mm_segments);
 }
 
 }  // namespace bi

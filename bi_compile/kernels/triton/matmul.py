@@ -198,11 +198,11 @@ def product(
 ) -> Tensor:
     """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; `tile` in place of the chosen one.
 
-    a, b and bias may have any strides; nothing is copied.
+    `out` has the operands' dtype, or float32. a, b and bias may have any strides; nothing is copied.
     K in blocks of `PRODUCT_K`, ascending: `_sum_over_k`, for float64 `_product_float64`.
     """
     count, m, n = out.shape
-    size = out.element_size()
+    size = a.element_size()
     if out.numel() == 0:
         return out
     if bias is not None:
@@ -262,6 +262,14 @@ def baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float
     return _batch(ops.baddbmm.meta(bias, a, b), a, b, bias, beta, alpha)
 
 
+def mm_segments(a: Tensor, b: Tensor, segments: int) -> Tensor:
+    """See `bi_compile.ops.mm_segments`; each segment is an element of a batch, the order of its sum: `product`."""
+    out = ops.mm_segments.meta(a, b, segments)
+    parts, each = out.new_empty(segments, *out.shape), (segments, a.shape[1] // segments)
+    product(parts, a.unflatten(1, each).transpose(0, 1), b.unflatten(0, each))
+    return ops.in_pairs(parts)
+
+
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, *, counts: bool = False) -> Tensor:
     """See `bi_compile.ops.grouped_mm`; the order of the sum: `product`. The host does not read `offs`."""
     out = ops.grouped_mm.meta(a, b, offs, bias)
@@ -289,5 +297,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "addmm": addmm,
     "bmm": bmm,
     "baddbmm": baddbmm,
+    "mm_segments": mm_segments,
     "grouped_mm": grouped_mm,
 }

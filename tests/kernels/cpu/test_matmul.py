@@ -54,6 +54,40 @@ def test_each_pair_of_a_batch_is_its_mm(dtype: torch.dtype) -> None:
 
 
 @each_dtype
+@pytest.mark.parametrize("K", [0, 8, 40, 1536, 9000])
+def test_segments_are_joined_in_pairs_however_many_processes_have_them(dtype: torch.dtype, K: int) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for M, N, segments in [(1, 3, 8), (7, 67, 4), (50, 16, 2), (5, 9, 1), (130, 2100, 8)]:
+        a, w = rand(M, K, dtype=dtype), rand(N, K, dtype=dtype, seed=1)
+        want = ops.mm_segments(a, w.t(), segments)
+        assert want.shape == (M, N) and want.dtype == wide
+        assert torch.equal(ops.mm_segments(a, w.t().contiguous(), segments), want)
+        assert torch.equal(ops.mm_segments(a[M // 2 :], w.t(), segments), want[M // 2 :])
+        for ranks in (2**i for i in range(segments.bit_length())):
+            parts = [ops.mm_segments(x, y.t(), segments // ranks) for x, y in _of_ranks(a, w, ranks)]
+            assert torch.equal(ops.in_pairs(torch.stack(parts)), want), (M, N, segments, ranks)
+        leaves = [ops.mm(x, y.t()) for x, y in _of_ranks(a, w, segments)]
+        if dtype == wide:
+            assert torch.equal(ops.in_pairs(torch.stack(leaves)), want)
+        elif segments == 1:
+            assert torch.equal(want.to(dtype), leaves[0])
+
+
+def _of_ranks(a: torch.Tensor, w: torch.Tensor, ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each rank's part of K, in memory of its own."""
+    k = a.shape[1] // ranks
+    parts = [slice(r * k, (r + 1) * k) for r in range(ranks)]
+    return [(a[:, part].contiguous(), w[:, part].contiguous()) for part in parts]
+
+
+def test_the_tree_of_segments() -> None:
+    """((1 + 2^-24) + (2^-24 + 2^-24)) is more than 1; one after another it is 1."""
+    a = torch.tensor([[1.0, 2.0**-24, 2.0**-24, 2.0**-24]])
+    assert ops.mm_segments(a, torch.ones(4, 1), 4).item() == 1 + 2.0**-23
+    assert ops.in_pairs(torch.tensor([1.0, 2.0**-24, 2.0**-24, 2.0**-24])).item() == 1 + 2.0**-23
+
+
+@each_dtype
 def test_bias_broadcasts(dtype: torch.dtype) -> None:
     a, w = rand(10, 33, dtype=dtype), rand(33, 20, dtype=dtype)
     for shape in [(10, 20), (20,), (1, 20), (10, 1), (1, 1), (1,), ()]:

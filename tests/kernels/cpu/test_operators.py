@@ -27,6 +27,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, A
         narrow = {}
     return {
         "mm": ((m, m.t()), {}),
+        "mm_segments": ((m, m.t(), 4), {}),
         "addmm": ((w, m, m), {"beta": 2, "alpha": 3}),
         "bmm": ((x, x.transpose(1, 2)), {}),
         "baddbmm": ((rand(1, dtype=dtype)[:, None, None], x, x.transpose(1, 2)), {}),
@@ -85,6 +86,10 @@ REFUSED: list[tuple[str, tuple[Any, ...]]] = [
     ("mm", (X34, X34)),
     ("mm", (X34, X34.t().double())),
     ("mm", (X34, W4)),
+    ("mm_segments", (X34, X34.t(), 3)),
+    ("mm_segments", (X34, X34.t(), 8)),
+    ("mm_segments", (X34, X34.t(), 0)),
+    ("all_reduce_tree", (W4.bfloat16(), "group")),
     ("addmm", (W4.double(), X34, X34.t())),
     ("addmm", (W4, X34, X34.t())),
     ("bmm", (X34, X34)),

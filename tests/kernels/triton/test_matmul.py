@@ -17,11 +17,13 @@ from triton_cases import (
     draw,
     no_worse,
     same,
+    statistic,
 )
 
 from bi_compile.kernels.triton import matmul_tma
 from bi_compile.kernels.triton.matmul import product
 from bi_compile.kernels.triton.tiles import PRODUCT, TMA_FEW_ROWS, TMA_MANY_ROWS, Tile
+from bi_compile.ops import in_pairs
 
 
 @pytest.mark.parametrize("dtype", ROUNDED, ids=str)
@@ -41,6 +43,21 @@ def test_products_are_right(rows: int, length: int, dtype: torch.dtype) -> None:
         assert same(call("bmm", *batch)[1], call("mm", batch[0][1], batch[1][1]))
         full = bias.expand(rows, columns).t().contiguous().t()
         assert same(call("addmm", full, a, b), call("addmm", bias, a, b))
+
+
+@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+def test_segments_are_joined_in_pairs_however_many_processes_have_them(dtype: torch.dtype) -> None:
+    for rows, length in [(5, 0), (35, 264), *([(67, 12288), (1, 1032)] if CUDA else [])]:
+        a, w = draw(rows, length, dtype=dtype), draw(40, length, dtype=dtype, seed=1)
+        want = call("mm_segments", a, w.t(), 4)
+        assert want.dtype == statistic(a) and same(call("mm_segments", a[3:], w.t().contiguous(), 4), want[3:])
+        room = 2e-5 * (a.double().abs() @ w.t().double().abs())
+        assert ((want.double() - a.double() @ w.t().double()).abs() <= room).all()
+        for ranks in (1, 2, 4):
+            k = length // ranks
+            parts = [slice(r * k, (r + 1) * k) for r in range(ranks)]
+            sums = [call("mm_segments", a[:, p].contiguous(), w[:, p].contiguous().t(), 4 // ranks) for p in parts]
+            assert same(in_pairs(torch.stack(sums)), want), ranks
 
 
 #: where the groups of some rows end: none, one with all, empty ones, a last one that leaves rows over
