@@ -24,6 +24,7 @@ TARGET = Target(
             "among others",
         ),
         "_C.shm_all_gather.default": "copies the ranks' rows, rank after rank (vLLM csrc/cpu/shm.cpp)",
+        "c10d._allgather_base_.default": "copies the ranks' rows, rank after rank; vLLM calls it on processors without AVX-512",
         "_C.greedy_argmax.default": "each row's first maximum; measured (vLLM 0.32): rows equal alone and among others",
         "_C.fused_gumbel_argmax.default": "each row draws from a seed of its own; measured (vLLM 0.32): rows equal alone and among others",
     },
