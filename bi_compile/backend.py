@@ -27,7 +27,7 @@ from . import eager, ops
 from .audit.inputs import BatchInput, batch_inputs, input_names, name_inputs, placed
 from .eager_audit import away
 from .errors import HostError, OptionError
-from .options import read_options
+from .options import for_a_program, read_options
 from .pipeline import Pipeline, devices_of
 from .targets import Target
 from .uncompiled import Scope, in_scope, say_if_switched_off
@@ -107,7 +107,7 @@ def bi_ascend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) 
             "the backend bi_ascend was called by another backend, so what runs outside of its graphs cannot be seen: use "
             'bi_compile.compile(model), or torch.compile(model, backend="bi_ascend")'
         )
-    return away(compile_graph(Pipeline(read_options(options)), gm, example_inputs))
+    return away(compile_graph(Pipeline(for_a_program(read_options(options))), gm, example_inputs))
 
 
 def compile_graph(pipeline: Pipeline, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -275,7 +275,7 @@ def _hold_on_to_torch_compile() -> None:
         ours, options = _ours(kwargs.get("backend", args[0] if args else None))
         if not ours:
             return plain(*args, **kwargs)
-        scope = Scope(read_options(options))
+        scope = Scope(for_a_program(read_options(options)))
         say_if_switched_off()
         if isolates:  # layers that share their code, each compiled by itself, do not share a recompile limit
             kwargs["isolate_recompiles"] = True

@@ -39,7 +39,7 @@ from . import eager
 from .audit.report import Finding, Report
 from .audit.spec import ALLOWED, Call, Knowledge, Verdict, judge
 from .errors import AuditError, OptionError
-from .options import Options
+from .options import Options, for_a_program
 from .passes import PASSES
 from .resolve import resolve
 from .table import Table
@@ -323,7 +323,7 @@ def invariant(
     Raises:
         AuditError: an operator of `eager.REFUSED` is called; with `audit`, any that is not known to be invariant.
     """
-    fallback = eager.install(options, device)
+    fallback = eager.install(None if options is None else for_a_program(options), device)
     try:
         if not audit:
             yield fallback

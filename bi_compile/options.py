@@ -29,6 +29,7 @@ class Options:
         inner: what compiles the rewritten graph: "inductor", or any other backend that torch._dynamo.list_backends names.
         trust: operators (`ns::name`) that the user declares invariant, each with a reason.
         probe: a file of `bi-compile probe`: an operator that was measured to vary is not trusted; None: nothing was measured.
+        tp_invariant: vLLM's engines: the same bits on any number of tensor-parallel ranks up to this one, powers of two; None: no.
         batch: input -> its batch dimension; None: dimension 0 of each input of the call (vLLM: the first symbolic one).
     """
 
@@ -40,6 +41,7 @@ class Options:
     trust: Mapping[str, str] = dataclasses.field(default_factory=dict)
     batch: Mapping[str, int] | None = None
     probe: str | None = None
+    tp_invariant: int | None = None
 
     def __post_init__(self) -> None:
         if self.on_unproven not in ON_UNPROVEN:
@@ -55,6 +57,11 @@ class Options:
         ):
             raise OptionError(
                 f'trust={self.trust!r}: it must map an operator to the reason why it is invariant, as in {{"ns::op": "reason"}}'
+            )
+        most = self.tp_invariant
+        if most is not None and (type(most) is not int or most < 2 or most & (most - 1)):
+            raise OptionError(
+                f"tp_invariant={most!r}: it must be the largest number of ranks, a power of two from 2 on"
             )
         if self.batch is not None and not (
             isinstance(self.batch, Mapping) and all(type(v) is int for v in self.batch.values())
@@ -92,6 +99,20 @@ def read_options(given: Mapping[str, Any] | None, **fixed: Any) -> Options:
         if key in values and not isinstance(values[key], str):
             raise OptionError(f"{key}={values[key]!r}: it must be a str")
     return Options(**values)
+
+
+def for_a_program(options: Options) -> Options:
+    """The options of a program that is compiled or run as it is, without a host that knows its layers.
+
+    Raises:
+        OptionError: one that such a program cannot have.
+    """
+    if options.tp_invariant is not None:
+        raise OptionError(
+            f"tp_invariant={options.tp_invariant}: a program does not say which of its products are divided over ranks, so this is an "
+            "option of vLLM's engines (additional_config): leave it out, and call bi_compile.ops.mm_segments and all_reduce_tree"
+        )
+    return options
 
 
 def _names(value: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 from .audit import measured
 from .errors import OptionError, meant
 from .options import ALL, Options
-from .passes import PASSES
+from .passes import PASSES, InOneTree, MatmulAllreduce
 from .table import Pass
 from .targets import Target, get_target
 
@@ -42,6 +42,8 @@ def resolve(options: Options) -> Resolved:
     target = None if options.target is None else get_target(options.target)
     probe = None if options.probe is None else _probe(options.probe)
     passes = tuple(resolve_passes(options.passes))
+    if options.tp_invariant is not None:
+        passes = tuple(InOneTree if p is MatmulAllreduce else p for p in passes)
     if options.inner != "inductor":
         _check_inner(options.inner)
     if options.dump_dir is not None:

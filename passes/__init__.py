@@ -25,7 +25,7 @@ from .convolution import Convolution
 from .cpu_attention import CpuAttention
 from .layer_norm import LayerNorm
 from .matmul import Matmul
-from .matmul_allreduce import MatmulAllreduce
+from .matmul_allreduce import InOneTree, MatmulAllreduce
 from .npu_attention import NpuAttention
 from .npu_mla import NpuMla
 from .npu_moe import NpuMoe
@@ -42,4 +42,4 @@ PASSES = (
     NpuAttention, NpuMla, NpuMoe, CpuAttention, Ties, Writes, Pointwise,
 )  # fmt: skip
 
-__all__ = ["PASSES", *(p.__name__ for p in PASSES)]
+__all__ = ["PASSES", "InOneTree", *(p.__name__ for p in PASSES)]

@@ -1,6 +1,6 @@
 """Products fused with a collective, and the collectives that add up."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed._functional_collectives
@@ -138,3 +138,23 @@ def npu_mm_all_reduce_base(
     y = ops.mm(x, x2) if bias is None else ops.addmm(bias, x, x2)
     y = y.view(*x1.shape[:-1], x2.shape[1])
     return ops.all_reduce(y if x3 is None else y + x3, reduce_op, _hccl_group(hcom))
+
+
+class InOneTree(Pass):
+    """In the place of `MatmulAllreduce` with `tp_invariant`, where layers add up over ranks themselves: every other sum is refused."""
+
+    name = MatmulAllreduce.name
+    why, source = MatmulAllreduce.why, MatmulAllreduce.source
+
+
+def _refused(*args: Any, **kwargs: Any) -> NoReturn:
+    refuse(
+        "a sum over ranks",
+        ["tp_invariant"],
+        "one rank alone would take it in another order; tp_invariant covers the layers RowParallelLinear, VocabParallelEmbedding and "
+        "mixtures of experts: leave it out for this model",
+    )
+
+
+for _entry in MatmulAllreduce.entries:
+    InOneTree.replaces(_entry.operator, why=_entry.why, source=_entry.source, unless=_entry.unless)(_refused)

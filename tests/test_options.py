@@ -11,11 +11,13 @@ import pytest
 import torch
 from support import graph_of, python, rand, targets
 
+import bi_compile
 from bi_compile import OptionError, Options, Pass, Pipeline
 from bi_compile import resolve as resolve_module
 from bi_compile.options import read_options
 from bi_compile.passes import PASSES, Softmax
 from bi_compile.resolve import pass_names, resolve, resolve_passes
+from bi_compile.table import Table
 
 NAMES = [p.name for p in PASSES]
 MINE = """
@@ -67,6 +69,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "trust without a reason": ({"trust": {"ns::op": " "}}, r"trust=.*it must map an operator to the reason"),
     "trust with a flag": ({"trust": {"ns::op": True}}, r"trust=.*it must map an operator to the reason"),
     "trust of no operator": ({"trust": {3: "why"}}, r"trust=.*it must map an operator to the reason"),
+    "tp_invariant of three": (
+        {"tp_invariant": 3},
+        r"tp_invariant=3: it must be the largest number of ranks, a power of two",
+    ),
+    "tp_invariant of one": ({"tp_invariant": 1}, r"tp_invariant=1: it must be the largest number of ranks"),
+    "tp_invariant a flag": ({"tp_invariant": True}, r"tp_invariant=True: it must be the largest number of ranks"),
+    "tp_invariant a name": ({"tp_invariant": "4"}, r"tp_invariant='4': it must be the largest number of ranks"),
     "batch a number": ({"batch": 0}, r"batch=0: it must map an input of the graph to its batch dimension"),
     "batch by name": ({"batch": {"x": "rows"}}, r"batch=.*it must map an input"),
     "batch a flag": ({"batch": {"x": True}}, r"batch=.*it must map an input"),
@@ -149,6 +158,25 @@ def test_every_name_is_known() -> None:
     assert resolve_passes(["softmax", "bi_ascend"])[0] is Softmax and len(
         resolve_passes(["softmax", "bi_ascend"])
     ) == len(PASSES)
+
+
+def test_a_program_has_no_tp_invariant() -> None:
+    """Torch.compile and eager code do not know what is divided over ranks."""
+    options = {"tp_invariant": 4}
+    with pytest.raises(OptionError, match=r"tp_invariant=4: a program does not say .* an option of vLLM's engines"):
+        bi_compile.invariant(Options(**options)).__enter__()
+    with pytest.raises(Exception, match=r"tp_invariant=4: a program does not say"):
+        torch.compile(lambda x: x + 1, backend="bi_ascend", options=options)(torch.ones(2))
+
+
+def test_with_tp_invariant_no_other_sum_over_ranks_is_let_through() -> None:
+    found = Table(resolve(Options(tp_invariant=4)).passes, "cpu").by_overload
+    without = Table(resolve(Options()).passes, "cpu").by_overload
+    assert found.keys() == without.keys()
+    entry, replacement = found[torch.ops._c10d_functional.all_reduce.default]
+    assert entry.stays(torch.ones(2), "max", "group")
+    with pytest.raises(NotImplementedError, match="a sum over ranks with tp_invariant has no invariant form"):
+        replacement(torch.ones(2), "sum", "group")
 
 
 # -- a pass of the user's ---------------------------------------------------------------------------------------------

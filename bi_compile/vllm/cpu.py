@@ -62,4 +62,5 @@ PLATFORM = Platform(
     prepare=_permit_amx,
     switches=(_plain_linear,),
     check_model=check_routing,
+    divides_invariantly=True,
 )

@@ -76,6 +76,8 @@ def configure(vllm_config: Any) -> None:
     options, platform = options_of(vllm_config), platforms.current()
     if vllm_config.lora_config is not None:
         raise HostError(f"{KEY} does not cover LoRA's kernels: serve the merged model, or remove {KEY}")
+    if options.tp_invariant is not None:
+        _check_ranks(vllm_config, platform, options.tp_invariant)
     _check_mode(vllm_config, platform)
     # without a compiler vLLM calls fused kernels of its own, about which nothing is known; its plain PyTorch code is in the table
     custom_ops = vllm_config.compilation_config.custom_ops
@@ -116,6 +118,22 @@ def _check_mode(vllm_config: Any, platform: platforms.Platform) -> None:
     if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         raise HostError(
             "TORCHDYNAMO_DISABLE=1 is set, so nothing is compiled although the configuration says so: unset it, or write enforce_eager=True"
+        )
+
+
+def _check_ranks(vllm_config: Any, platform: platforms.Platform, segments: int) -> None:
+    """Refuse `tp_invariant` where it was not tried, and a number of ranks that does not divide it."""
+    if not platform.divides_invariantly:
+        raise HostError(f"tp_invariant={segments} was not tried on vLLM's platform {platform.device!r}: leave it out")
+    try:
+        from . import ranks  # noqa: F401
+    except ImportError as error:
+        raise HostError(f"tp_invariant does not fit this vLLM ({error}): leave it out, or use vLLM 0.32") from error
+    size = vllm_config.parallel_config.tensor_parallel_size
+    if segments % size:
+        raise HostError(
+            f"tensor_parallel_size={size} does not divide tp_invariant={segments}: write tp_invariant as the largest number of ranks that is "
+            "to have the same bits, and powers of two for both"
         )
 
 

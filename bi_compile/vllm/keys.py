@@ -48,6 +48,8 @@ USED: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.utils": ("dispatch_cpu_unquantized_gemm",),
     "vllm.model_executor.layers.rotary_embedding": ("_ROPE_DICT",),
     "vllm.model_executor.layers.activation": ("_ACTIVATION_REGISTRY", "_ACTIVATION_AND_MUL_REGISTRY"),
+    "vllm.model_executor.layers.linear": ("RowParallelLinear", "UnquantizedLinearMethod"),
+    "vllm.model_executor.layers.vocab_parallel_embedding": ("VocabParallelEmbedding",),
     "vllm.model_executor.layers.attention_layer_base": ("AttentionLayerBase",),
     "vllm.v1.attention.backends.flash_attn": ("flash_attn_varlen_func", "get_scheduler_metadata"),
     "vllm.v1.attention.backends.triton_attn": ("unified_attention",),

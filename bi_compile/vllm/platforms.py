@@ -41,6 +41,8 @@ class Platform:
     """Options and a pass of the user's -> the pass for the compilation config."""
     own_operators_in_table: bool = False
     """Whether the table has the platform's own operators; where it has not, vLLM runs its plain PyTorch code instead."""
+    divides_invariantly: bool = False
+    """Whether the option `tp_invariant` was tried there."""
     refuses_uncompiled: bool = True
     """Whether an operator that runs outside of graphs and is not known to be invariant stops the engine, as on_unproven="error" asks.
     Where what vLLM calls there was read in its source and not tried on a device, it is named in a warning instead."""

@@ -218,8 +218,18 @@ def in_turn(plain: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) 
 
 def load_model(plain: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     """Load the worker's model."""
-    with layers_of_its_own() if wrapper in _held else contextlib.nullcontext():
+    held = _held.get(wrapper)
+    if held is None:
         return in_turn(plain, wrapper, *args, **kwargs)
+    with layers_of_its_own():
+        if held.options.tp_invariant is None:
+            return in_turn(plain, wrapper, *args, **kwargs)
+        from . import ranks
+
+        with ranks.experts_in_segments(held.options.tp_invariant):
+            result = in_turn(plain, wrapper, *args, **kwargs)
+        ranks.put_in(wrapper.worker.get_model(), held.options.tp_invariant)
+        return result
 
 
 # -- what is judged ---------------------------------------------------------------------------------------------------

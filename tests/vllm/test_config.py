@@ -202,3 +202,17 @@ def test_llm_takes_the_key_and_the_command_line_reads_it(run: Callable[..., str]
         """
     )
     assert said(output) == ["True ['softmax']"]
+
+
+def test_a_number_of_ranks_that_does_not_divide_tp_invariant_is_refused(run: Callable[..., str]) -> None:
+    output = run(
+        """
+        engine = EngineArgs(model=model, skip_tokenizer_init=True, max_model_len=256, tensor_parallel_size=8,
+                            distributed_executor_backend="mp", compilation_config={"custom_passes": ["bi_ascend"]},
+                            additional_config={"bi_compile": {"tp_invariant": 4}})
+        engine.create_engine_config()
+        """
+    )
+    assert (
+        "tensor_parallel_size=8 does not divide tp_invariant=4: write tp_invariant as the largest number" in output
+    ), output
