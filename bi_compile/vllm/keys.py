@@ -22,6 +22,11 @@ RANDOM_SAMPLING = dict.fromkeys(
 )
 """Trusted in what vLLM runs beside the model's graph."""
 
+PLACES = {
+    "aten.repeat_interleave.Tensor": "vLLM's drafts have a request's numbers repeated for each of its tokens; it copies, and adds nothing up",
+}
+"""Trusted in what a worker runs uncompiled, where which dimension holds the rows is not followed."""
+
 HOOKED: dict[str, tuple[str, ...]] = {
     "vllm.config.utils": ("config",),
     "vllm.config.compilation": ("CompilationConfig",),

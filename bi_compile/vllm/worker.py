@@ -35,7 +35,7 @@ from ..pipeline import Pipeline
 from . import platforms
 from .engine import nested_compilation, options_of
 from .inductor import around_compile_fx
-from .keys import KEY, RANDOM_SAMPLING
+from .keys import KEY, PLACES, RANDOM_SAMPLING
 from .shared import environment, layers_of_its_own, shared
 from .steps import Steps
 
@@ -143,7 +143,7 @@ def _settings_of_nested_graphs() -> dict[str, Any]:
 
 def _for_eager_code(options: Options) -> Options:
     # a graph's batch dimensions and a probe's measurements of compiled code say nothing here
-    return dataclasses.replace(options, batch=None, probe=None, trust={**RANDOM_SAMPLING, **options.trust})
+    return dataclasses.replace(options, batch=None, probe=None, trust={**RANDOM_SAMPLING, **PLACES, **options.trust})
 
 
 # -- from the start of a worker to its end ----------------------------------------------------------------------------
