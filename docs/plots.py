@@ -1,4 +1,4 @@
-"""The plots of docs/use/cost.md and docs/use/still-differs.md, from the measurements in docs/data/: `make plots`.
+"""The plots of docs/use/cost.md, still-differs.md and reinforcement-learning.md, from the measurements in docs/data/: `make plots`.
 
 Each CSV begins with a comment that says what was measured, on which device and when; it stands under the plot too. The
 pictures have no background and a mid grey for text, so that they can be read on a light and on a dark page.
@@ -111,7 +111,27 @@ def equal_answers() -> None:
     save("equal_answers", figure, said)
 
 
+def rl_on_cpu() -> None:
+    """How far the trainer is from the rollout, step by step."""
+    said, rows = read("rl_on_cpu")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, column, what in zip(
+        axes, ("ratio", "kl"), ("largest |importance ratio - 1|", "KL divergence"), strict=True
+    ):
+        for colour, mark, (mode, points) in zip(COLOURS, "os", grouped(rows, "mode").items(), strict=False):
+            steps = [int(float(p["step"])) + 1 for p in points]
+            axis.plot(
+                steps, [float(p[column]) for p in points], f"{mark}-", ms=4, color=colour, label=f"{mode} the pass"
+            )
+        axis.set_xlabel("step")
+        axis.set_ylabel(what)
+        axis.set_ylim(bottom=min(0, *(float(p[column]) for p in rows)) - 0.02 * max(float(p[column]) for p in rows))
+    axes[0].legend(frameon=False)
+    save("rl_on_cpu", figure, said)
+
+
 if __name__ == "__main__":
     equal_answers()
+    rl_on_cpu()
     decode_steps()
     vllm_throughput()

@@ -13,6 +13,7 @@ recurrent         LSTMs
 npu_attention     Ascend's attention operator
 npu_mla           Ascend's fused operators of latent attention
 cpu_attention     vLLM's attention on a CPU
+cpu_moe           vLLM's experts on a CPU
 npu_moe           Ascend's operators for mixtures of experts and for quantised models
 ties              sorts, selections and maxima where elements are equal
 writes            writes at indices, where several go to one place
@@ -23,6 +24,7 @@ from .add_rms_norm import AddRmsNorm
 from .attention import Attention
 from .convolution import Convolution
 from .cpu_attention import CpuAttention
+from .cpu_moe import CpuMoe
 from .layer_norm import LayerNorm
 from .matmul import Matmul
 from .matmul_allreduce import InOneTree, MatmulAllreduce
@@ -39,7 +41,7 @@ from .writes import Writes
 
 PASSES = (
     AddRmsNorm, RmsNorm, LayerNorm, Softmax, Reductions, Attention, MatmulAllreduce, Matmul, Convolution, Recurrent,
-    NpuAttention, NpuMla, NpuMoe, CpuAttention, Ties, Writes, Pointwise,
+    NpuAttention, NpuMla, NpuMoe, CpuAttention, CpuMoe, Ties, Writes, Pointwise,
 )  # fmt: skip
 
 __all__ = ["PASSES", "InOneTree", *(p.__name__ for p in PASSES)]

@@ -21,6 +21,20 @@ SIZES = dict(
 #: name -> (configuration class of transformers, what differs from SIZES)
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3": ("Qwen3Config", dict(num_key_value_heads=4, head_dim=64, tie_word_embeddings=False)),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        dict(
+            num_key_value_heads=4,
+            head_dim=64,
+            moe_intermediate_size=256,
+            num_experts=16,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+        ),
+    ),
+    # biases of q, k and v
+    "qwen2": ("Qwen2Config", dict(num_key_value_heads=4, tie_word_embeddings=False)),
     "llama": ("LlamaConfig", dict(num_key_value_heads=4, tie_word_embeddings=False)),
     # soft-capped logits, tanh gelu, (1 + weight) in the norms
     "gemma2": ("Gemma2Config", dict(num_key_value_heads=4, head_dim=64, query_pre_attn_scalar=64, sliding_window=512)),
@@ -32,12 +46,18 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 def make(family: str, folder: Path, seed: int = 0, std: float = 0.05, **changes: object) -> Path:
     """Write a model of `family` into `folder` (unless it is there) and return the folder.
 
-    Weights are normal with standard deviation `std`, float32.
+    Weights are normal with standard deviation `std`, float32; so is what norms and biases are off one and zero.
     """
     name, differs = FAMILIES[family]
     sizes = {k: v for k, v in SIZES.items() if not (family == "opt" and k == "intermediate_size")}
     spread = {"init_std": std} if family == "opt" else {"initializer_range": std}
-    return write(name, {**sizes, **differs, **spread, **changes}, folder, seed)
+
+    def norms_and_biases(model: torch.nn.Module) -> None:
+        for x in model.parameters():
+            if x.dim() == 1:
+                x.add_(torch.randn_like(x), alpha=std)
+
+    return write(name, {**sizes, **differs, **spread, **changes}, folder, seed, norms_and_biases)
 
 
 def write(

@@ -4,11 +4,11 @@ Each is opaque to the compilers above it, mutates nothing, and gives the same bi
 inside a CUDA graph. The order of each sum is a function of the reduced length, the dtype and the device.
 """
 
-from .attention import paged_attention, scaled_dot_product_attention
+from .attention import paged_attention, scaled_dot_product_attention, sequence_attention, sequence_attention_backward
 from .collective import REDUCE_OPS, all_reduce, all_reduce_tree, ranks, reduce_scatter
 from .declare import BATCH, KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .matmul import addmm, baddbmm, bmm, grouped_mm, in_pairs, mm, mm_segments
-from .moe import moe_combine, moe_gate
+from .moe import moe_combine, moe_experts, moe_gate
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
 from .order import amax, amin, topk
 from .pointwise import pointwise
@@ -43,6 +43,7 @@ __all__ = [
     "mm",
     "mm_segments",
     "moe_combine",
+    "moe_experts",
     "moe_gate",
     "paged_attention",
     "pointwise",
@@ -51,6 +52,8 @@ __all__ = [
     "rms_norm",
     "scaled_dot_product_attention",
     "scatter",
+    "sequence_attention",
+    "sequence_attention_backward",
     "softmax",
     "sum",
     "topk",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import Attention, PagedAttention
-from .declare import check, operator
+from .batch import Attention, BySize, PagedAttention
+from .declare import check, composite, operator
 from .reduce import _float
 
 
@@ -153,3 +153,147 @@ def paged_attention(
     )
     stat = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty([*query.shape[:-1], value.shape[-1]]), query.new_empty(query.shape[:-1], dtype=stat)
+
+
+@operator(
+    "sequence_attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, Tensor? position_ids=None, *, float? scale=None, "
+    "int? left=None, float? softcap=None, Tensor? sinks=None) -> (Tensor, Tensor)",
+    batch=Attention("query", "key", "value"),
+)
+def sequence_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    left: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of sequences in padded or packed rows, each with the bits that it has alone, in `paged_attention`'s order.
+
+    query [B, Hq, L, D], key and value [B, Hkv, L, D]; mask and position_ids [B or 1, 1, 1, L], as attention's masks are broadcast.
+    A sequence begins with a row, where mask goes from zero to not zero, and where position_ids is zero. What is padding gets some
+    result. left, softcap, sinks and scale as in
+    `paged_attention`. Returns the output [B, Hq, L, D], contiguous, and the logsumexp [B, Hq, L] in float32 (float64 for float64).
+
+    Raises:
+        ValueError: a row of mask has padding between tokens.
+    """
+    name = "bi_compile::sequence_attention"
+    _float("sequence_attention", query)
+    check(
+        query.dim() == 4 and key.shape == value.shape == (query.shape[0], key.shape[1], *query.shape[2:]),
+        lambda: (
+            f"{name} takes query [B, Hq, L, D], key and value [B, Hkv, L, D], got "
+            + ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        ),
+    )
+    given = [x for x in (mask, position_ids) if x is not None]
+    check(
+        all(
+            x.dim() == 4 and x.shape[0] in (1, query.shape[0]) and x.shape[1:] == (1, 1, query.shape[2]) for x in given
+        ),
+        lambda: (
+            f"{name} takes mask and position_ids [B or 1, 1, 1, L], got {', '.join(str(tuple(x.shape)) for x in given)} for query "
+            f"{tuple(query.shape)}"
+        ),
+    )
+    stat = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=stat)
+
+
+def _ends(rows: int, length: int, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    """The ends of the sequences in rows that are laid one behind the other, int32."""
+    begins = torch.zeros(rows, length, dtype=torch.bool)
+    begins[:, :1] = True
+    if position_ids is not None:
+        begins |= position_ids[:, 0, 0].cpu() == 0
+    if mask is not None:
+        seen = mask[:, 0, 0].cpu() != 0
+        after = seen[:, 1:] & ~seen[:, :-1]
+        if bool((after.sum(1) + seen[:, 0] > 1).any()):
+            raise ValueError(
+                "bi_compile::sequence_attention: a row of the mask has padding between tokens: put a sequence's tokens side by side"
+            )
+        begins[:, 1:] |= after
+    at = begins.flatten().nonzero().flatten()
+    return torch.cat([at[1:], at.new_tensor([rows * length])]).int()
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """[B, H, L, ...] as [B * L, H, ...]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+@composite("sequence_attention")
+def _sequence_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, position_ids: Tensor | None = None, *, scale: float | None = None,
+    left: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sequence_attention.meta(query, key, value, mask, position_ids)
+    rows, _, length, _ = query.shape
+    lengths = _ends(rows, length, mask, position_ids).to(query.device).expand(2, -1).contiguous()
+    flat = [_side_by_side(x) for x in (query, key, value)]
+    out, lse = paged_attention(*flat, lengths, scale=scale, left=left, right=0, softcap=softcap, sinks=sinks)
+    back = [x.unflatten(0, (rows, length)).transpose(1, 2).contiguous() for x in (out, lse)]
+    return back[0], back[1]
+
+
+@operator(
+    "sequence_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, Tensor? mask=None, "
+    "Tensor? position_ids=None, *, float? scale=None, int? left=None, float? softcap=None) -> (Tensor, Tensor, Tensor)",
+    batch=BySize(),
+)
+def sequence_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    left: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `sequence_attention`'s query, key and value, without sinks, for `grad` of its output; all contiguous.
+
+    In float32 (float64 for float64), rounded once, by PyTorch's own products: as any backward pass it may vary with the batch.
+    """
+    _float("sequence_attention_backward", query)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+@composite("sequence_attention_backward")
+def _sequence_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, mask: Tensor | None = None,
+    position_ids: Tensor | None = None, *, scale: float | None = None, left: int | None = None, softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    sequence_attention_backward.meta(grad, query, key, value, output, logsumexp)
+    wide, rows, length = logsumexp.dtype, query.shape[0], query.shape[2]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, y, dy, lse = (
+        _side_by_side(x).transpose(0, 1).to(wide) for x in (query, key, value, output, grad, logsumexp)
+    )
+    found = [torch.zeros_like(x) for x in (q, k, v)]
+    group, start = len(q) // max(len(k), 1), 0
+    for end in _ends(rows, length, mask, position_ids).tolist():
+        at, start = slice(start, end), end
+        keys, values = (x[:, at].repeat_interleave(group, 0) for x in (k, v))
+        score = q[:, at] @ keys.mT * scale
+        score = score if softcap is None else softcap * torch.tanh(score / softcap)
+        place = torch.arange(score.shape[-1], device=score.device)
+        before = place.unsqueeze(1) - place
+        unseen = (before < 0) | (before > (length if left is None else left))
+        p = torch.exp(score - lse[:, at].unsqueeze(-1)).masked_fill(unseen, 0)
+        ds = p * (dy[:, at] @ values.mT - (dy[:, at] * y[:, at]).sum(-1, keepdim=True)) * scale
+        ds = ds if softcap is None else ds * (1 - (score / softcap) ** 2)
+        for total, part in zip(found, (ds @ keys, ds.mT @ q[:, at], p.mT @ dy[:, at]), strict=True):
+            total[:, at] = part.unflatten(0, (len(total), -1)).sum(1)
+    back = [x.unflatten(1, (rows, length)).transpose(0, 1).to(query.dtype).contiguous() for x in found]
+    return back[0], back[1], back[2]

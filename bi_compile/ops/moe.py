@@ -1,4 +1,4 @@
-"""Mixtures of experts: the gate, and the sum over a token's experts. The products between are `grouped_mm`."""
+"""Mixtures of experts: the gate, and the sum over a token's experts; the products between are `grouped_mm`. Or all after the gate."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from torch import Tensor
 
 from .batch import Combines, Normalises
 from .declare import check, composite, operator
+from .matmul import mm
 from .pointwise import pointwise
 from .reduce import softmax
+from .reduce import sum as row_sum
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -151,3 +153,78 @@ def _moe_combine(x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     for i in range(weights.shape[1]):
         total = total + parts[:, i]
     return total.to(x.dtype)
+
+
+@operator(
+    "moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor? weights, str act, Tensor? gate_up_bias=None, "
+    "Tensor? down_bias=None) -> Tensor",
+    batch=Normalises(-1),
+)
+def moe_experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    experts: Tensor,
+    weights: Tensor | None,
+    act: str,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Each token's experts and their sum: x [N, H], gate_up [E, 2 * I, H], down [E, H, I], experts and weights [N, k] give [N, H].
+
+    An expert computes act(gate, up) of the two halves of x @ gate_up^T, times down^T: act is "silu" or "gelu" or "gelu_tanh" of
+    gate, times up; or "swigluoai", where gate and up take turns: gate to 7 at most and up within 7, gate * sigmoid(1.702 * gate) *
+    (up + 1). Biases [E, 2 * I] and [E, H] are added to a product that is rounded.
+
+    It rounds where transformers' experts do (grouped_mm_experts_forward): every product, activation and weighted row to x's
+    dtype; the sum over k has the order of `bi_compile::sum` and is rounded once. weights: any float dtype; None: all are 1.
+    """
+    _check_dtype("moe_experts", x)
+    check(
+        x.dim() == experts.dim() == 2
+        and gate_up.dim() == down.dim() == 3
+        and x.shape[0] == experts.shape[0]
+        and gate_up.shape == (down.shape[0], 2 * down.shape[2], x.shape[1])
+        and down.shape[1] == x.shape[1]
+        and x.dtype == gate_up.dtype == down.dtype
+        and (weights is None or weights.shape == experts.shape),
+        lambda: (
+            "bi_compile::moe_experts takes x [N, H], gate_up [E, 2 * I, H] and down [E, H, I] of one dtype and a weight for each of experts "
+            f"[N, k], got {', '.join(f'{tuple(t.shape)} {t.dtype}' for t in (x, gate_up, down, experts))} and "
+            f"{None if weights is None else tuple(weights.shape)}"
+        ),
+    )
+    check(
+        act in ("silu", "gelu", "gelu_tanh", "swigluoai"),
+        lambda: f"bi_compile::moe_experts knows silu, gelu, gelu_tanh and swigluoai, not {act!r}",
+    )
+    return x.new_empty(x.shape)
+
+
+def _gated(y: Tensor, act: str) -> Tensor:
+    if act == "swigluoai":
+        gate, up = y[..., ::2].clamp(max=7.0), y[..., 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * (gate * pointwise("aten.sigmoid.default", [gate * 1.702]))
+    gate, up = y.chunk(2, -1)
+    if act == "silu":
+        return pointwise("aten.silu.default", [gate]) * up
+    return pointwise("aten.gelu.default", [gate], word="tanh" if act == "gelu_tanh" else "none") * up
+
+
+@composite("moe_experts")
+def _moe_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, experts: Tensor, weights: Tensor | None, act: str, gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    moe_experts.meta(x, gate_up, down, experts, weights, act, gate_up_bias, down_bias)
+    parts = x.new_zeros(*experts.shape, x.shape[1])
+    for expert in experts.unique().tolist():
+        token, choice = (experts == expert).nonzero(as_tuple=True)
+        y = mm(x[token], gate_up[expert].t())
+        y = _gated(y if gate_up_bias is None else y + gate_up_bias[expert].to(y.dtype), act)
+        y = mm(y, down[expert].t())
+        y = y if down_bias is None else y + down_bias[expert].to(y.dtype)
+        if weights is not None:
+            y = (y.float() * weights[token, choice].unsqueeze(1).float()).to(y.dtype)
+        parts[token, choice] = y
+    return row_sum(parts, [1])

@@ -14,8 +14,6 @@ TARGET = Target(
         "which computes each query's tile by itself once its KV split is off (VLLM_CPU_ATTN_SPLIT_KV=0, which the plugin sets); measured: "
         "rows equal alone and among others",
         "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
-        "_C.cpu_fused_moe.default": "each expert takes K in one order whoever shares its tile, and a token's experts are added up in float32 in "
-        "the router's order (vLLM csrc/cpu/cpu_fused_moe.cpp); measured (vLLM 0.32): rows equal alone and among others",
         "_C.onednn_scaled_mm.default": "sums of int8 are exact in int32, and the scales, zero points and bias come after the sum, each element by "
         "itself (vLLM csrc/cpu/dnnl_kernels.cpp); measured (vLLM 0.32): rows equal alone and among others",
         **dict.fromkeys(

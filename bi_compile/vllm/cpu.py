@@ -1,11 +1,12 @@
 """vLLM on a CPU: linear layers stay products that the passes can see, and attention does not split the keys.
 
-Mixtures of experts: vLLM's router is made of operators that are in the table, and its kernel for the experts is trusted
-(`targets/cpu.py`), each rank holding a part of every expert.
+Mixtures of experts: vLLM's router is made of operators that are in the table, softmax routing in transformers' order of them; the
+kernel for the experts is replaced by the pass cpu_moe. Each rank holds a part of every expert.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,23 @@ def _plain_linear() -> Switch:
             layer.cpu_linear = torch.nn.functional.linear
 
     return attribute(utils, "dispatch_cpu_unquantized_gemm", dispatch_cpu_unquantized_gemm)
+
+
+def _softmax_routing() -> Switch:
+    """Round the weights of a token's experts where transformers' models do: vLLM's router for CPUs takes softmax of the chosen alone."""
+    try:
+        from vllm.model_executor.layers.fused_moe.router import cpu_router
+    except ImportError:  # before vLLM 0.32: as invariant, with the roundings of that release
+        return contextlib.nullcontext()
+
+    def _softmax_topk(router_logits: torch.Tensor, top_k: int, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.softmax(router_logits, -1, dtype=torch.float32)
+        weights, experts = torch.topk(scores, top_k, dim=-1)
+        if renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(router_logits.dtype).float(), experts.int()
+
+    return attribute(cpu_router, "_softmax_topk", _softmax_topk)
 
 
 def _permit_amx(vllm_config: Any) -> None:
@@ -60,7 +78,7 @@ PLATFORM = Platform(
     },
     before_config=before_config,
     prepare=_permit_amx,
-    switches=(_plain_linear,),
+    switches=(_plain_linear, _softmax_routing),
     check_model=check_routing,
     divides_invariantly=True,
 )

@@ -206,6 +206,7 @@ def _wrap_worker(module: ModuleType) -> None:
         "init_worker": _in_turn,
         "init_device": _init_device,
         "load_model": _load_model,
+        "reload_weights": _in_turn,
         "determine_available_memory": _warm_up,
         "compile_or_warm_up_model": _compile_or_warm_up_model,
         "execute_model": _by_worker("execute_model"),

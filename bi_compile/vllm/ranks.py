@@ -6,7 +6,7 @@ Rank r of T has the segments r S/T up to (r + 1) S/T, which are a subtree, and `
 result, and then a bias, is rounded once. Rank 1 of 1 does the same without a collective, so its bits are those.
 
     RowParallelLinear        ops.mm_segments, ops.all_reduce_tree, + bias in float32
-    mixtures of experts      vLLM's kernel for each segment of the experts' intermediate size; its results, which it rounds to the
+    mixtures of experts      `ops.moe_experts` for each segment of the experts' intermediate size; its results, which it rounds to the
                              model's dtype, are the leaves of the tree
     VocabParallelEmbedding   one rank's row, its bytes added to zeros as integers, so that -0.0 stays
 

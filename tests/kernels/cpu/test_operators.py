@@ -22,6 +22,17 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, A
     narrow: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "moe_gate": ((x.transpose(0, 1), 3), {"renorm": True}),
         "moe_combine": ((m, torch.arange(-3, 3), m[:2, :3]), {}),
+        "moe_experts": (
+            (
+                m,
+                rand(2, 8, 8, dtype=dtype),
+                rand(2, 8, 4, dtype=dtype),
+                torch.arange(8).unsqueeze(1) % 2,
+                m[:, :1],
+                "silu",
+            ),
+            {},
+        ),
     }
     if dtype == torch.float64:
         narrow = {}
@@ -43,6 +54,11 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, A
         "layer_norm": ((x.transpose(0, 1), w, w, 1e-6), {}),
         "group_norm": ((rand(2, 8, 3, dtype=dtype).to(memory_format=torch.contiguous_format), w, w, 2, 1e-6), {}),
         "scaled_dot_product_attention": ((q, q, q), {"is_causal": True}),
+        "sequence_attention": ((q, q, q), {"left": 1}),
+        "sequence_attention_backward": (
+            (q, q, q, q, q, q[..., 0].to(torch.float64 if dtype == torch.float64 else torch.float32)),
+            {},
+        ),
     } | narrow
 
 
