@@ -97,6 +97,8 @@ def cases(folder: Path) -> list[Case]:
         "questions": QUESTIONS,
         "batches": [len(QUESTIONS)],
         "tokens": 48,
+        # no more than the questions need: vLLM warms up with a step of that many tokens
+        "max_num_batched_tokens": 512,
     }
     passes = {"compilation_config": {"custom_passes": ["bi_ascend"]}}
     what = f"SmolLM2-135M-Instruct, bfloat16: {len(QUESTIONS)} questions alone and together"
