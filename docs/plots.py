@@ -132,6 +132,7 @@ def rl_on_cpu() -> None:
 
 if __name__ == "__main__":
     equal_answers()
-    rl_on_cpu()
+    if (DOCS / "data" / "rl_on_cpu.csv").exists():  # examples/rl_on_cpu.py --csv
+        rl_on_cpu()
     decode_steps()
     vllm_throughput()
