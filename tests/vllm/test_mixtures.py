@@ -69,6 +69,8 @@ def test_a_router_that_is_to_choose_what_is_not_there(asked: dict[str, int], wro
 
 
 def test_quantised_experts_are_not_known() -> None:
+    if not hasattr(torch.ops._C, "fused_experts_cpu"):
+        pytest.skip("vLLM has fused_experts_cpu on processors with AVX-512 alone")
     target = get_target("cpu")
     known = Knowledge(target, Table(PASSES, target.name), Table(PASSES, target.name), {})
     assert judge(Call(torch.ops._C.fused_experts_cpu.default, (), {}, complete=False), known)[0] is Verdict.UNPROVEN
@@ -80,4 +82,6 @@ def test_a_mixture_on_two_ranks(tmp_path: Path) -> None:
     assert mixtures.differing(result) == {"8": 0}, result
     (line,) = (text for text in said.splitlines() if "TP0" in text and " bi_compile: " in text)
     replaced = line.partition("replaced ")[2].partition("; left none")[0]
-    assert "_C.shm_allreduce.default" in replaced and "_C.cpu_fused_moe.default" in replaced, line
+    assert "_C.cpu_fused_moe.default" in replaced, line
+    # without AVX-512 vLLM's ranks add up through gloo
+    assert any(f"{name}.default" in replaced for name in ("_C.shm_allreduce", "_c10d_functional.all_reduce")), line
