@@ -3,9 +3,9 @@
     python examples/rl_on_cpu.py            # 30 steps without the pass, then 30 with it
     python examples/rl_on_cpu.py --layers 2 # quicker: the model's first two layers of 30, whose answers are no language
 
-GRPO on SmolLM2-135M-Instruct, bfloat16. The reward is the share of the letter e among an answer's letters. Each token of an answer is weighted by the ratio of the trainer's probability to the rollout's. Both have the
-same weights at that moment, so the ratio should be 1 and the KL divergence between them 0. Prints both at every step, side by
-side, and writes them to --csv.
+GRPO on SmolLM2-135M-Instruct, bfloat16. The reward is the share of the letter e among an answer's letters. Each token of an
+answer is weighted by the ratio of the trainer's probability to the rollout's. Both have the same weights at that moment, so the
+ratio should be 1 and the KL divergence between them 0. Prints both at every step, side by side, and writes them to --csv.
 """
 
 from __future__ import annotations
