@@ -64,7 +64,7 @@ WAYS = (
     asking("logit bias", logit_bias={11: 3.0, 12: -4.0}),
     asking("allowed tokens", allowed_token_ids=list(range(100, 400))),
     asking("stop tokens, min_tokens", stop_token_ids=list(range(2000)), min_tokens=3, ignore_eos=False),
-    Way("structured output", {"model": "$tokenizer", "skip_tokenizer_init": False}, {"structured_outputs": {"regex": "[a-f]{2,40}"}, "ignore_eos": False}, tried=False),
+    Way("structured output", {"model": "$tokenizer", "skip_tokenizer_init": False}, {"structured_outputs": {"regex": "[a-f]{2,40}"}, "ignore_eos": False}),
     Way("chunked prefill", tests="tests/vllm/test_engine.py", by_hand=False),
     Way("prefix caching", {"enable_prefix_caching": True}, tests="tests/vllm/test_engine.py", by_hand=False),
     Way("preemption", {"kv_cache_memory_bytes": 2**21, "disable_log_stats": False}, tried=False),
