@@ -309,6 +309,15 @@ def _combined_experts(n: Node, x: str, weights: str) -> Result:
     return (*n.layout(w)[:1], *n.layout(rows)[1:]), [(w, 1)]
 
 
+def _experts(n: Node, x: str, per_token: Sequence[str]) -> Result:
+    """[N, H]: each token by itself, with whole matrices, which it names."""
+    combined = [(t, d) for t in n.tensors for d in range(1, len(n.layout(t)))]
+    token = n.layout(n.arg(x))[0]
+    for t in (n.arg(name) for name in per_token if n.arg(name) is not None):
+        token = union(token, n.layout(t)[0]) if carries(n.layout(t)[0]) else token
+    return (token, (Factor(n.shape[-1], False),)), combined
+
+
 def _linear(n: Node) -> Result:
     x, w = n.arg("input"), n.arg("weight")
     layout, weight = n.layout(x), n.layout(w)
@@ -468,6 +477,7 @@ DECLARED: dict[type, Callable[[Any], Rule]] = {
     batch.GroupedProduct: lambda said: functools.partial(_grouped, a=said.a, b=said.b),
     batch.Attention: lambda said: functools.partial(_attention, query=said.query, key=said.key, value=said.value),
     batch.PagedAttention: lambda said: functools.partial(_paged_attention, query=said.query),
+    batch.Experts: lambda said: functools.partial(_experts, x=said.x, per_token=said.per_token),
     batch.Combines: lambda said: functools.partial(_combined_experts, x=said.x, weights=said.weights),
     batch.Normalises: lambda said: _normalised(lambda n, rank: said.start),
     batch.Resizes: lambda said: _resized,

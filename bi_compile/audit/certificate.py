@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from ..errors import OptionError
 from .report import Report
 
@@ -38,6 +40,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    found["torch"] = str(torch.__version__)  # with the build (+cpu, +cu130), which the package's data may leave out
     return found
 
 

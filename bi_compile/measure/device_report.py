@@ -96,7 +96,7 @@ def collect(model: Path, plan: dict[str, Any], time_limit: float = 60.0, progres
 def versions() -> Iterator[tuple[str, str]]:
     for name in DISTRIBUTIONS:
         try:
-            yield name, metadata.version(name)
+            yield name, str(torch.__version__) if name == "torch" else metadata.version(name)  # with the build
         except metadata.PackageNotFoundError:
             continue
     cann = Path("/usr/local/Ascend/ascend-toolkit/latest/version.cfg")

@@ -70,6 +70,15 @@ class Combines:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """Each row of `x` [N, H] by its experts, which `per_token` [N, k] name and weigh: the dimensions of all tensors but their first
+    are combined; the result is [N, H]."""
+
+    x: str
+    per_token: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Normalises:
     """Statistics over the first tensor's dimensions from `start` (negative: from the end) on, which are combined."""
 
@@ -95,6 +104,7 @@ Batch = (
     | Attention
     | PagedAttention
     | Combines
+    | Experts
     | Normalises
     | Resizes
     | BySize

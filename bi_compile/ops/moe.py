@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import Combines, Normalises
+from .batch import Combines, Experts, Normalises
 from .declare import check, composite, operator
 from .matmul import mm
 from .pointwise import pointwise
@@ -158,7 +158,7 @@ def _moe_combine(x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 @operator(
     "moe_experts(Tensor x, Tensor gate_up, Tensor down, Tensor experts, Tensor? weights, str act, Tensor? gate_up_bias=None, "
     "Tensor? down_bias=None) -> Tensor",
-    batch=Normalises(-1),
+    batch=Experts("x", ("experts", "weights")),
 )
 def moe_experts(
     x: Tensor,

@@ -41,6 +41,12 @@ CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
         {K, B, 8, 16, 13, N, 9},
         set(),
     ),
+    "sequence_attention_backward": ((*[X(B, 4, M, K)] * 2, *[X(B, 4, M, K)] * 3, X(B, 4, M)), set(), set()),
+    "moe_experts": (
+        (X(M, K), X(G, 2 * N, K), X(G, K, N), torch.zeros(M, B, dtype=torch.int64), X(M, B), "silu"),
+        {K, N, 2 * N, B},
+        {G},
+    ),
     "rms_norm": ((X(M, G, K), None, 1e-6), {K}, set()),
     "add_rms_norm": ((X(M, K), X(M, K), None, 1e-6), {K}, set()),
     "layer_norm": ((X(M, K), None, None, 1e-6), {K}, set()),
@@ -66,7 +72,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
 
 
 def test_every_operator_declares_how_the_batch_flows() -> None:
-    assert CALLS.keys() == ops.OPERATORS.keys() == ops.BATCH.keys()
+    assert {*CALLS, "sequence_attention"} == ops.OPERATORS.keys() == ops.BATCH.keys()
     assert {type(said) for said in ops.BATCH.values()} == DECLARED.keys()
 
 
@@ -85,6 +91,17 @@ def test_the_rows_go_where_it_says(name: str) -> None:
                 assert want and found.dims(node) == want, (i, dim)
             elif size in taken and size not in result.shape:
                 assert found.dims(node) == (), (i, dim)
+
+
+def test_a_length_is_the_querys_own_and_combined_in_the_keys() -> None:
+    """Of sequence_attention, where both have one size."""
+    args = X(B, 4, M, K), X(B, G, M, K), X(B, G, M, K)
+    gm, _, (node,) = graph_of((ops.OPERATORS["sequence_attention"], args, {}))
+    for i in range(3):
+        for dim in range(4):
+            found = follow(gm.graph, {f"x{i}": dim})
+            assert (node in found.mixed) == (dim == 3 if i == 0 else dim == 2 or (i, dim) == (1, 3)), (i, dim)
+    assert follow(gm.graph, {"x0": 0}).dims(node) == (0,) and follow(gm.graph, {"x0": 2}).dims(node) == (2,)
 
 
 def test_a_ranks_share_of_the_rows_is_rows() -> None:

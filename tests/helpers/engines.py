@@ -6,7 +6,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from bi_compile.measure import process
+
+#: where vLLM by itself is known to give requests other bits in a batch; without AVX-512 the requests of these tests got the same
+shows_the_fault = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "AVX2",
+    reason="on this processor vLLM alone gives these requests the same bits",
+)
 
 PASS: dict[str, Any] = {"compilation_config": {"custom_passes": ["bi_ascend"]}}
 

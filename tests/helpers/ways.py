@@ -50,7 +50,7 @@ def asking(name: str, note: str = "", **asked: Any) -> Way:
 
 
 WAYS = (
-    asking("greedy, logprobs", tried=False),
+    asking("greedy, logprobs"),
     asking("prompt logprobs", prompt_logprobs=3),
     asking("penalties", presence_penalty=0.5, frequency_penalty=0.3, repetition_penalty=1.2),
     asking(

@@ -93,7 +93,9 @@ def test_other_graphs_are_left_alone() -> None:
         return [line for line in program.splitlines() if "tmp" in line]
 
     before, ours, after = code("inductor"), code("bi_ascend"), code("inductor")
-    assert "std::exp" in "".join(before) and "std::exp" not in "".join(ours) and before == after
+    assert before == after and "std::exp" not in "".join(ours)
+    # with AVX2 alone Inductor takes three elements as a short vector
+    assert ("std::exp" in "".join(before)) == (torch.backends.cpu.get_cpu_capability() != "AVX2")
 
 
 def test_the_cache_key_follows_the_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

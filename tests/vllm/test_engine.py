@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from browser import needs_browser, opened, read_and_search, search
-from engines import PASS, python, requests
+from engines import PASS, python, requests, shows_the_fault
 from typer.testing import CliRunner
 
 from bi_compile.cli import app
@@ -82,6 +82,7 @@ def read_and_run(dump: Path) -> None:
         assert ("STAND_INS" in text.split('"""')[1]) == ("unified_attention" in text.partition("def forward")[2])
 
 
+@shows_the_fault
 def test_without_the_key_they_differ_and_nothing_is_changed(model: Model, tmp_path: Path) -> None:
     result, said = requests(model("qwen3"), tmp_path, dtype="bfloat16", **LONG)
     assert differing(result) > 0, "this test bench no longer shows the fault"
