@@ -68,7 +68,7 @@ WAYS = (
     Way("chunked prefill", tests="tests/vllm/test_engine.py", by_hand=False),
     Way("prefix caching", {"enable_prefix_caching": True}, tests="tests/vllm/test_engine.py", by_hand=False),
     Way("preemption", {"kv_cache_memory_bytes": 2**21, "disable_log_stats": False}, tried=False),
-    Way("asynchronous scheduling", {"async_scheduling": True}, tried=False),
+    Way("asynchronous scheduling", {"async_scheduling": True}),
     Way("n-gram speculation", {"enforce_eager": True, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}}, note="tried with enforce_eager"),
     Way("a draft model", {"enforce_eager": True, "speculative_config": {"model": "$draft", "num_speculative_tokens": 3}}, note="tried with enforce_eager"),
     Way("EAGLE", {"model": "$llama", "speculative_config": {"method": "eagle", "model": "$eagle", "num_speculative_tokens": 2}}, tried=False),
