@@ -33,14 +33,14 @@ _KEYS: dict[str, Any] = {
 _NODE_KEYS = ("node", "operator", "verdict", "reason", "where", "rows_in", "rows_out", "value", "arguments")
 
 
-def versions() -> dict[str, str]:
+def versions(distributions: Sequence[str] = DISTRIBUTIONS) -> dict[str, str]:
+    """Of those that are installed; torch's with the build (+cpu, +cu130), which its package's data may leave out."""
     found = {}
-    for name in DISTRIBUTIONS:
+    for name in distributions:
         try:
-            found[name] = metadata.version(name)
+            found[name] = str(torch.__version__) if name == "torch" else metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    found["torch"] = str(torch.__version__)  # with the build (+cpu, +cu130), which the package's data may leave out
     return found
 
 

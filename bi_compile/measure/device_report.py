@@ -17,7 +17,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..audit import certificate
 from ..audit.measured import machine
 from ..errors import BiCompileError
 from ..targets import for_device
@@ -94,11 +94,7 @@ def collect(model: Path, plan: dict[str, Any], time_limit: float = 60.0, progres
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    for name in DISTRIBUTIONS:
-        try:
-            yield name, str(torch.__version__) if name == "torch" else metadata.version(name)  # with the build
-        except metadata.PackageNotFoundError:
-            continue
+    yield from certificate.versions(DISTRIBUTIONS).items()
     cann = Path("/usr/local/Ascend/ascend-toolkit/latest/version.cfg")
     if cann.exists():
         yield "CANN", cann.read_text().strip()
