@@ -24,7 +24,7 @@ class Writes(Pass):
 
 def _adds(self: Tensor, indices: Indices, values: Tensor, accumulate: bool = False, unsafe: bool = False) -> bool:
     """A sum, of which the audit says what it is; or masks alone, whose places are distinct."""
-    masks = all(i is None or i.dtype in (torch.bool, torch.uint8) for i in indices)
+    masks = all(i is None or i.dtype in write.MASKS for i in indices)
     return accumulate or masks
 
 

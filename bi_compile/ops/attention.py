@@ -176,8 +176,8 @@ def sequence_attention(
 
     query [B, Hq, L, D], key and value [B, Hkv, L, D]; mask and position_ids [B or 1, 1, 1, L], as attention's masks are broadcast.
     A sequence begins with a row, where mask goes from zero to not zero, and where position_ids is zero. What is padding gets some
-    result. left, softcap, sinks and scale as in
-    `paged_attention`. Returns the output [B, Hq, L, D], contiguous, and the logsumexp [B, Hq, L] in float32 (float64 for float64).
+    result. left, softcap, sinks and scale as in `paged_attention`. Returns the output [B, Hq, L, D], contiguous, and the logsumexp
+    [B, Hq, L] in float32 (float64 for float64).
 
     Raises:
         ValueError: a row of mask has padding between tokens.

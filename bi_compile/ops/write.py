@@ -15,6 +15,7 @@ from .batch import BySize
 from .declare import composite, operator
 
 _A = torch.ops.aten
+#: dtypes of an index that says which places are meant, one for each
 MASKS = (torch.bool, torch.uint8)
 
 
