@@ -122,7 +122,7 @@ def _lengths(query: Tensor, arguments: dict[str, Any]) -> tuple[list[int], list[
 def _attention(
     operator: str, query: Tensor, key: Tensor, value: Tensor, out: Sequence[Tensor] | None, arguments: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """All requests in one launch, and one copy of their lengths; AscendC's operator where its package is installed."""
+    """All requests in one launch, their lengths copied once for all layers of a step; AscendC's operator where its package is installed."""
     _check(operator, arguments)
     ends, keys = _lengths(query, arguments)
     table, block_size = arguments.get("block_table"), arguments.get("block_size", 0)
@@ -150,12 +150,12 @@ def _attention(
     parts["query_rope"] = None if rope is None else there(rope).reshape(rows.shape[0], heads, -1)
     q = rows.reshape(rows.shape[0], heads, -1)
     y, lse = ops.paged_attention(q, key, value, lengths, table, scale=arguments.get("scale", 1.0), **parts, **sees)
-    y = back(y, query.shape[0], rows.shape[0] // max(query.shape[0], 1)).contiguous()
+    y = back(y, query.shape[0], rows.shape[0] // max(query.shape[0], 1))
     if not arguments.get("softmax_lse_flag"):
-        lse = lse.new_zeros(1) if out is None else out[1]
+        lse = acl_graph.zero(lse) if out is None else out[1]
     else:
         lse = lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(2)
-    return (y, lse) if out is None else ascendc.into(out, y, lse)
+    return (y.contiguous(), lse) if out is None else ascendc.into(out, y, lse)
 
 
 #: layout -> (from it to [B, N, S, D], and back); H is N * D

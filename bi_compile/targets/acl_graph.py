@@ -1,4 +1,4 @@
-"""Attention in a captured ACL graph: its lengths lie on the device, and vllm-ascend's graph-update task writes them anew.
+"""The lengths of attention's requests, on the device. In a captured ACL graph vllm-ascend's graph-update task writes them anew.
 
 vllm-ascend captures attention between `torch.npu.graph_task_group_begin` and `_end`. Before the graph goes on to it in a
 replay, it calls the operator once more with the step's lengths between `graph_task_update_begin` and `_end`, on a stream of its
@@ -9,11 +9,13 @@ call makes it, the later ones fill it, on that same stream.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 
 class Task:
@@ -26,6 +28,8 @@ class Task:
 #: the task that is captured now, and the one that is updated now
 _captured: Task | None = None
 _updated: Task | None = None
+#: the lengths that were last brought to a device, and what holds them there: all layers of a step ask for the same
+_last: tuple[Any, Tensor] | None = None
 
 
 def graph_task_group_begin(stream: Any) -> None:
@@ -90,7 +94,34 @@ def lengths(ends: Sequence[int], keys: Sequence[int], packed: bool, device: torc
         # only memory: an operator that fills it would be part of the graph, and undo the update in each replay
         _captured.lengths = torch.empty(2, len(ends), dtype=torch.int32, device=device)
         return _captured.lengths
-    return _on_host(ends, keys, device).to(device, non_blocking=device.type == "npu")
+    return _of_step(ends, keys, device)
+
+
+def _of_step(ends: Sequence[int], keys: Sequence[int], device: torch.device) -> Tensor:
+    """Copied by the first layer of a step on its stream, and found again by the others. Nobody writes into it."""
+    global _last
+    if detect_fake_mode() is not None:
+        return _on_host(ends, keys, device).to(device)
+    asked = (*ends,), (*keys,), device, torch.get_device_module(device.type).current_stream(device)
+    last = _last
+    if last is not None and last[0] == asked:
+        return last[1]
+    found = _on_host(ends, keys, device).to(device, non_blocking=device.type == "npu")
+    _last = asked, found
+    return found
+
+
+def zero(like: Tensor) -> Tensor:
+    """[1], in the place of a logsumexp that nobody asked for; made once on each device, unless a graph is traced or captured."""
+    if detect_fake_mode() is not None or is_captured():
+        return like.new_zeros(1)
+    return _zero(like.dtype, like.device)
+
+
+@functools.cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the mode that asks first
+        return torch.zeros(1, dtype=dtype, device=device)
 
 
 def _on_host(ends: Sequence[int], keys: Sequence[int], device: torch.device) -> Tensor:

@@ -377,6 +377,21 @@ def test_a_captured_task_takes_the_lengths_of_its_update() -> None:
         acl_graph.graph_task_group_end(None)
 
 
+def test_the_layers_of_a_step_share_their_lengths() -> None:
+    """Equal numbers are one tensor, other numbers another; what is traced is not kept."""
+    cpu = torch.device("cpu")
+    first = acl_graph.lengths([1, 2], [9, 7], False, cpu)
+    assert acl_graph.lengths([1, 2], [9, 7], False, cpu) is first and first.tolist() == [[1, 2], [9, 7]]
+    with torch._subclasses.FakeTensorMode():
+        fake = acl_graph.lengths([1, 2], [9, 7], False, cpu)
+        assert type(fake) is not torch.Tensor and type(acl_graph.zero(torch.ones(2))) is not torch.Tensor
+    assert acl_graph.lengths([1, 2], [9, 7], False, cpu) is first
+    assert acl_graph.lengths([1, 2], [9, 8], False, cpu).tolist() == [[1, 2], [9, 8]] and first.tolist()[1] == [9, 7]
+    given = paged([(1, 3)])
+    zeros = [npu_attention.fused_infer_attention_score(**given)[1] for _ in range(2)]
+    assert zeros[0] is zeros[1] and zeros[0].tolist() == [0.0] and not zeros[0].is_inference()
+
+
 def test_int8_products_stay_and_others_are_refused() -> None:
     entries = {e.operator: e for e in npu_moe.NpuMoe.entries}
     int8, half = torch.zeros(4, 4, dtype=torch.int8), torch.zeros(4, 4, dtype=torch.float16)
