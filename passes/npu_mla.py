@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from bi_compile import ops
@@ -15,7 +14,7 @@ PAGED = {"PA": True, "PA_BNSD": True, "Norm": False, "PA_NZ": False, "PA_BLK_BNS
 
 
 class NpuMla(Pass):
-    """Norm, rotation and cache write of latent attention taken apart, and the product that goes with a transposition."""
+    """Norm, rotation and cache write of latent attention, and the product that goes with a transposition."""
 
     name = "npu_mla"
     source = "vllm_ascend/attention/mla_v1.py calls it between the compiled graphs; torch_npu 2.13's documentation says what it computes"
@@ -28,7 +27,7 @@ def kv_rmsnorm_rope_cache(
     c_kv_offset: Tensor | None = None, v: Tensor | None = None, epsilon: float = 1e-5, cache_mode: str = "Norm",
     is_output_kv: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """kv [B, N, 1, L + R]: rms_norm of the first L, rotation of the rest, both written to the slots `index`.
+    """kv [B, 1, S, L + R]: rms_norm of the first L, rotation of the rest, both written to the slots `index`.
 
     Returns the caches and both results. Rows whose slot is negative are not written, as by the native operator.
     """
@@ -37,14 +36,13 @@ def kv_rmsnorm_rope_cache(
     })  # fmt: skip
     if not PAGED.get(cache_mode, False):
         named.append(f"cache_mode={cache_mode!r}")
+    if kv.shape[1] != 1 or k_cache.shape[2] != 1:
+        named.append(f"{kv.shape[1]} heads of keys")
     if named:
-        refuse("npu_kv_rmsnorm_rope_cache", named, 'it has one for cache_mode "PA" without quantisation')
-    latent, rotated = kv.split([gamma.shape[0], kv.shape[-1] - gamma.shape[0]], -1)
-    y = ops.rms_norm(latent, gamma, epsilon)[0]
-    k = torch.ops.npu.npu_interleave_rope(rotated.contiguous(), cos, sin)
-    rows = (y.reshape(-1, *ckv_cache.shape[2:]), k.reshape(-1, *k_cache.shape[2:]))
-    torch.ops.atb._npu_reshape_and_cache(*rows, ckv_cache, k_cache, index.to(torch.int32))
-    return k_cache, ckv_cache, k, y
+        refuse("npu_kv_rmsnorm_rope_cache", named, 'it has one for cache_mode "PA", one head and no quantisation')
+    rows, cos, sin = (x.reshape(-1, x.shape[-1]) for x in (kv, cos, sin))
+    k, y = ops.latent_key(rows, gamma, cos, sin, index.reshape(-1), k_cache.squeeze(2), ckv_cache.squeeze(2), epsilon)
+    return k_cache, ckv_cache, k.view(*kv.shape[:-1], -1), y.view(*kv.shape[:-1], -1)
 
 
 @NpuMla.replaces("npu.npu_transpose_batchmatmul.default", why="the product's tiling follows the number of rows")
@@ -57,5 +55,6 @@ def transpose_batchmatmul(
     named = given({"bias": bias, "scale": scale, "batch_split_factor": batch_split_factor}, {"batch_split_factor": 1})
     if named:
         refuse("npu_transpose_batchmatmul", named, "it has one for the plain product")
-    y = ops.bmm(input.permute(*(perm_x1 or (0, 1, 2))), weight.permute(*(perm_x2 or (0, 1, 2))))
-    return y.permute(*(perm_y or (1, 0, 2))).contiguous()
+    a, b = input.permute(*(perm_x1 or (0, 1, 2))), weight.permute(*(perm_x2 or (0, 1, 2)))
+    order = tuple(perm_y or (1, 0, 2))
+    return ops.bmm_transposed(a, b) if order == (1, 0, 2) else ops.bmm(a, b).permute(*order).contiguous()

@@ -291,6 +291,14 @@ def _product(a: str, b: str) -> Rule:
     return rule
 
 
+def _transposed_product(n: Node, a: str, b: str) -> Result:
+    """[B, M, K] by [B, K, N]: the rows come first in the result [M, B, N]."""
+    x, y = n.arg(a), n.arg(b)
+    left, right = n.layout(x), n.layout(y)
+    batches = union(left[0], right[0]) if carries(right[0]) else left[0]
+    return (left[1], batches, right[2]), [(x, 2), (y, 1)]
+
+
 def _summed_product(n: Node) -> Result:
     """addbmm: the products of all batches are added up."""
     out, combined = _product("batch1", "batch2")(n)
@@ -349,6 +357,16 @@ def _paged_attention(n: Node, query: str) -> Result:
     others = [(x, i) for x in n.tensors if x is not q for i in range(len(n.layout(x)))]
     rows = n.layout(q)[:2]
     return ((*rows, (Factor(n.shape[-1], False),)), rows), [(q, 2), *others]
+
+
+def _per_token(n: Node, own: Sequence[str]) -> Result:
+    """Each token by itself; what else there is, belongs to all."""
+    mine = [n.arg(name) for name in own]
+    combined = [(x, i) for x in n.tensors for i in range(1 if x in mine else 0, len(n.layout(x)))]
+    tokens = functools.reduce(
+        union, [dim for dim in (n.layout(x)[0] for x in mine) if carries(dim)] or [n.layout(mine[0])[0]]
+    )
+    return tuple((tokens, *((Factor(size_of(m), False),) for m in v.shape[1:])) for v in n.value), combined
 
 
 def _normalised(start: Callable[[Node, int], int]) -> Rule:
@@ -474,9 +492,11 @@ DECLARED: dict[type, Callable[[Any], Rule]] = {
     batch.Reduces: lambda said: functools.partial(_reduced, name=said.dim),
     batch.Along: lambda said: functools.partial(_along, name=said.dim),
     batch.Product: lambda said: _product(said.a, said.b),
+    batch.TransposedProduct: lambda said: functools.partial(_transposed_product, a=said.a, b=said.b),
     batch.GroupedProduct: lambda said: functools.partial(_grouped, a=said.a, b=said.b),
     batch.Attention: lambda said: functools.partial(_attention, query=said.query, key=said.key, value=said.value),
     batch.PagedAttention: lambda said: functools.partial(_paged_attention, query=said.query),
+    batch.PerToken: lambda said: functools.partial(_per_token, own=said.own),
     batch.Experts: lambda said: functools.partial(_experts, x=said.x, per_token=said.per_token),
     batch.Combines: lambda said: functools.partial(_combined_experts, x=said.x, weights=said.weights),
     batch.Normalises: lambda said: _normalised(lambda n, rank: said.start),

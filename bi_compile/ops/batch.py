@@ -37,6 +37,14 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class TransposedProduct:
+    """`a` [B, M, K] by `b` [B, K, N]: K is combined; the result is [M, B, N]."""
+
+    a: str
+    b: str
+
+
+@dataclasses.dataclass(frozen=True)
 class GroupedProduct:
     """`a` [M, K], each row by its group's matrix of `b` [G, K, N]: K is combined; the result is [M, N]."""
 
@@ -59,6 +67,14 @@ class PagedAttention:
     other arguments assign to the tokens; the results begin with [T, H]."""
 
     query: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PerToken:
+    """The first dimension of the tensors `own` is the tokens, each by itself: every other dimension of theirs is combined, and so
+    is every dimension of the other tensors; the results begin with the tokens."""
+
+    own: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +116,11 @@ Batch = (
     | Reduces
     | Along
     | Product
+    | TransposedProduct
     | GroupedProduct
     | Attention
     | PagedAttention
+    | PerToken
     | Combines
     | Experts
     | Normalises

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import GroupedProduct, Product
-from .declare import check, operator
+from .batch import GroupedProduct, Product, TransposedProduct
+from .declare import check, composite, operator
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -83,6 +83,19 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` for each batch: [B, M, K] by [B, K, N] gives [B, M, N], contiguous. Each is the `mm` of its pair, bit for bit."""
     _check("bmm", 3, a, b)
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+
+@operator("bmm_transposed(Tensor a, Tensor b) -> Tensor", batch=TransposedProduct("a", "b"))
+def bmm_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """`bmm(a, b).transpose(0, 1)`, contiguous: [B, M, K] by [B, K, N] gives [M, B, N]. The sums are those of `bmm`, bit for bit."""
+    _check("bmm_transposed", 3, a, b)
+    return a.new_empty(a.shape[1], a.shape[0], b.shape[2])
+
+
+@composite("bmm_transposed")
+def _bmm_transposed(a: Tensor, b: Tensor) -> Tensor:
+    bmm_transposed.meta(a, b)
+    return bmm(a, b).transpose(0, 1).contiguous()
 
 
 @operator(

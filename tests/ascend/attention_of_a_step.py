@@ -21,7 +21,7 @@ import emulated_npu
 import torch
 import torch_npu
 
-from bi_compile import invariant
+from bi_compile import invariant, ops
 from bi_compile.options import Options
 
 HEADS, KV_HEADS, HEAD, BLOCK = 2, 1, 16, 128
@@ -74,7 +74,8 @@ def main() -> None:
     found["serves"] = ascendc.serves()
     with invariant(Options(target="ascend-a2"), "npu"):
         a, b = torch.ones(2, 4, 8, dtype=torch.float16).npu(), torch.ones(2, 8, 16, dtype=torch.float16).npu()
-        torch.bmm(a, b), torch.mm(a[0], b[0])
+        y, _ = torch.bmm(a, b), torch.mm(a[0], b[0])
+        found["transposed"] = torch.equal(ops.bmm_transposed(a, b).cpu(), y.cpu().transpose(0, 1))
         # theirs has the last dimension alone
         found["reductions"] = [
             torch.allclose(y.cpu().float(), want, atol=1e-3)

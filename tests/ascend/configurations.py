@@ -81,6 +81,10 @@ def products() -> Iterator[Configuration]:
             yield Configuration("addmm", dtype, name, "scaled", lambda f=run: f(beta=0.5, alpha=2))
             batched = empty(3, m, K, dtype=dtype), empty(3, K, N, dtype=dtype)
             yield Configuration("bmm", dtype, name, "", lambda o=batched: IMPLEMENTATIONS["bmm"](*o))
+            transposed = empty(m, 3, K, dtype=dtype).transpose(0, 1), batched[1]
+            for variant, o in {"batches first": batched, "rows first": transposed}.items():
+                run = lambda o=o: IMPLEMENTATIONS["bmm_transposed"](*o)
+                yield Configuration("bmm_transposed", dtype, name, variant, run)
             ends = torch.tensor([m, 2 * m, 3 * m], dtype=torch.int32)
             for layout, w in {
                 "a @ w": empty(3, K, N, dtype=dtype),
@@ -189,12 +193,24 @@ def experts() -> Iterator[Configuration]:
                 yield Configuration("moe_combine", dtype, f"{most} columns", variant, run)
 
 
+def latent_keys() -> Iterator[Configuration]:
+    pages, slots = (9, 128), torch.zeros(64, dtype=torch.int64)
+    for dtype, width in itertools.product(DTYPES, WIDTHS):
+        rotated = max(2, width)
+        given = (
+            empty(64, width + rotated, dtype=dtype), empty(width, dtype=dtype), *(empty(64, rotated, dtype=dtype) for _ in range(2)), slots,
+            *(empty(*pages, n, dtype=dtype) for n in (rotated, width)),
+        )  # fmt: skip
+        run = lambda g=given: IMPLEMENTATIONS["latent_key"](*g, 1e-6)
+        yield Configuration("latent_key", dtype, f"{WIDTHS[0]} to {WIDTHS[-1]} elements", str(width), run)
+
+
 def launches() -> dict[tuple[str, str, str, str], lowering.Launch]:
     """(operator, dtype, tile, variant) -> the one kernel that it launches."""
     found = {}
     before, launch.HOST = launch.HOST, "npu"
     try:
-        for c in itertools.chain(products(), row_kernels(), attention(), paged_attention(), experts()):
+        for c in itertools.chain(products(), row_kernels(), attention(), paged_attention(), latent_keys(), experts()):
             with lowering.captured() as captured:
                 c.run()
             (found[c[:4]],) = captured

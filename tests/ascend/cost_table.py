@@ -40,7 +40,16 @@ class Peak(NamedTuple):
 #: techpowerup.com/335749; no data sheet was found). None for the 950: for the 950PR 1.6 TB/s and 1 PFLOPS in 8 bits are announced,
 #: but no rate in 16 bits
 PEAKS = {"A2": Peak(188e12, 1.6e12), "A3": Peak(188e12, 1.6e12)}
-CUBE = ("mm", "grouped_mm", "paged_attention", "scaled_dot_product_attention", "addmm", "bmm", "baddbmm")
+CUBE = (
+    "mm",
+    "bmm_transposed",
+    "grouped_mm",
+    "paged_attention",
+    "scaled_dot_product_attention",
+    "addmm",
+    "bmm",
+    "baddbmm",
+)
 
 
 class Case(NamedTuple):
@@ -116,6 +125,33 @@ def experts() -> Iterator[Case]:
         "moe_combine", f"{tokens} tokens, {chosen} x 2048", lambda: IMPLEMENTATIONS["moe_combine"](x, at, weights), chosen, None,
         2 * (x.numel() + tokens * 2048),
     )  # fmt: skip
+
+
+def latent_attention() -> Iterator[Case]:
+    """DeepSeek-V3's keys, and its product with values of 16 heads, a rank's share of 128 on 8 ranks."""
+    latent, rotated, heads, width = 512, 64, 16, 128
+    for tokens in (16, 256):
+        e: Callable[..., Any] = lambda *n: torch.empty(*n, dtype=BF16)
+        kv, at, caches = (
+            e(tokens, latent + rotated),
+            torch.zeros(tokens, dtype=torch.int64),
+            (e(9, 128, rotated), e(9, 128, latent)),
+        )
+        given = (kv, e(latent), e(tokens, rotated), e(tokens, rotated), at, *caches)
+        run: Callable[[], Any] = lambda g=given: IMPLEMENTATIONS["latent_key"](*g, 1e-6)
+        yield Case(
+            "latent_key",
+            f"{tokens} tokens of {latent} + {rotated}",
+            run,
+            0,
+            None,
+            2 * (3 * kv.numel() + 2 * tokens * rotated),
+        )
+        a, b = e(tokens, heads, latent).transpose(0, 1), e(heads, latent, width)
+        yield Case(
+            "bmm_transposed", f"{heads} x {tokens} x {latent} x {width}", lambda a=a, b=b: IMPLEMENTATIONS["bmm_transposed"](a, b), latent // 128,
+            None, 2 * (a.numel() + b.numel() + tokens * heads * width),
+        )  # fmt: skip
 
 
 def rows() -> Iterator[Case]:
@@ -265,7 +301,7 @@ What followed from it:
 
 
 def main() -> None:
-    cases = list(itertools.chain(products(), attention(), experts(), rows(), others()))
+    cases = list(itertools.chain(products(), attention(), latent_attention(), experts(), rows(), others()))
     print(HEADER + "\n".join(line(case, name, chip) for case in cases for name, chip in lowering.CHIPS.items()))
 
 

@@ -56,8 +56,9 @@ def test_with_the_package_products_and_sums_are_its_and_the_certificate_says_so(
     calls = with_the_package["calls"]
     assert with_the_package["reductions"] == [True] * 7
     assert [calls[f"npu_{name}_batch_invariant"] for name in ("reduce_sum", "reduce_mean", "log_softmax")] == [2, 1, 1]
-    assert calls["npu_mm_batch_invariant"] == calls["npu_matmul_batch_invariant"] == 1
+    assert calls["npu_mm_batch_invariant"] == 1
+    assert calls["npu_matmul_batch_invariant"] == 2 and with_the_package["transposed"]
     assert calls["npu_fused_infer_attention_score_batch_invariant.out"] == 1
     assert with_the_package["certificate"] == {
-        "batch_invariant_ops": "of unknown version: serves mm, bmm, sum, mean, log_softmax, npu_fused_infer_attention_score_batch_invariant"
+        "batch_invariant_ops": "of unknown version: serves mm, bmm, bmm_transposed, sum, mean, log_softmax, npu_fused_infer_attention_score_batch_invariant"
     }

@@ -77,6 +77,11 @@ def kernels_over_rows(name: str, rows: int, dtype: torch.dtype) -> list[str]:
         "logsumexp": lambda f: f(x, [1]), "softmax": lambda f: f(x, 1), "log_softmax": lambda f: f(x, 1),
         "cumsum": lambda f: f(x, 1), "rms_norm": lambda f: f(x, w, 1e-6), "add_rms_norm": lambda f: f(x, x, w, 1e-6),
         "layer_norm": lambda f: f(x, w, w, 1e-5), "group_norm": lambda f: f(x[:, :, None], w, w, 4, 1e-5),
+        "bmm_transposed": lambda f: f(x.view(rows, 2, 512).transpose(0, 1), torch.empty(2, 512, 128, dtype=dtype)),
+        "latent_key": lambda f: f(
+            x, w[:960], x[:, :64], x[:, :64], torch.zeros(rows, dtype=torch.int64),
+            *(torch.empty(9, 128, n, dtype=dtype) for n in (64, 960)), 1e-6,
+        ),
         "moe_gate": lambda f: f(x, 8, k_group=4, groups=8, renorm=True),
         "moe_combine": lambda f: f(x, torch.zeros(8 * rows, dtype=torch.int32), torch.empty(rows, 8, dtype=dtype)),
         "scaled_dot_product_attention": lambda f: f(
@@ -97,7 +102,7 @@ def kernels_over_rows(name: str, rows: int, dtype: torch.dtype) -> list[str]:
 def test_the_number_of_rows_reaches_no_constant(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """One module for all numbers of rows; of a product, one for each tile in the table."""
     monkeypatch.setattr(launch, "HOST", "npu")
-    products = ("mm", "mm_segments", "addmm", "grouped_mm")
+    products = ("mm", "mm_segments", "addmm", "bmm_transposed", "grouped_mm")
     table = tiles.PRODUCT["npu"][dtype.itemsize] if name in products else [(1, None)]
     found = {key for rows in (*range(1, 258), 512, 1024, 4095) for key in kernels_over_rows(name, rows, dtype)}
     assert len(found) == len(table), found

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bi_compile import HostError
-from bi_compile.passes import add_rms_norm, npu_attention, npu_moe
+from bi_compile.passes import add_rms_norm, npu_attention, npu_mla, npu_moe
 from bi_compile.targets import acl_graph, ascend
 
 
@@ -390,6 +390,56 @@ def test_the_layers_of_a_step_share_their_lengths() -> None:
     given = paged([(1, 3)])
     zeros = [npu_attention.fused_infer_attention_score(**given)[1] for _ in range(2)]
     assert zeros[0] is zeros[1] and zeros[0].tolist() == [0.0] and not zeros[0].is_inference()
+
+
+def latent_keys(tokens: int, heads: int = 1) -> dict[str, Any]:
+    """Keys of 8 + 4 elements in pages of 4."""
+    return {
+        "kv": torch.randn(tokens, heads, 1, 12), "gamma": torch.rand(8), "cos": torch.rand(tokens, 1, 1, 4), "sin": torch.rand(tokens, 1, 1, 4),
+        "index": torch.arange(tokens).flip(0), "k_cache": torch.zeros(3, 4, heads, 4), "ckv_cache": torch.zeros(3, 4, heads, 8), "cache_mode": "PA",
+    }  # fmt: skip
+
+
+def test_a_latent_key_is_normalised_rotated_and_written() -> None:
+    """As torch_npu documents npu_kv_rmsnorm_rope_cache and npu_interleave_rope; a negative slot is not written."""
+    given = latent_keys(5)
+    given["index"][1] = -1
+    k_cache, ckv_cache, k, y = npu_mla.kv_rmsnorm_rope_cache(**given, epsilon=1e-6)
+    assert k_cache is given["k_cache"] and ckv_cache is given["ckv_cache"]
+    latent, pairs = given["kv"].double().split([8, 4], -1)
+    want = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + 1e-6) * given["gamma"]
+    turned = torch.cat([-pairs[..., 1::2], pairs[..., ::2]], -1) * given["sin"]
+    turned += torch.cat([pairs[..., ::2], pairs[..., 1::2]], -1) * given["cos"]
+    assert torch.allclose(y.double(), want, atol=1e-5) and torch.allclose(k.double(), turned, atol=1e-5)
+    for cache, rows in ((k_cache, k), (ckv_cache, y)):
+        flat = cache.flatten(0, 1)
+        assert torch.equal(flat[[4, 2, 1, 0]], rows[[0, 2, 3, 4], 0]) and not flat[3].any() and not flat[5:].any()
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ({"cache_mode": "PA_NZ"}, "cache_mode='PA_NZ'"),
+        ({"c_kv_scale": torch.ones(8)}, "c_kv_scale"),
+        (latent_keys(5, heads=2), "2 heads of keys"),
+    ],
+)
+def test_a_latent_key_refuses_by_name(argument: dict[str, Any], words: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"npu_kv_rmsnorm_rope_cache with {words}"):
+        npu_mla.kv_rmsnorm_rope_cache(**(latent_keys(5) | argument))
+
+
+def test_a_slot_beyond_the_cache_is_an_error_on_the_cpu() -> None:
+    with pytest.raises(IndexError, match="out of bounds"):
+        npu_mla.kv_rmsnorm_rope_cache(**latent_keys(2) | {"index": torch.tensor([0, 12])})
+
+
+@pytest.mark.parametrize("order", [None, (1, 0, 2), (0, 1, 2), (2, 0, 1)])
+def test_a_product_with_a_transposition(order: tuple[int, ...] | None) -> None:
+    x, w = torch.randn(3, 5, 8), torch.randn(3, 8, 4)
+    found = npu_mla.transpose_batchmatmul(x, w, perm_y=order)
+    assert torch.allclose(found, (x @ w).permute(*(order or (1, 0, 2))), atol=1e-5) and found.is_contiguous()
+    assert torch.equal(npu_mla.transpose_batchmatmul(x.transpose(0, 1), w, perm_x1=(1, 0, 2), perm_y=order), found)
 
 
 def test_int8_products_stay_and_others_are_refused() -> None:

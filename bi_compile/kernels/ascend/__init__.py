@@ -1,5 +1,5 @@
 """The operators on an Ascend NPU: AscendC's where its package is installed (`ascendc`), else the kernels of
-`bi_compile.kernels.triton` and, of mixtures of experts, those of `moe`, compiled by triton-ascend.
+`bi_compile.kernels.triton`, of mixtures of experts those of `moe` and of latent attention those of `latent`, compiled by triton-ascend.
 
 The tiles are the "npu" entries of `bi_compile.kernels.triton.tiles`. Sums of float64 are refused: neither the cube nor
 the vector cores add it up, and Ascend's kernel compiler has no type for it.
@@ -33,9 +33,9 @@ def _without_float64(name: str, function: Callable[..., Any]) -> Callable[..., A
 def triton_kernels() -> dict[str, Callable[..., Any]]:
     """operator -> the function that computes it by a Triton kernel."""
     from .. import triton
-    from . import moe
+    from . import latent, moe
 
-    return triton.IMPLEMENTATIONS | moe.IMPLEMENTATIONS
+    return triton.IMPLEMENTATIONS | latent.IMPLEMENTATIONS | moe.IMPLEMENTATIONS
 
 
 def register(library: torch.library.Library) -> None:

@@ -24,6 +24,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ASCENDC = {
     "mm": "npu_mm_batch_invariant",
     "bmm": "npu_matmul_batch_invariant",
+    "bmm_transposed": "npu_matmul_batch_invariant",
     "sum": "npu_reduce_sum_batch_invariant",
     "mean": "npu_reduce_mean_batch_invariant",
     "log_softmax": "npu_log_softmax_batch_invariant",
@@ -42,7 +43,11 @@ def ascendc_operators() -> dict[str, Callable[..., object]]:
         return {}
     import batch_invariant_ops  # noqa: F401  registers torch.ops.batch_invariant_ops
 
-    missing = [name for name in (*ASCENDC.values(), ATTENTION) if not hasattr(torch.ops.batch_invariant_ops, name)]
+    missing = [
+        name
+        for name in dict.fromkeys((*ASCENDC.values(), ATTENTION))
+        if not hasattr(torch.ops.batch_invariant_ops, name)
+    ]
     if missing:
         raise HostError(
             f"the package batch_invariant_ops lacks {', '.join(missing)}: install its current release (for Ascend 950: 2.0.0 or "
@@ -122,6 +127,11 @@ def _mm(theirs: Callable[..., Any], ours: Callable[..., Any], a: Tensor, b: Tens
     return theirs(a, b) if a.dtype in DTYPES and a.numel() and b.numel() else ours(a, b)
 
 
+def _transposed(theirs: Callable[..., Any], ours: Callable[..., Any], a: Tensor, b: Tensor) -> Tensor:
+    fits = a.dtype in DTYPES and a.numel() and b.numel()
+    return theirs(a, b).transpose(0, 1).contiguous() if fits else ours(a, b)
+
+
 def _reduce(
     theirs: Callable[..., Any],
     ours: Callable[..., Any],
@@ -147,6 +157,7 @@ def _log_softmax(
 _CALLS: dict[str, Callable[..., Any]] = {
     "mm": _mm,
     "bmm": _mm,
+    "bmm_transposed": _transposed,
     "sum": _reduce,
     "mean": _reduce,
     "log_softmax": _log_softmax,

@@ -22,6 +22,19 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, A
     narrow: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "moe_gate": ((x.transpose(0, 1), 3), {"renorm": True}),
         "moe_combine": ((m, torch.arange(-3, 3), m[:2, :3]), {}),
+        "latent_key": (
+            (
+                m,
+                w[:6].contiguous(),
+                m[:, :2],
+                m[:, :2],
+                torch.arange(-1, 7),
+                rand(2, 4, 2, dtype=dtype),
+                rand(2, 4, 6, dtype=dtype),
+                1e-6,
+            ),
+            {},
+        ),
         "moe_experts": (
             (
                 m,
@@ -41,6 +54,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, A
         "mm_segments": ((m, m.t(), 4), {}),
         "addmm": ((w, m, m), {"beta": 2, "alpha": 3}),
         "bmm": ((x, x.transpose(1, 2)), {}),
+        "bmm_transposed": ((x, x.transpose(1, 2)), {}),
         "baddbmm": ((rand(1, dtype=dtype)[:, None, None], x, x.transpose(1, 2)), {}),
         "sum": ((x.transpose(0, 1), [0, -1], True), {"dtype": torch.float32}),
         "mean": ((x.transpose(0, 1), []), {}),
@@ -97,6 +111,7 @@ def test_another_dtype_is_refused_by_name() -> None:
 
 
 W4, X34 = torch.ones(4), torch.ones(3, 4)
+CACHES = [torch.ones(2, 4, 2)] * 2
 
 REFUSED: list[tuple[str, tuple[Any, ...]]] = [
     ("mm", (X34, X34)),
@@ -119,6 +134,11 @@ REFUSED: list[tuple[str, tuple[Any, ...]]] = [
     ("layer_norm", (X34, None, torch.ones(3), 1e-6)),
     ("group_norm", (X34, None, None, 3, 1e-6)),
     ("group_norm", (X34, torch.ones(3), None, 2, 1e-6)),
+    ("bmm_transposed", (X34[None], X34.t()[None].double())),
+    ("latent_key", (X34, torch.ones(2), X34[:, :1], X34[:, :1], torch.arange(3), *CACHES, 1e-6)),
+    ("latent_key", (X34, torch.ones(2), X34[:, :2], X34[:, :2], torch.arange(2), *CACHES, 1e-6)),
+    ("latent_key", (X34, torch.ones(2), X34[:, :2], X34[:, :2], torch.arange(3), CACHES[0].half(), CACHES[1], 1e-6)),
+    ("latent_key", (X34, torch.ones(2), X34[:, :2], X34[:, :2], torch.arange(3), CACHES[0], CACHES[1][:1], 1e-6)),
     ("moe_gate", (X34, 5)),
     ("moe_combine", (X34, torch.arange(4), torch.ones(2, 3))),
     ("moe_combine", (X34, torch.ones(6), torch.ones(2, 3))),
