@@ -25,8 +25,9 @@ from .shared import attribute
 
 @contextlib.contextmanager
 def one_latent_form() -> Iterator[None]:
-    """All tokens of `AscendMLAImpl` are decoded: in the absorbed form, several tokens of a request in the layout TND."""
+    """All tokens of `AscendMLAImpl` are decoded: in the absorbed form, in the layout TND, which takes queries as they lie and copies nothing."""
     import torch_npu
+    from vllm_ascend.ascend_forward_context import _EXTRA_CTX
     from vllm_ascend.attention.mla_v1 import AscendMLAImpl, AscendMLAMetadataBuilder
 
     init, decode = AscendMLAMetadataBuilder.__init__, AscendMLAImpl._forward_decode
@@ -42,17 +43,17 @@ def one_latent_form() -> Iterator[None]:
     def _forward_decode(
         self: Any, q_nope: Any, q_pe: Any, k_nope: Any, k_pe: Any, block_size: int, attn_metadata: Any, *args: Any
     ) -> Any:
-        step = attn_metadata.decode
-        if attn_metadata.num_decode_tokens == attn_metadata.num_decodes:
+        if _EXTRA_CTX.capturing:  # steps that decode alone, in vllm-ascend's own call
             return decode(self, q_nope, q_pe, k_nope, k_pe, block_size, attn_metadata, *args)
+        step = attn_metadata.decode
         keys = [k.view(-1, self.num_kv_heads, block_size, k.shape[-1]) for k in (k_nope, k_pe)]
         y, _ = torch_npu.npu_fused_infer_attention_score_v2(
-            q_nope.contiguous(), keys[0], keys[0], query_rope=q_pe, key_rope=keys[1], num_query_heads=self.num_heads,
-            num_key_value_heads=self.num_kv_heads, input_layout="TND_NTD", atten_mask=step.attn_mask, sparse_mode=3,
+            q_nope, keys[0], keys[0], query_rope=q_pe, key_rope=keys[1], num_query_heads=self.num_heads,
+            num_key_value_heads=self.num_kv_heads, input_layout="TND", atten_mask=step.attn_mask, sparse_mode=3,
             softmax_scale=self.scale, block_table=step.block_table, block_size=block_size,
             actual_seq_qlen=step.actual_seq_lengths_q, actual_seq_kvlen=step.seq_lens_list,
         )  # fmt: skip
-        return self._v_up_proj(y)
+        return self._v_up_proj(y.transpose(0, 1))
 
     with (
         attribute(AscendMLAMetadataBuilder, "__init__", __init__),
