@@ -24,7 +24,14 @@ from .. import eager_audit
 from ..errors import HostError
 from ..options import Options
 from ..targets import ascend
-from .ascend_attention import captured_attention, check_config, check_graph_mode, check_layers, one_latent_form
+from .ascend_attention import (
+    captured_attention,
+    check_config,
+    check_graph_mode,
+    check_layers,
+    one_latent_form,
+    pages_of_the_cache,
+)
 from .inductor import VllmPass
 from .platforms import Platform, Switch
 from .shared import attribute
@@ -231,6 +238,7 @@ PLATFORM = Platform(
         own_mode_off,
         one_latent_form,
         captured_attention,
+        pages_of_the_cache,
     ),
     check_model=check_layers,
     make_pass=AscendPass,

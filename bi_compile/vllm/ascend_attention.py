@@ -73,6 +73,35 @@ def captured_attention() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def pages_of_the_cache() -> Iterator[None]:
+    """A page beyond the cache is an error where the scheduler names it, on the host; the kernels read the numbers on the device alone."""
+    from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
+
+    plain = NPUModelRunner._update_states
+
+    @functools.wraps(plain)
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        check_pages(self.kv_cache_config.num_blocks, scheduler_output)
+        return plain(self, scheduler_output)
+
+    with attribute(NPUModelRunner, "_update_states", _update_states):
+        yield
+
+
+def check_pages(there: int, scheduler_output: Any) -> None:
+    """Raise ValueError for a request that vLLM's SchedulerOutput gives a page beyond the cache's `there`."""
+    cached = scheduler_output.scheduled_cached_reqs
+    given = [(new.req_id, new.block_ids) for new in scheduler_output.scheduled_new_reqs]
+    for request, groups in (*given, *zip(cached.req_ids, cached.new_block_ids, strict=True)):
+        page = max((max(pages, default=0) for pages in groups or ()), default=0)
+        if page >= there:
+            raise ValueError(
+                f"the scheduler gives request {request} page {page} of a key cache that has {there}: attention would read memory that is "
+                "not the cache's. Start the engine again, without a kv_transfer_config if it has one"
+            )
+
+
 def check_config(model_config: Any) -> None:
     """Raise HostError for a model whose attention chooses its keys by an indexer, before it loads."""
     if getattr(getattr(model_config, "hf_text_config", None), "index_topk", None) is not None:

@@ -185,3 +185,17 @@ def test_a_mixture_of_experts_without_vllm_ascends_operators_is_refused(tmp_path
         refused = pytest.raises(HostError, match=r"a mixture of experts needs .*COMPILE_CUSTOM_KERNELS=1")
         with refused if kind == "moe" else contextlib.nullcontext():
             load_custom_ops(config)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_page_beyond_the_cache_is_a_sentence_before_the_step(new: bool) -> None:
+    """Where the scheduler gives it, on the host; the engines of test_engine.py are served with the same check."""
+    from bi_compile.vllm.ascend_attention import check_pages
+
+    pages = ([7, 1], [8, 0])
+    cached = types.SimpleNamespace(req_ids=["a", "b"], new_block_ids=[None, () if new else pages])
+    first = types.SimpleNamespace(req_id="c", block_ids=pages if new else ([7],))
+    step = types.SimpleNamespace(scheduled_new_reqs=[first], scheduled_cached_reqs=cached)
+    with pytest.raises(ValueError, match=f"request {'c' if new else 'b'} page 8 of a key cache that has 8"):
+        check_pages(8, step)
+    check_pages(9, step)
