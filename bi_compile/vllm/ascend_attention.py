@@ -116,7 +116,8 @@ def check_graph_mode(mode: Any) -> None:
     if mode is not None and mode.has_full_cudagraphs() and ascendc.attention() is not None:
         raise HostError(
             f"cudagraph_mode={mode.name} captures attention, and AscendC's of the package batch_invariant_ops, which serves it here, "
-            "cannot be captured (vllm-ascend's users found so): write "
+            "is captured with a workspace of its own (from release 2.0.0 on; SGLang does it), where vllm-ascend brings that of torch_npu's "
+            "operator: this was not tried, so write "
             'compilation_config={"cudagraph_mode": "PIECEWISE"}, or uninstall the package to use the Triton kernel'
         )
 
