@@ -1,7 +1,8 @@
 """`torch.ops.bi_compile.*`: invariant operators.
 
-Each is opaque to the compilers above it, mutates nothing (but for `latent_key`, which fills a cache), and gives the same bits through every way in: compiled, eager,
-inside a CUDA graph. The order of each sum is a function of the reduced length, the dtype and the device.
+Each is opaque to the compilers above it, mutates nothing (but for `latent_key`, which fills the cache that it is given), and
+gives the same bits through every way in: compiled, eager, inside a CUDA graph. The order of each sum is a function of the reduced
+length, the dtype and the device.
 """
 
 from .attention import paged_attention, scaled_dot_product_attention, sequence_attention, sequence_attention_backward

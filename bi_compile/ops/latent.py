@@ -31,8 +31,8 @@ def latent_key(
     Returns k [T, R] and y [T, L], contiguous, in kv's dtype: float32, bfloat16 or float16. It is the one operator of this package
     that writes into its arguments: what it returns does not depend on what was in them.
 
-    The squares over L are added as by `rms_norm` of one row. On a CPU it is `rms_norm`, with its roundings, and each product of
-    the rotation is rounded; an NPU's kernel fuses one of two into their sum, which is the same where operands have 16 bits.
+    The sum over L has the order of `bi_compile::sum`. On a CPU y is `rms_norm`'s, with its roundings, and each product of
+    the rotation is rounded; an NPU's kernel fuses one of the two into their sum, which is the same where operands have 16 bits.
     A slot beyond the cache is an IndexError on a CPU; on a device it is read there and not checked.
     """
     name = "bi_compile::latent_key"
