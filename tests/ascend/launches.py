@@ -1,10 +1,10 @@
 """What one decoder layer launches on the device: the table of docs/use/ascend.md.
 
-    LD_LIBRARY_PATH=.venv-ascend/cann .venv-ascend/bin/python tests/ascend/launches.py      # over a minute of a core for each of 18 engines
+    LD_LIBRARY_PATH=.venv-ascend/cann .venv-ascend/bin/python tests/ascend/launches.py      # over a minute of a core for each of 21 engines
 
 For Qwen3, Qwen3-MoE and a model of DeepSeek-V3's shape served by the real vllm-ascend on the emulated NPU, whose counter
 (`emulated_npu.LAUNCHES`) knows native operators, copies and Triton kernels by name: everything from the attention of the last
-layer but one to that of the last, in steps of 1, 16 and 256 requests. Prints a Markdown table, and below it what each engine launched.
+layer but one to that of the last, in steps of 1, 16 and 256 requests, in replays of captured graphs too (those of 16 serve one request too). Prints a Markdown table, and below it what each engine launched.
 
     ... tests/ascend/launches.py "moe, ours, eager" "dense, ours, eager"        # these
 """
@@ -28,18 +28,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 REQUESTS = (1, 16, 256)
 #: engine -> its case in test_engine.py
 ENGINES = {
-    "vllm-ascend alone": "plain", "its batch-invariant mode, with `batch_invariant_ops`": "VLLM_BATCH_INVARIANT",
+    "vllm-ascend alone": "plain", "vllm-ascend alone, through npugraph_ex": "npugraph_ex",
+    "its batch-invariant mode, with `batch_invariant_ops`": "VLLM_BATCH_INVARIANT",
     "ours, through its pass manager": "pass manager", "ours, through npugraph_ex": "npugraph_ex",
     "ours, eager": "eager fallback alone", "ours, through its pass manager, with `batch_invariant_ops`": "pass manager",
 }  # fmt: skip
 #: "decode, 16" -> what a layer launched, for each way that was seen
 Launches = dict[str, list[dict[str, int]]]
-#: kind of model -> its layers; the last two are of one kind
-LAYERS = {"dense": 2, "moe": 2, "v3": 3}
+#: kinds of model, of so many layers each: the last two are alike, and neither is the first, which does what is done once a step
+KINDS, LAYERS = ("dense", "moe", "v3"), 3
 
 
 def count_layers(last: int) -> Launches:
-    """What the layer before layer `last` launches in each step from now on."""
+    """What the layer before layer `last` launches in each step from now on; a graph that is captured tells it in each replay."""
+    import emulated_graph
     import emulated_npu
     from vllm_ascend.attention.attention_v1 import AscendAttentionBackendImpl
     from vllm_ascend.attention.mla_v1 import AscendMLAImpl
@@ -48,6 +50,12 @@ def count_layers(last: int) -> Launches:
     before: list[Counter[str]] = []
 
     def note(layer: str, tokens: int, requests: int) -> None:
+        if emulated_graph.capturing():  # then in each replay
+            emulated_graph.note(lambda: at(layer, tokens, requests))
+        else:
+            at(layer, tokens, requests)
+
+    def at(layer: str, tokens: int, requests: int) -> None:
         if f".{last}." in layer:
             name = f"{'decode' if tokens == requests else 'prefill'}, {requests}"
             launched = dict(emulated_npu.LAUNCHES - before.pop())
@@ -78,11 +86,12 @@ def engine(model: str, arguments: dict[str, Any]) -> Launches:
     """What a layer launches when 1, 16 and 256 requests are served."""
     from vllm import LLM, SamplingParams
 
+    found = count_layers(json.loads(Path(model, "config.json").read_text())["num_hidden_layers"] - 1)
     llm = LLM(
         model=model, skip_tokenizer_init=True, max_model_len=64, max_num_batched_tokens=1024, max_num_seqs=max(REQUESTS),
         seed=0, enable_prefix_caching=False, gpu_memory_utilization=0.05, **arguments,
     )  # fmt: skip
-    found = count_layers(llm.llm_engine.model_config.hf_config.num_hidden_layers - 1)
+    found.clear()  # of what warms the engine up
     for n in REQUESTS:
         prompts = [{"prompt_token_ids": [10 + i, 11, 12][: 2 + i % 2]} for i in range(n)]
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2, detokenize=False), use_tqdm=False)
@@ -97,6 +106,9 @@ def jobs(folder: Path, cases: list[str]) -> dict[str, dict[str, Any]]:
     for case in cases:
         kind, name = case.split(", ", 1)
         arguments, environment = (test_engine.WITHOUT | test_engine.WITH)[ENGINES[name]]
+        if name.startswith("vllm-ascend alone"):
+            compilation = {k: v for k, v in arguments["compilation_config"].items() if k != "custom_passes"}
+            arguments = arguments | {"compilation_config": compilation}
         found[case] = {
             "model": str(folder / kind), "arguments": arguments, "log": str(folder / f"{case}.log"),
             "environment": environment | {"VLLM_CACHE_ROOT": str(folder / f"cache of {case}")},
@@ -108,11 +120,11 @@ def main(chosen: list[str]) -> None:
     import npu_models
     import test_engine
 
-    cases = chosen or [f"{kind}, {name}" for kind in LAYERS for name in ENGINES]
+    cases = chosen or [f"{kind}, {name}" for kind in KINDS for name in ENGINES]
     package = str(Path(__file__).parents[1] / "helpers" / "stand_in")
     with tempfile.TemporaryDirectory() as folder:
         for kind in {case.split(", ")[0] for case in cases}:
-            npu_models.make(kind, Path(folder, kind), LAYERS[kind])
+            npu_models.make(kind, Path(folder, kind), LAYERS)
         # vllm-ascend looks for the package when it is imported
         for path in ("", package):
             some = [case for case in cases if ("`batch_invariant_ops`" in case) == bool(path)]

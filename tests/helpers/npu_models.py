@@ -39,7 +39,8 @@ def make(kind: str, folder: Path, layers: int = 2) -> Path:
     float16; "v3" in bfloat16, for vLLM scales its residuals in float16 and vllm-ascend's experts do not.
     """
     config = {"v3": V3, "v2-lite": V2_LITE, "w8a8": V2_LITE}.get(kind) or CONFIGS[kind]
-    config = type(config)(**{**config.to_dict(), "initializer_range": 0.1, "num_hidden_layers": layers})
+    given = {name: value for name, value in config.to_dict().items() if name != "layer_types"}  # one for each layer
+    config = type(config)(**{**given, "initializer_range": 0.1, "num_hidden_layers": layers})
     torch.manual_seed(0)
     dtype = torch.bfloat16 if kind == "v3" else torch.float16
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
