@@ -48,7 +48,7 @@ def run(kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, at: Tensor, into: 
     return KERNELS["latent_key"](kv, weight, cos, sin, at, *into, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("length", "rotated"), SIZES)
 def test_a_key_keeps_its_bits_among_others(length: int, rotated: int, dtype: torch.dtype) -> None:
     """Alone, at every place of batches of several sizes, in views of a wider product, and in both kinds of slots."""
