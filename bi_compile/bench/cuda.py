@@ -1,4 +1,4 @@
-"""On a CUDA device: products, row operators and whole decode steps, their bits checked, replayed from CUDA graphs."""
+"""On a CUDA device: products, row operators, attention and whole decode steps, their bits checked, replayed from CUDA graphs."""
 
 from __future__ import annotations
 
@@ -129,6 +129,72 @@ def rows() -> Measured:
             table.add_row(
                 name, f"4096 x {columns}", f"{mine:.1f}", f"{copy * moved / 2 / mine:.2f}", f"{theirs:.1f}", f"{theirs / mine:.2f}"
             )  # fmt: skip
+    return table
+
+
+#: (query heads, key heads, elements of a head), queries, keys, sequences
+ATTENTION = [
+    *(((16, 8, 128), 1, keys, n) for keys in (512, 4096, 32768) for n in (1, 16, 64) if keys * n < 2**20),
+    *(((16, 8, 64), 1, keys, n) for keys in (512, 4096, 32768) for n in (1, 16)),
+    ((16, 8, 128), 2048, 2048, 1),
+    ((16, 8, 128), 8192, 8192, 1),
+]
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor] | None:
+    """FlashAttention 3 as vLLM calls it, keys in pages of 16; None without vLLM."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    batch, heads, queries, size = q.shape
+    keys = k.shape[2]
+    rows = q.transpose(1, 2).reshape(-1, heads, size)
+    pages = [x.transpose(1, 2).reshape(-1, 16, k.shape[1], size).contiguous() for x in (k, v)]
+    numbers: dict[str, Any] = {"device": q.device, "dtype": torch.int32}
+    table = torch.arange(batch * keys // 16, **numbers).view(batch, -1)
+    starts, used = torch.arange(0, (batch + 1) * queries, queries, **numbers), torch.full((batch,), keys, **numbers)
+    return lambda: flash_attn_varlen_func(
+        q=rows, k=pages[0], v=pages[1], cu_seqlens_q=starts, max_seqlen_q=queries, seqused_k=used, max_seqlen_k=keys,
+        causal=queries > 1, block_table=table, fa_version=3,
+    )  # fmt: skip
+
+
+def attention() -> Measured:
+    """bi_compile::scaled_dot_product_attention against PyTorch's and, with vLLM, FlashAttention 3; caches from memory."""
+    table = Measured(
+        "Attention",
+        ("heads", "queries", "keys", "sequences", "PyTorch us", "FA3 us", "bi_compile us", "PyTorch / ours", "FA3 / ours", "PyTorch varies", "ours varies"),
+    )  # fmt: skip
+    ratios = []
+    for (heads, kv_heads, size), queries, keys, batch in ATTENTION:
+        torch.manual_seed(0)
+        copies = max(1, min(8, 3 * CACHE // (4 * batch * kv_heads * keys * size)))
+        cases = []
+        for _ in range(copies):
+            q = torch.randn(batch, queries, heads, size, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+            k, v = torch.randn(2, batch, kv_heads, keys, size, device="cuda", dtype=torch.bfloat16).unbind(0)
+            cases.append((q, k, v))
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, causal: bool = queries > 1) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, causal: bool = queries > 1) -> Tensor:
+            return ops.scaled_dot_product_attention(q, k, v, None, causal)[0]
+
+        q, k, v = cases[0]
+        varies = [not torch.equal(f(q[-1:], k[-1:], v[-1:]), f(q, k, v)[-1:]) for f in (plain, ours)]
+        flash = [_flash_attention(*case) for case in cases]
+        functions: list[Callable[[], Any]] = [lambda f=f, c=cases: [f(*x) for x in c] for f in (plain, ours)]  # type: ignore[misc]
+        if None not in flash:
+            functions.append(lambda flash=flash: [f() for f in flash])  # type: ignore[misc]
+        theirs, mine, *third = (t / copies * 1e3 for t in replay_times(functions))
+        ratios.append(theirs / mine)
+        table.add_row(
+            f"{heads}, {kv_heads} of {size}", str(queries), str(keys), str(batch), f"{theirs:.1f}", *([f"{third[0]:.1f}"] if third else ["-"]),
+            f"{mine:.1f}", f"{theirs / mine:.2f}", *([f"{third[0] / mine:.2f}"] if third else ["-"]), *(_yes(x) for x in varies),
+        )  # fmt: skip
+    table.line = f"PyTorch / ours: geometric mean {geometric_mean(ratios):.2f}, least {min(ratios):.2f}"
     return table
 
 
@@ -271,4 +337,4 @@ def host() -> Measured:
     return table
 
 
-BENCHES: dict[str, Benchmark] = {"product": product, "rows": rows, "host": host, "step": step}
+BENCHES: dict[str, Benchmark] = {"product": product, "rows": rows, "attention": attention, "host": host, "step": step}

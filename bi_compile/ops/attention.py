@@ -35,6 +35,9 @@ def scaled_dot_product_attention(
 
     A query row's result depends on that row, its keys, values and mask alone: scores as in `mm` (sum over D), softmax's
     sum and the sum over S ascending in S, so that masked keys behind the last seen one do not change the bits.
+    In 16 bits on CUDA the keys are in segments, of 256 up to key 2,048, of 512 up to key 8,192, of 1,024 behind it: each has a
+    maximum and sums of its own, ascending, and the segments are joined, ascending. Who takes a segment changes no bits, but a bool
+    mask does, against none and against the same mask in floats: its bytes make the compiler pair the keys of a dot in another way.
     """
     _float("scaled_dot_product_attention", query)
     check(
@@ -97,7 +100,7 @@ def paged_attention(
     (float64 for float64). A token that sees no key, or lies behind the last request's end, gives 0 (and -inf).
 
     The sums are those of `scaled_dot_product_attention` for the request alone with its keys in one piece: ascending over the
-    request's keys from its key 0, in blocks that depend on dtype and device alone. Where the pages lie, how long they are
+    request's keys from its key 0, in blocks (and segments) that depend on dtype and device alone. Where the pages lie, how long they are
     and which other requests there are does not change the bits. Numbers in lengths and block_table are read on the device
     and are not checked there: a page beyond the cache is read as whatever lies in memory (on a CPU: an IndexError).
     """

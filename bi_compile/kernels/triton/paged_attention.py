@@ -12,10 +12,23 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .attention import _dot, _exp, _fit_to_head, _uses_fold, blocks_of_head
-from .launch import accumulator, cdiv, choose, launch, target
-from .reduce import divide, fold
-from .tiles import ATTENTION, ATTENTION_HEAD, LONGEST_HEAD_GATHERED
+from .attention import (
+    _add_block,
+    _afresh,
+    _dot,
+    _finish,
+    _join,
+    _kind,
+    _nothing,
+    _scaled,
+    _segment,
+    _total,
+    blocks_of_head,
+    scale_of,
+    tile_of,
+)
+from .launch import cdiv, launch, target
+from .tiles import LONGEST_HEAD_GATHERED
 
 #: how the kernel finds keys: packed one request after the other; by pages that hold whole tiles of keys; by other pages
 PACKED, WHOLE_TILES, PAGES = 0, 1, 2
@@ -46,8 +59,8 @@ def _paged_attention(
     stride_qt, stride_qh, stride_qd, stride_kp, stride_kn, stride_kh, stride_kd,
     stride_vp, stride_vn, stride_vh, stride_vd, stride_qrt, stride_qrh, stride_qrd,
     stride_krp, stride_krn, stride_krh, stride_krd, stride_table,
-    SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, EXP: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr,
+    SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_DR: tl.constexpr,
 ):  # fmt: skip
     """`attention._attention` for a tile of one request's queries: the same blocks of BLOCK_N keys, ascending from key 0 of
@@ -91,73 +104,81 @@ def _paged_attention(
         qr_ptrs = q_rope + row[:, None] * stride_qrt + q_head[:, None] * stride_qrh + offs_dr[None, :] * stride_qrd
         qr_block = tl.load(qr_ptrs, mask=valid[:, None] & (offs_dr < DR)[None, :], other=0.0)
 
-    m_i = tl.full((BLOCK_M,), float("-inf"), ACC)
-    l_i = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
-    begin = tl.maximum(S - L + m0 // GROUP - left, 0) // BLOCK_N * BLOCK_N
-    end = tl.minimum(S, S - L + (m0 + BLOCK_M - 1) // GROUP + right + 1)
+    SUMS: tl.constexpr = 16 if SEGMENT else BLOCK_N
+    m_i, l_i, acc = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
+    m_all, l_all, acc_all = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
+    first_query = m0 // GROUP
+    last_query = (m0 + BLOCK_M - 1) // GROUP
+    begin = tl.maximum(S - L + first_query - left, 0) // BLOCK_N * BLOCK_N
+    end = tl.minimum(S, S - L + last_query + right + 1)
     end = tl.where(m0 < L * GROUP, end, 0)
-    for start_n in range(begin, end, BLOCK_N):
-        inside = offs_key < S - start_n
-        if KEYS == 0:
-            k_base = k + (first_key + start_n).to(tl.int64) * stride_kn
-            v_base = v + (first_key + start_n).to(tl.int64) * stride_vn
-            kr_base = k_rope + (first_key + start_n).to(tl.int64) * stride_krn
-            k_offs = offs_n * stride_kn
-            v_offs = offs_n * stride_vn
-            kr_offs = offs_n * stride_krn
-        elif KEYS == 1:
-            block = tl.load(table + request.to(tl.int64) * stride_table + start_n // page).to(tl.int64)
-            k_base = k + block * stride_kp + (start_n % page).to(tl.int64) * stride_kn
-            v_base = v + block * stride_vp + (start_n % page).to(tl.int64) * stride_vn
-            kr_base = k_rope + block * stride_krp + (start_n % page).to(tl.int64) * stride_krn
-            k_offs = offs_n * stride_kn
-            v_offs = offs_n * stride_vn
-            kr_offs = offs_n * stride_krn
-        else:
-            n = start_n + offs_n
-            block = tl.load(table + request.to(tl.int64) * stride_table + n // page, mask=inside, other=0).to(tl.int64)
-            k_base = k
-            v_base = v
-            kr_base = k_rope
-            k_offs = block * stride_kp + n % page * stride_kn
-            v_offs = block * stride_vp + n % page * stride_vn
-            kr_offs = block * stride_krp + n % page * stride_krn
-        k_ptrs = k_base + off_h * stride_kh + k_offs[None, :] + offs_d[:, None] * stride_kd
-        k_block = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
-        qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
-        if ROPE:
-            kr_ptrs = kr_base + off_h * stride_krh + kr_offs[None, :] + offs_dr[:, None] * stride_krd
-            qk = _dot(qr_block, tl.load(kr_ptrs, mask=inside[None, :] & (offs_dr < DR)[:, None], other=0.0), qk)
-        qk = qk * tl.full((BLOCK_M, BLOCK_N), SCALE, ACC)
-        distance = start_n + offs_key[None, :] - position[:, None]
-        seen = valid[:, None] & inside[None, :] & (distance <= right) & (distance >= -left)
-        qk = tl.where(seen, qk, float("-inf"))
+    # blocks of which every query of the tile sees every key
+    whole = begin
+    whole_end = begin
+    if SEGMENT:
+        whole = tl.minimum(
+            tl.maximum(begin, tl.cdiv(S - L + last_query - left, BLOCK_N) * BLOCK_N), tl.maximum(end, begin)
+        )
+        whole_end = tl.maximum(tl.minimum(end, S - L + first_query + right + 1) // BLOCK_N * BLOCK_N, whole)
+    for STAGE in tl.static_range(0 if SEGMENT else 2, 3):
+        for start_n in range(
+            begin if STAGE == 0 else whole if STAGE == 1 else whole_end,
+            whole if STAGE == 0 else whole_end if STAGE == 1 else end,
+            BLOCK_N,
+        ):
+            inside = offs_key < (BLOCK_N if STAGE == 1 else S - start_n)
+            if KEYS == 0:
+                k_base = k + (first_key + start_n).to(tl.int64) * stride_kn
+                v_base = v + (first_key + start_n).to(tl.int64) * stride_vn
+                kr_base = k_rope + (first_key + start_n).to(tl.int64) * stride_krn
+                k_offs = offs_n * stride_kn
+                v_offs = offs_n * stride_vn
+                kr_offs = offs_n * stride_krn
+            elif KEYS == 1:
+                block = tl.load(table + request.to(tl.int64) * stride_table + start_n // page).to(tl.int64)
+                k_base = k + block * stride_kp + (start_n % page).to(tl.int64) * stride_kn
+                v_base = v + block * stride_vp + (start_n % page).to(tl.int64) * stride_vn
+                kr_base = k_rope + block * stride_krp + (start_n % page).to(tl.int64) * stride_krn
+                k_offs = offs_n * stride_kn
+                v_offs = offs_n * stride_vn
+                kr_offs = offs_n * stride_krn
+            else:
+                n = start_n + offs_n
+                block = tl.load(table + request.to(tl.int64) * stride_table + n // page, mask=inside, other=0).to(
+                    tl.int64
+                )
+                k_base = k
+                v_base = v
+                kr_base = k_rope
+                k_offs = block * stride_kp + n % page * stride_kn
+                v_offs = block * stride_vp + n % page * stride_vn
+                kr_offs = block * stride_krp + n % page * stride_krn
+            k_ptrs = k_base + off_h * stride_kh + k_offs[None, :] + offs_d[:, None] * stride_kd
+            k_block = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
+            qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
+            if ROPE:
+                kr_ptrs = kr_base + off_h * stride_krh + kr_offs[None, :] + offs_dr[:, None] * stride_krd
+                kr_block = tl.load(kr_ptrs, mask=inside[None, :] & (offs_dr < DR)[:, None], other=0.0)
+                qk = _dot(qr_block, kr_block, qk)
+            qk = _scaled(qk, SCALE, SEGMENT, ACC)
+            distance = start_n + offs_key[None, :] - position[:, None]
+            seen = valid[:, None] & inside[None, :] & (distance <= right) & (distance >= -left)
+            v_ptrs = v_base + off_h * stride_vh + v_offs[:, None] + offs_dv[None, :] * stride_vd
+            v_block = tl.load(v_ptrs, mask=inside[:, None] & (offs_dv < DV)[None, :], other=0.0)
+            if SEGMENT:
+                segment = _segment(start_n, SEGMENT)
+                m_i, l_i, acc = _afresh(start_n % segment == 0, m_i, l_i, acc)
+            m_i, l_i, acc = _add_block(qk, seen, v_block, m_i, l_i, acc, 0 if STAGE == 1 else 2, EXP, SEGMENT)
+            if SEGMENT:
+                if ((start_n + BLOCK_N) % segment == 0) & (start_n + BLOCK_N < end):
+                    m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
 
-        m_ij = tl.maximum(m_i, tl.max(qk, 1))
-        shift = tl.where(m_ij == float("-inf"), 0.0, m_ij)
-        p = _exp(qk - shift[:, None], HALF)
-        alpha = _exp(m_i - shift, HALF)
-        v_ptrs = v_base + off_h * stride_vh + v_offs[:, None] + offs_dv[None, :] * stride_vd
-        v_block = tl.load(v_ptrs, mask=inside[:, None] & (offs_dv < DV)[None, :], other=0.0)
-        new_l_i = tl.fma(l_i, tl.broadcast_to(alpha[:, None], BLOCK_M, BLOCK_N), p)
-        new_acc = _dot(p.to(v.dtype.element_ty), v_block, acc * alpha[:, None])
-        # 0 * NaN is NaN: a NaN in v must not reach a row that sees no key of the block
-        any_seen = tl.max(seen.to(tl.int32), 1) > 0
-        l_i = tl.where(any_seen[:, None], new_l_i, l_i)
-        acc = tl.where(any_seen[:, None], new_acc, acc)
-        m_i = m_ij
-
-    if FOLD:
-        total = tl.reshape(fold(l_i[:, :, None]), (BLOCK_M,))
-    else:
-        total = tl.sum(l_i, 1)
-    no_key = total == 0.0
-    total = tl.where(no_key, 1.0, total)
-    acc = divide(acc, tl.broadcast_to(total[:, None], BLOCK_M, BLOCK_DV))
+    if SEGMENT:
+        m_i, l_i, acc = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
+    acc, logsumexp = _finish(m_i, _total(l_i, FOLD, SEGMENT), acc, EXP)
     heads = tl.num_programs(0) // tiles * group
     out_row = row * heads + q_head
-    tl.store(lse + out_row, tl.where(no_key, float("-inf"), m_i + tl.log(total)), mask=valid)
+    tl.store(lse + out_row, logsumexp, mask=valid)
     if BLOCK_DV < 512:
         # tokens, heads of each, elements: what a division of rows hides from Ascend's compiler, which then stores single elements
         HEADS: tl.constexpr = GROUP if GROUP < BLOCK_M else BLOCK_M
@@ -228,8 +249,7 @@ def paged_attention(
     blocks = blocks_of_head("paged_attention", query, dim, value_dim)
     # the average request's tile: its height changes no bits (tiles.py)
     padded = triton.next_power_of_2(group)
-    tile = choose(ATTENTION[device][size], cdiv(tokens, requests) * padded)
-    tile = _fit_to_head(tile, max(blocks), ATTENTION_HEAD[device][1])
+    tile = tile_of(query, cdiv(tokens, requests) * padded, max(blocks))
     page = 1 if block_table is None else key.shape[1]
     keys = PACKED if block_table is None else WHOLE_TILES if page % tile.width == 0 else PAGES
     longest = LONGEST_HEAD_GATHERED.get(device, {}).get(size)
@@ -240,6 +260,7 @@ def paged_attention(
         )
     tiles = tokens * padded // tile.height + requests + 1
     rope = 0 if query_rope is None else query_rope.shape[2]
+    kind = _kind(query)
     q_rope, k_rope = (query, key) if query_rope is None or key_rope is None else (query_rope, key_rope)
     k_strides, v_strides, kr_strides = (
         (0, *x.stride()) if block_table is None else x.stride() for x in (key, value, k_rope)
@@ -250,8 +271,7 @@ def paged_attention(
         UNLIMITED if left is None else min(left, UNLIMITED), UNLIMITED if right is None else min(right, UNLIMITED),
         *query.stride(), *k_strides, *v_strides, *q_rope.stride(), *kr_strides,
         0 if block_table is None else block_table.stride(0),
-        SCALE=1 / math.sqrt(dim + rope) if scale is None and dim + rope else float(scale or 0), KEYS=keys, ROPE=rope > 0,
-        HALF=size == 2, ACC=accumulator(query.dtype), FOLD=_uses_fold(query), GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width,
+        SCALE=scale_of(scale, dim + rope, kind["EXP"]), KEYS=keys, ROPE=rope > 0, **kind, GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width,
         BLOCK_D=blocks[0], BLOCK_DV=blocks[1], BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0],
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

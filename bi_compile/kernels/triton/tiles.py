@@ -81,8 +81,7 @@ TMA_MANY_ROWS = [
 
 #: target -> bytes per element -> (limit, tile) of attention; its rows are the queries of all heads that share a key head.
 #: The width is the number of keys in one step and must not follow the rows. In 16 bits there is no tile of 64 rows, which
-#: would run on the warp group's matrix instruction: it is slower at each of the shapes that were timed on an H100 (heads of
-#: 128; decoding over 512 and 4096 keys, 2048 queries at once), and at other heads its bits differed.
+#: would run on the warp group's matrix instruction: on an H200 its bits differed at each head from 16 to 128 elements.
 ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
     "cuda": {
         2: [(16, Tile(16, 64, 4, 3)), (UNLIMITED, Tile(32, 64, 4, 3))],
@@ -91,8 +90,13 @@ ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
     },
     "npu": {2: [(UNLIMITED, Tile(32, 64, 1, 1))], 4: [(UNLIMITED, Tile(32, 64, 1, 1))]},
 }
+#: attention in 16 bits on CUDA: keys of a segment (the first ones), part of the sum's order; up to how many programs, which would
+#: leave the device idle, each segment has a program of its own
+SEGMENT, FEW = 256, 96
+#: attention in 16 bits on CUDA where heads have more than 128 elements: one tile for any number of rows
+LONG_HEADS = Tile(16, 64, 4, 3)
 #: target -> (the least length that a head is padded to, the greatest for which attention's tile keeps its full height)
-ATTENTION_HEAD: dict[str, tuple[int, int]] = {"cuda": (16, 256), "npu": (32, 128)}
+ATTENTION_HEAD: dict[str, tuple[int, int]] = {"cuda": (16, 128), "npu": (32, 128)}
 #: target -> bytes per element -> the longest head that on-chip memory has room for; longer ones are refused
 LONGEST_HEAD: dict[str, dict[int, int]] = {"npu": {2: 512, 4: 256}}
 #: the same for pages that hold no whole number of an attention tile's keys, which are gathered

@@ -23,9 +23,10 @@ from triton_cases import (
     statistic,
 )
 
+from bi_compile.kernels.triton import attention as module
 from bi_compile.kernels.triton import launch
 from bi_compile.kernels.triton.attention import attention
-from bi_compile.kernels.triton.tiles import ATTENTION
+from bi_compile.kernels.triton.tiles import ATTENTION, Tile
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Outputs:
@@ -132,19 +133,55 @@ def test_keys_behind_the_last_seen_one_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS if CUDA else HALVES, ids=str)
-@pytest.mark.parametrize("dim", [64, 128, 256] if CUDA else [16])
+@pytest.mark.parametrize("dim", [16, 32, 64, 96, 128] if CUDA else [16])
 def test_every_tile_of_attention_gives_the_same_bits(dim: int, dtype: torch.dtype) -> None:
     length, keys = (70, 150) if CUDA else (20, 70)
     q, k, v = (heads(1, count, n, dim, dtype, n) for count, n in ((4, length), (2, keys), (2, keys)))
-    table = ATTENTION["cuda"][dtype.itemsize]
+    tiles = [tile for _, tile in ATTENTION["cuda"][dtype.itemsize]]
+    if dtype.itemsize == 2:
+        tiles += [Tile(16, 64, 4, 2), Tile(32, 64, 4, 1)]
     for causal in (False, True):
         for mask in (None, draw(length, keys) > -1, draw(length, keys, dtype=dtype)):
             results = []
-            for _, tile in table:
+            for tile in tiles:
                 outs = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=statistic(q))
                 results.append(attention(q, k, v, mask, causal, None, outs, tile))
-            for (_, tile), result in zip(table, results, strict=True):
+            for tile, result in zip(tiles, results, strict=True):
                 assert same(result, results[0]), tile
+
+
+def test_the_segments_of_keys() -> None:
+    """256 keys up to key 2,048, then 512, from 8,192 on 1,024."""
+    ends = [*range(256, 2048, 256), *range(2048, 8192, 512), *range(8192, 40_000, 1024)]
+    for keys in (1, 255, 256, 257, 2047, 2048, 2049, 2560, 2561, 8191, 8192, 8193, 9216, 9217, 32_768):
+        assert module._segments(keys) == 1 + sum(end < keys for end in ends), keys
+
+
+@pytest.mark.parametrize("dtype", HALVES if CUDA else HALVES[1:], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256] if CUDA else [16])
+def test_segments_have_the_same_bits_whoever_takes_them(
+    dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One program for all segments of the keys, or one for each of them."""
+    every = (255, 256, 257, 600, 2047, 2048, 2049, 2560, 8191, 8193, 9300) if CUDA else (63, 64, 65, 640, 2050)
+    if not CUDA:
+        monkeypatch.setattr(module, "SEGMENT", 64)
+    for keys in every:
+        q, k, v = (heads(1, count, n, dim, dtype, n) for count, n in ((4, 5), (2, keys), (2, keys)))
+        mask = draw(5, keys) > -1
+        for m, causal in ((None, False), (mask, False), (None, True), (draw(5, keys, dtype=dtype), False)):
+            queries = heads(1, 4, keys, dim, dtype, 5) if causal and (CUDA or keys < 200) else q
+            results = []
+            for few in (0, 10**6):
+                monkeypatch.setattr(module, "FEW", few)
+                results.append(call("scaled_dot_product_attention", queries, k, v, m, causal))
+            assert same(*results), (keys, causal, m is None)
+            if not causal:
+                assert_near(results[0][0], attend(q.double(), k.double(), v.double(), m, False)[0])
+
+
+def assert_near(got: Tensor, want: Tensor) -> None:
+    assert (got.double() - want).norm() < {torch.float16: 2e-3, torch.bfloat16: 1e-2}[got.dtype] * want.norm()
 
 
 @pytest.mark.skipif(CUDA, reason="an NPU's tile, in the interpreter")

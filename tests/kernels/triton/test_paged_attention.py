@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton_cases import CUDA, DEVICE, FLOATS, Outputs, call, draw, same
 
-from bi_compile.kernels.triton import launch
+from bi_compile.kernels.triton import attention, launch
 
 HEADS, KV_HEADS, HEAD = 4, 2, 16
 #: (tokens, keys): decode, prefill, chunks, a request without tokens, one without keys, more tokens than keys
@@ -34,9 +34,11 @@ def request_of(index: int, tokens: int, keys: int, dtype: torch.dtype) -> tuple[
 def alone(q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None) -> Outputs:
     """The operator for keys in one piece, for the request by itself."""
     distance = torch.arange(len(k))[None] - torch.arange(len(k) - len(q), len(k))[:, None]
-    seen = (distance >= -(1000 if left is None else left)) & (distance <= (1000 if right is None else right))
+    seen = (distance >= -(10_000 if left is None else left)) & (distance <= (10_000 if right is None else right))
     heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out, lse = call("scaled_dot_product_attention", *heads, seen.to(DEVICE))
+    # with bool masks, bytes, Triton's dots on CUDA pair the keys in another way
+    mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, -math.inf) if CUDA else seen
+    out, lse = call("scaled_dot_product_attention", *heads, mask.to(DEVICE))
     return out[0].transpose(0, 1).contiguous(), lse[0].t().contiguous()
 
 
@@ -89,6 +91,18 @@ def test_a_mixed_batch_has_the_bits_of_each_request_alone(dtype: torch.dtype, li
         some = [requests[i] for i in order]
         parts = [[x.split([n for n, _ in MIXED])[i] for i in order] for x in want]
         assert same(paged(some, 16, **limits), tuple(map(torch.cat, parts))), order
+
+
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+def test_segments_end_at_the_same_keys_in_pages(limits: dict[str, int | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA's tiles: segments of 64 keys, then of 128 and 256."""
+    monkeypatch.setattr(launch, "HOST", "cuda")
+    monkeypatch.setattr(attention, "SEGMENT", 64)
+    counts = [(1, 300), (17, 64), (9, 129), (4, 700), (1, 2100)]
+    requests = [request_of(i, *n, torch.float16) for i, n in enumerate(counts)]
+    want = tuple(torch.cat(parts) for parts in zip(*(alone(*r, **limits) for r in requests), strict=True))
+    for size in (16, 128):
+        assert same(paged(requests, size, **limits), want), size
 
 
 @pytest.mark.parametrize("size", [16, 128])
