@@ -69,8 +69,11 @@ def _nothing(BLOCK_M: tl.constexpr, SUMS: tl.constexpr, BLOCK_DV: tl.constexpr, 
 
 
 @triton.jit
-def _add_block(qk, seen, v_block, m_i, l_i, acc, SEEN: tl.constexpr, EXP: tl.constexpr, SEGMENT: tl.constexpr):
-    """Maximum m_i, sums l_i and output acc of the keys so far with those of the next block: qk [M, N], v_block [N, Dv].
+def _add_block(
+    qk, seen, v_ptrs, inside, in_head, m_i, l_i, acc, SEEN: tl.constexpr, EXP: tl.constexpr, SEGMENT: tl.constexpr
+):  # fmt: skip
+    """Maximum m_i, sums l_i and output acc of the keys so far with those of the next block: qk [M, N], v_ptrs [N, Dv], of which the
+    keys `inside` [N] and the elements `in_head` [Dv] are there.
 
     The sums [M, 16] of segments are products with ones, of exp(qk - m_i) rounded to v's dtype and of what the rounding left: a dot
     has one order wherever a compiler puts a tile's elements, which `tl.sum` has not. Other sums are lanes [M, N].
@@ -84,13 +87,15 @@ def _add_block(qk, seen, v_block, m_i, l_i, acc, SEEN: tl.constexpr, EXP: tl.con
     shift = tl.where(m_ij == float("-inf"), 0.0, m_ij)
     p = _exp(qk - shift[:, None], EXP)
     alpha = _exp(m_i - shift, EXP)
-    rounded = p.to(v_block.dtype)
+    v_block = tl.load(v_ptrs, mask=inside[:, None] & in_head[None, :], other=0.0)
     if SEGMENT:
+        rounded = p.to(v_block.dtype)
         ones = tl.full((qk.shape[1], l_i.shape[1]), 1.0, v_block.dtype)
         new_l_i = _dot(rounded, ones, l_i * alpha[:, None])
         new_l_i = _dot((p - rounded.to(p.dtype)).to(v_block.dtype), ones, new_l_i)
     else:
         new_l_i = tl.fma(l_i, tl.broadcast_to(alpha[:, None], l_i.shape[0], l_i.shape[1]), p)
+        rounded = p.to(v_block.dtype)
     new_acc = _dot(rounded, v_block, acc * alpha[:, None])
     if SEEN == 2:
         # 0 * NaN is NaN: a NaN in v must not reach a row that sees no key of the block
@@ -245,12 +250,11 @@ def _attention(
             else:
                 qk = _scaled(qk, SCALE, SEGMENT, ACC)
             v_ptrs = v_base + start * stride_vn + offs_n[:, None] * stride_vn + offs_dv[None, :] * stride_vd
-            v_block = tl.load(v_ptrs, mask=inside[:, None] & (offs_dv < DV)[None, :], other=0.0)
             SEEN: tl.constexpr = 0 if STAGE == 0 else 2 if CAUSAL > 1 or MASK else 1
             if SEGMENT and not SPLIT:
                 size = _segment(start_n, SEGMENT)
                 m_i, l_i, acc = _afresh(start_n % size == 0, m_i, l_i, acc)
-            m_i, l_i, acc = _add_block(qk, seen, v_block, m_i, l_i, acc, SEEN, EXP, SEGMENT)
+            m_i, l_i, acc = _add_block(qk, seen, v_ptrs, inside, offs_dv < DV, m_i, l_i, acc, SEEN, EXP, SEGMENT)
             if SEGMENT and not SPLIT:
                 if ((start_n + BLOCK_N) % size == 0) & (start_n + BLOCK_N < end):
                     m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)

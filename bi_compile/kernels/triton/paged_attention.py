@@ -164,11 +164,12 @@ def _paged_attention(
             distance = start_n + offs_key[None, :] - position[:, None]
             seen = valid[:, None] & inside[None, :] & (distance <= right) & (distance >= -left)
             v_ptrs = v_base + off_h * stride_vh + v_offs[:, None] + offs_dv[None, :] * stride_vd
-            v_block = tl.load(v_ptrs, mask=inside[:, None] & (offs_dv < DV)[None, :], other=0.0)
             if SEGMENT:
                 segment = _segment(start_n, SEGMENT)
                 m_i, l_i, acc = _afresh(start_n % segment == 0, m_i, l_i, acc)
-            m_i, l_i, acc = _add_block(qk, seen, v_block, m_i, l_i, acc, 0 if STAGE == 1 else 2, EXP, SEGMENT)
+            m_i, l_i, acc = _add_block(
+                qk, seen, v_ptrs, inside, offs_dv < DV, m_i, l_i, acc, 0 if STAGE == 1 else 2, EXP, SEGMENT
+            )
             if SEGMENT:
                 if ((start_n + BLOCK_N) % segment == 0) & (start_n + BLOCK_N < end):
                     m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
