@@ -23,10 +23,11 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from ..errors import OptionError
 from ..rewrite.fx_utils import as_list, subgraphs
-from .batch_rules import Node, rule_of
+from .batch_rules import rule_of
 from .inputs import BatchInput
 from .layout import Factor, Layout, as_one, carries, plain, size_of
 from .moe_sort import COUNTED, PUT_BACK, Sorts
+from .node import Node
 
 #: node -> dimensions of its value (for several outputs: of the first) that the batch runs along
 BatchDims = dict[fx.Node, frozenset[int]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,51 +16,10 @@ from torch import SymInt, Tensor, fx
 from torch._ops import OpOverload
 
 from ..ops import BATCH, NAMESPACE, batch
-from ..rewrite.fx_utils import as_list, packet_of
+from ..rewrite.fx_utils import as_list
 from .layout import Dim, Factor, Layout, as_one, carries, size_of, split, union
+from .node import Node, Result, Rule
 from .pointwise import is_pointwise
-
-#: a node that is combined, the dimension along which
-Combined = tuple[fx.Node, int]
-
-
-class Node:
-    """A node as the rules see it."""
-
-    def __init__(self, node: fx.Node, layouts: Mapping[fx.Node, Any]) -> None:
-        self.node = node
-        self.layouts = layouts
-        self.value: Any = node.meta.get("val")
-        self.packet = packet_of(node)
-
-    def arg(self, name: str, default: Any = None) -> Any:
-        for i, a in enumerate(self.node.target._schema.arguments):  # type: ignore[union-attr]
-            if a.name == name:
-                return self.node.args[i] if i < len(self.node.args) else self.node.kwargs.get(name, a.default_value)
-        return default
-
-    def layout(self, x: Any) -> Layout:
-        """The layout of an argument; empty for what is no tensor."""
-        return (self.layouts.get(x) or ()) if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor) else ()
-
-    @property
-    def tensors(self) -> list[fx.Node]:
-        return [a for a in self.node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
-
-    @property
-    def first(self) -> fx.Node:
-        return self.tensors[0]
-
-    @property
-    def shape(self) -> list[int]:
-        """The size of the (first) result."""
-        value = next(v for v in as_list(self.value) if isinstance(v, Tensor))
-        return [size_of(n) for n in value.shape]
-
-
-#: the layout of the result, or one for each output; and what is combined
-Result = tuple[Any, Sequence[Combined]]
-Rule = Callable[[Node], Result]
 
 
 def _aligned(n: Node, tensors: Sequence[fx.Node], shape: Sequence[int]) -> Layout:
@@ -317,13 +276,16 @@ def _combined_experts(n: Node, x: str, weights: str) -> Result:
     return (*n.layout(w)[:1], *n.layout(rows)[1:]), [(w, 1)]
 
 
+def _tokens(n: Node, names: Sequence[str]) -> Dim:
+    """The first dimension of the arguments `names`, where there is one: the same tokens."""
+    first, *others = (n.layout(n.arg(name))[0] for name in names if n.arg(name) is not None)
+    return functools.reduce(union, filter(carries, others), first)
+
+
 def _experts(n: Node, x: str, per_token: Sequence[str]) -> Result:
     """[N, H]: each token by itself, with whole matrices, which it names."""
     combined = [(t, d) for t in n.tensors for d in range(1, len(n.layout(t)))]
-    token = n.layout(n.arg(x))[0]
-    for t in (n.arg(name) for name in per_token if n.arg(name) is not None):
-        token = union(token, n.layout(t)[0]) if carries(n.layout(t)[0]) else token
-    return (token, (Factor(n.shape[-1], False),)), combined
+    return (_tokens(n, (x, *per_token)), (Factor(n.shape[-1], False),)), combined
 
 
 def _linear(n: Node) -> Result:
@@ -363,9 +325,7 @@ def _per_token(n: Node, own: Sequence[str]) -> Result:
     """Each token by itself; what else there is, belongs to all."""
     mine = [n.arg(name) for name in own]
     combined = [(x, i) for x in n.tensors for i in range(1 if x in mine else 0, len(n.layout(x)))]
-    tokens = functools.reduce(
-        union, [dim for dim in (n.layout(x)[0] for x in mine) if carries(dim)] or [n.layout(mine[0])[0]]
-    )
+    tokens = _tokens(n, own)
     return tuple((tokens, *((Factor(size_of(m), False),) for m in v.shape[1:])) for v in n.value), combined
 
 

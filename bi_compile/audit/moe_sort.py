@@ -16,8 +16,8 @@ from typing import Any
 from torch import SymInt, Tensor, fx
 
 from ..rewrite.fx_utils import as_list, has_tensor, packet_of
-from .batch_rules import Node
 from .layout import Dim, Layout, carries
+from .node import Node
 from .pointwise import is_pointwise
 
 PUT_BACK = "sorted by group, and put back: every row keeps its own values and its own group"
