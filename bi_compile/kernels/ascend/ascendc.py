@@ -128,8 +128,7 @@ def _mm(theirs: Callable[..., Any], ours: Callable[..., Any], a: Tensor, b: Tens
 
 
 def _transposed(theirs: Callable[..., Any], ours: Callable[..., Any], a: Tensor, b: Tensor) -> Tensor:
-    fits = a.dtype in DTYPES and a.numel() and b.numel()
-    return theirs(a, b).transpose(0, 1).contiguous() if fits else ours(a, b)
+    return _mm(lambda a, b: theirs(a, b).transpose(0, 1).contiguous(), ours, a, b)
 
 
 def _reduce(

@@ -15,8 +15,8 @@ from torch import Tensor
 from bi_compile import ops
 
 from ..triton.launch import aligned, as_rows, cdiv, choose, index_type, launch, loads_transposed, row_stride, target
-from ..triton.matmul import sum_over_k
-from ..triton.output_tile import GROUP_SIZE_M, program_tile
+from ..triton.matmul import product_tile
+from ..triton.output_tile import GROUP_SIZE_M
 from ..triton.reduce import divide, load_rows, program_rows, store_rows
 from ..triton.tiles import PRODUCT, PRODUCT_K, ROWS
 
@@ -67,13 +67,10 @@ def _product_transposed(
     CHAINED: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE_M: tl.constexpr,
 ):  # fmt: skip
-    """out[m, batch] = a[batch, m] @ b[batch]: `matmul.sum_over_k`; the rows of out are stride_out apart."""
-    batch, m0, n0 = program_tile(M, N, BLOCK_M, BLOCK_N, GROUP_SIZE_M)
-    offs_m = (m0 + tl.arange(0, BLOCK_M)).to(INDEX)
-    offs_n = (n0 + tl.arange(0, BLOCK_N)).to(INDEX)
-    acc = sum_over_k(
-        a + batch * stride_az, b + batch * stride_bz, offs_m, M, offs_n, N, K, stride_am, stride_ak, stride_bk, stride_bn,
-        CHAINED, A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+    """out[m, batch] = a[batch, m] @ b[batch]: `matmul.product_tile`; the rows of out are stride_out apart."""
+    batch, offs_m, offs_n, acc = product_tile(
+        a, b, M, N, K, stride_az, stride_am, stride_ak, stride_bz, stride_bk, stride_bn,
+        CHAINED, A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE_M,
     )  # fmt: skip
     out_ptrs = out + batch * N + offs_m[:, None] * stride_out + offs_n[None, :]
     tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])

@@ -141,6 +141,24 @@ def _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP: tl.constexpr):
 
 
 @triton.jit
+def _add_next(
+    qk, seen, v_ptrs, inside, in_head, start_n, end, m_i, l_i, acc, m_all, l_all, acc_all,
+    SEEN: tl.constexpr, EXP: tl.constexpr, SEGMENT: tl.constexpr, JOIN: tl.constexpr,
+):  # fmt: skip
+    """`_add_block` of the keys from start_n on. JOIN: a segment that begins there begins from nothing, one that ends there is joined
+    to those before it, but for the last, which ends at `end`."""
+    if JOIN:
+        size = _segment(start_n, SEGMENT)
+        m_i, l_i, acc = _afresh(start_n % size == 0, m_i, l_i, acc)
+    m_i, l_i, acc = _add_block(qk, seen, v_ptrs, inside, in_head, m_i, l_i, acc, SEEN, EXP, SEGMENT)
+    if JOIN:
+        behind = start_n + seen.shape[1]
+        if (behind % size == 0) & (behind < end):
+            m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
+    return m_i, l_i, acc, m_all, l_all, acc_all
+
+
+@triton.jit
 def _total(l_i, FOLD: tl.constexpr, SEGMENT: tl.constexpr):
     """The sum of each row [M] from its sums, which in segments are all the same."""
     if SEGMENT:
@@ -251,13 +269,10 @@ def _attention(
                 qk = _scaled(qk, SCALE, SEGMENT, ACC)
             v_ptrs = v_base + start * stride_vn + offs_n[:, None] * stride_vn + offs_dv[None, :] * stride_vd
             SEEN: tl.constexpr = 0 if STAGE == 0 else 2 if CAUSAL > 1 or MASK else 1
-            if SEGMENT and not SPLIT:
-                size = _segment(start_n, SEGMENT)
-                m_i, l_i, acc = _afresh(start_n % size == 0, m_i, l_i, acc)
-            m_i, l_i, acc = _add_block(qk, seen, v_ptrs, inside, offs_dv < DV, m_i, l_i, acc, SEEN, EXP, SEGMENT)
-            if SEGMENT and not SPLIT:
-                if ((start_n + BLOCK_N) % size == 0) & (start_n + BLOCK_N < end):
-                    m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
+            m_i, l_i, acc, m_all, l_all, acc_all = _add_next(
+                qk, seen, v_ptrs, inside, offs_dv < DV, start_n, end, m_i, l_i, acc, m_all, l_all, acc_all,
+                SEEN, EXP, SEGMENT, SEGMENT > 0 and not SPLIT,
+            )  # fmt: skip
 
     if SPLIT:
         stored = tl.cast(rows, tl.int64) * parts
@@ -324,7 +339,7 @@ def _join_segments(
     tl.store(out + row * DV + offs_dv[None, :], acc.to(out.dtype.element_ty), mask=(offs_dv < DV)[None, :])
 
 
-def _kind(query: Tensor) -> dict[str, Any]:
+def _order(query: Tensor) -> dict[str, Any]:
     """How the kernels add up: the constants SEGMENT, FOLD, EXP and ACC.
 
     Segments in 16 bits on CUDA. Elsewhere lanes, and their `fold`, but not on Ascend, where one tile, so one compiled order, serves
@@ -391,21 +406,21 @@ def attention(
     group = q_heads // heads
     device = target(query)
     padded = blocks_of_head("scaled_dot_product_attention", query, dim, value_dim)
-    sums, rows = _kind(query), outs[1].numel()
+    sums, rows = _order(query), outs[1].numel()
     tile = tile or tile_of(query, length * group, max(padded))
     num_pid_m = cdiv(length * group, tile.height)
     programs = batches * heads * num_pid_m
     parts = max(1, _segments(keys)) if sums["SEGMENT"] and programs <= FEW else 1
     partial = outs[1].new_empty(parts * rows * (value_dim + 2)) if parts > 1 else None
     # where a tile's queries lie within one block of keys, each of them sees the first key of the last block
-    order = 0 if not causal else 1 if tile.height % group == 0 and tile.height <= tile.width * group else 2
+    seen = 0 if not causal else 1 if tile.height % group == 0 and tile.height <= tile.width * group else 2
     # an Ascend 950 has no room for the longest heads' output twice
     by_heads = device == "npu" and group & (group - 1) == 0 and padded[1] < 512
     launch(
         _attention, programs * parts, query, query, key, value, mask, *outs, partial,
         num_pid_m, parts, rows, heads, group, length, keys, dim, value_dim,
         *query.stride(), *key.stride(), *value.stride(), *mask_strides,
-        SCALE=scale_of(scale, dim, sums["EXP"]), MASK=kind, CAUSAL=order, GROUP=group if by_heads else 0, SPLIT=parts > 1,
+        SCALE=scale_of(scale, dim, sums["EXP"]), MASK=kind, CAUSAL=seen, GROUP=group if by_heads else 0, SPLIT=parts > 1,
         BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_D=padded[0], BLOCK_DV=padded[1], num_warps=tile.warps, num_stages=tile.stages,
         **sums,
     )  # fmt: skip

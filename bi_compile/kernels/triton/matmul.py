@@ -38,7 +38,7 @@ def _load_operand(ptrs, offs_r, end_r, offs_c, end_c, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def sum_over_k(
+def _sum_over_k(
     a, b, offs_m, M, offs_n, N, K, stride_am, stride_ak, stride_bk, stride_bn,
     CHAINED: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -68,6 +68,23 @@ def sum_over_k(
     return acc
 
 
+@triton.jit
+def product_tile(
+    a, b, M, N, K, stride_az, stride_am, stride_ak, stride_bz, stride_bk, stride_bn,
+    CHAINED: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE_M: tl.constexpr,
+):  # fmt: skip
+    """Batch, rows and columns of this program's tile of a @ b, and its sums: `_sum_over_k`."""
+    batch, m0, n0 = program_tile(M, N, BLOCK_M, BLOCK_N, GROUP_SIZE_M)
+    offs_m = (m0 + tl.arange(0, BLOCK_M)).to(INDEX)
+    offs_n = (n0 + tl.arange(0, BLOCK_N)).to(INDEX)
+    acc = _sum_over_k(
+        a + batch * stride_az, b + batch * stride_bz, offs_m, M, offs_n, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+        CHAINED, A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    return batch, offs_m, offs_n, acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def _product(
     a, b, bias, out, M, N, K,
@@ -76,13 +93,10 @@ def _product(
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE_M: tl.constexpr,
 ):  # fmt: skip
-    """out = alpha * (a @ b) + beta * bias: `sum_over_k`, then `store_output`."""
-    batch, m0, n0 = program_tile(M, N, BLOCK_M, BLOCK_N, GROUP_SIZE_M)
-    offs_m = (m0 + tl.arange(0, BLOCK_M)).to(INDEX)
-    offs_n = (n0 + tl.arange(0, BLOCK_N)).to(INDEX)
-    acc = sum_over_k(
-        a + batch * stride_az, b + batch * stride_bz, offs_m, M, offs_n, N, K, stride_am, stride_ak, stride_bk, stride_bn,
-        CHAINED, A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+    """out = alpha * (a @ b) + beta * bias: `product_tile`, then `store_output`."""
+    batch, offs_m, offs_n, acc = product_tile(
+        a, b, M, N, K, stride_az, stride_am, stride_ak, stride_bz, stride_bk, stride_bn,
+        CHAINED, A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE_M,
     )  # fmt: skip
     store_output(
         acc, bias, out, batch, offs_m, offs_n, M, N, stride_biasz, stride_biasm, stride_biasn, alpha, beta,
@@ -126,13 +140,13 @@ def _grouped(
     COUNTS: tl.constexpr, BIASED: tl.constexpr, CHAINED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out = a @ b[g] + bias[g] for the rows of each group g: `sum_over_k`, then `store_output`; 0 behind the last group. A tile
+    """out = a @ b[g] + bias[g] for the rows of each group g: `_sum_over_k`, then `store_output`; 0 behind the last group. A tile
     without rows or without a group reads nothing. offs: ends of the groups' rows, or (COUNTS) their numbers."""
     group, m0, end, n0 = _group_tile(offs, groups, M, N, COUNTS, BLOCK_M, BLOCK_N)
     real = (group < groups) & (m0 < end)
     offs_m = (m0 + tl.arange(0, BLOCK_M)).to(INDEX)
     offs_n = (n0 + tl.arange(0, BLOCK_N)).to(INDEX)
-    acc = sum_over_k(
+    acc = _sum_over_k(
         a, b + group * stride_bz, offs_m, end, offs_n, N, tl.where(real, K, 0), stride_am, stride_ak, stride_bk, stride_bn,
         CHAINED, False, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -199,7 +213,7 @@ def product(
     """Fill `out` [B, M, N], contiguous, with alpha * (a @ b) + beta * bias; `tile` in place of the chosen one.
 
     `out` has the operands' dtype, or float32. a, b and bias may have any strides; nothing is copied.
-    K in blocks of `PRODUCT_K`, ascending: `sum_over_k`, for float64 `_product_float64`.
+    K in blocks of `PRODUCT_K`, ascending: `_sum_over_k`, for float64 `_product_float64`.
     """
     count, m, n = out.shape
     size = a.element_size()

@@ -13,15 +13,13 @@ from torch import Tensor
 from bi_compile import ops
 
 from .attention import (
-    _add_block,
-    _afresh,
+    _add_next,
     _dot,
     _finish,
     _join,
-    _kind,
     _nothing,
+    _order,
     _scaled,
-    _segment,
     _total,
     blocks_of_head,
     scale_of,
@@ -164,15 +162,10 @@ def _paged_attention(
             distance = start_n + offs_key[None, :] - position[:, None]
             seen = valid[:, None] & inside[None, :] & (distance <= right) & (distance >= -left)
             v_ptrs = v_base + off_h * stride_vh + v_offs[:, None] + offs_dv[None, :] * stride_vd
-            if SEGMENT:
-                segment = _segment(start_n, SEGMENT)
-                m_i, l_i, acc = _afresh(start_n % segment == 0, m_i, l_i, acc)
-            m_i, l_i, acc = _add_block(
-                qk, seen, v_ptrs, inside, offs_dv < DV, m_i, l_i, acc, 0 if STAGE == 1 else 2, EXP, SEGMENT
-            )
-            if SEGMENT:
-                if ((start_n + BLOCK_N) % segment == 0) & (start_n + BLOCK_N < end):
-                    m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
+            m_i, l_i, acc, m_all, l_all, acc_all = _add_next(
+                qk, seen, v_ptrs, inside, offs_dv < DV, start_n, end, m_i, l_i, acc, m_all, l_all, acc_all,
+                0 if STAGE == 1 else 2, EXP, SEGMENT, SEGMENT > 0,
+            )  # fmt: skip
 
     if SEGMENT:
         m_i, l_i, acc = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
@@ -261,7 +254,7 @@ def paged_attention(
         )
     tiles = tokens * padded // tile.height + requests + 1
     rope = 0 if query_rope is None else query_rope.shape[2]
-    kind = _kind(query)
+    sums = _order(query)
     q_rope, k_rope = (query, key) if query_rope is None or key_rope is None else (query_rope, key_rope)
     k_strides, v_strides, kr_strides = (
         (0, *x.stride()) if block_table is None else x.stride() for x in (key, value, k_rope)
@@ -272,7 +265,7 @@ def paged_attention(
         UNLIMITED if left is None else min(left, UNLIMITED), UNLIMITED if right is None else min(right, UNLIMITED),
         *query.stride(), *k_strides, *v_strides, *q_rope.stride(), *kr_strides,
         0 if block_table is None else block_table.stride(0),
-        SCALE=scale_of(scale, dim + rope, kind["EXP"]), KEYS=keys, ROPE=rope > 0, **kind, GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width,
+        SCALE=scale_of(scale, dim + rope, sums["EXP"]), KEYS=keys, ROPE=rope > 0, **sums, GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width,
         BLOCK_D=blocks[0], BLOCK_DV=blocks[1], BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0],
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
