@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -119,7 +120,9 @@ def measure(model_dir: str, steps: int, with_pass: bool) -> list[dict[str, float
         "with" if with_pass else "without",
     ]
     found = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # the engine in the trainer's process: new weights are handed over, not sent
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("STEP "):
