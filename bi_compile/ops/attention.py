@@ -36,8 +36,8 @@ def scaled_dot_product_attention(
     A query row's result depends on that row, its keys, values and mask alone: scores as in `mm` (sum over D), softmax's
     sum and the sum over S ascending in S, so that masked keys behind the last seen one do not change the bits.
     In 16 bits on CUDA the keys are in segments, of 256 up to key 2,048, of 512 up to key 8,192, of 1,024 behind it: each has a
-    maximum and sums of its own, ascending, and the segments are joined, ascending. Who takes a segment changes no bits, but a bool
-    mask does, against none and against the same mask in floats: its bytes make the compiler pair the keys of a dot in another way.
+    maximum and sums of its own, ascending, and the segments are joined, ascending. Who takes a segment changes no bits, and a bool mask
+    has those of the same mask in floats.
     """
     _float("scaled_dot_product_attention", query)
     check(

@@ -182,6 +182,21 @@ def _finish(m_i, total, acc, EXP: tl.constexpr):
     return acc, tl.where(no_key, float("-inf"), logsumexp)
 
 
+@triton.jit
+def _store_part(partial, m_i, l_i, acc, row, valid, in_head, any_key, part, parts, rows, DV):
+    """What a program found of the segment `part`, for `_join_parts`: maximum and sum [M] and, if it has `any_key`, output [M, Dv].
+
+    partial: [parts, rows] of maxima, as many sums, and [parts, rows, Dv].
+    """
+    stored = tl.cast(rows, tl.int64) * parts
+    at = tl.cast(part, tl.int64) * rows + row
+    tl.store(partial + at, m_i, mask=valid)
+    tl.store(partial + stored + at, l_i, mask=valid)
+    if any_key:
+        acc_ptrs = partial + 2 * stored + at[:, None] * DV + tl.arange(0, acc.shape[1])[None, :]
+        tl.store(acc_ptrs, acc, mask=valid[:, None] & in_head[None, :])
+
+
 @triton.jit(do_not_specialize=["L", "S", "num_pid_m", "parts", "rows"])
 def _attention(
     q, k, v, mask, out, lse, partial, num_pid_m, parts, rows, heads, group, L, S, D, DV,
@@ -195,7 +210,7 @@ def _attention(
 
     The output: one dot after the other. In float64 a dot is a `fold` of the products. SEGMENT: each segment (`_segment`) has a
     maximum, a sum (a dot with ones after the other) and an output of its own, which `_join` takes together, ascending. SPLIT: a
-    program takes one of the `parts` segments and stores what it found in `partial`, for `_join_segments`. SEGMENT 0: lane j of
+    program takes one of the `parts` segments and stores what it found (`_store_part`). SEGMENT 0: lane j of
     BLOCK_N adds up the keys j, j + BLOCK_N, ... ascending, then `fold`, or `tl.sum` if not FOLD.
 
     Row r of a key head's queries is query r // group of its head r % group. Causal blocks behind the tile's last query are
@@ -275,12 +290,10 @@ def _attention(
             )  # fmt: skip
 
     if SPLIT:
-        stored = tl.cast(rows, tl.int64) * parts
-        at = tl.cast(tl.program_id(0) % parts, tl.int64) * rows + row
-        tl.store(partial + at, m_i, mask=valid)
-        tl.store(partial + stored + at, _total(l_i, FOLD, SEGMENT), mask=valid)
-        acc_ptrs = partial + 2 * stored + at[:, None] * DV + offs_dv[None, :]
-        tl.store(acc_ptrs, acc, mask=valid[:, None] & (offs_dv < DV)[None, :])
+        l_row = _total(l_i, FOLD, SEGMENT)
+        _store_part(
+            partial, m_i, l_row, acc, row, valid, offs_dv < DV, begin < end, tl.program_id(0) % parts, parts, rows, DV
+        )
     else:
         if SEGMENT:
             m_i, l_i, acc = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
@@ -311,29 +324,30 @@ def _attention(
             tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=valid[:, None] & (offs_dv < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "segments", "L", "S"])
-def _join_segments(
-    partial, out, lse, rows, segments, L, S, DV,
-    CAUSAL: tl.constexpr, EXP: tl.constexpr, ACC: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_DV: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "parts"])
+def _join_parts(
+    partial, out, lse, rows, parts, DV,
+    EXP: tl.constexpr, ACC: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """A row of the output from what `_attention` stored of its segments, as one program would have joined them."""
+    """A row of the output from what was stored of its segments (`_store_part`), as one program would have joined them."""
     row = tl.program_id(0).to(tl.int64)
-    seen = S
-    if CAUSAL:
-        seen = tl.minimum(S, tl.program_id(0) % L + 1)
     offs_dv = tl.arange(0, BLOCK_DV)
     stride = tl.cast(rows, tl.int64)
-    stored = stride * segments
+    stored = stride * parts
+    # those that hold keys that the row sees lie behind one another
+    part = tl.arange(0, BLOCK_P)
+    at_parts = partial + part * stride + row
+    m_parts = tl.load(at_parts, mask=part < parts, other=float("-inf"))
+    l_parts = tl.load(at_parts + stored, mask=part < parts, other=0.0)
+    there = (m_parts != float("-inf")) | (l_parts != 0.0)
+    first = tl.min(tl.where(there, part, parts), 0)
+    last = tl.max(tl.where(there, part, -1), 0)
     m_all, l_all, acc_all = _nothing(1, 1, BLOCK_DV, ACC)
-    for part in range(0, segments):
-        segment = part + tl.arange(0, 1)
-        there = _first_key(segment, SEGMENT) < seen
-        at = partial + segment * stride + row
-        m_i = tl.load(at, mask=there, other=float("-inf"))
-        l_i = tl.load(at + stored, mask=there, other=0.0)[:, None]
-        acc_ptrs = partial + 2 * stored + (segment * stride + row)[:, None] * DV + offs_dv[None, :]
-        acc = tl.load(acc_ptrs, mask=(offs_dv < DV)[None, :] & there[:, None], other=0.0)
-        m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
+    for i in range(first, last + 1):
+        at = partial + (i + tl.arange(0, 1)) * stride + row
+        acc_ptrs = partial + 2 * stored + (i * stride + row) * DV + offs_dv[None, :]
+        acc = tl.load(acc_ptrs, mask=(offs_dv < DV)[None, :], other=0.0)
+        m_all, l_all, acc_all = _join(m_all, l_all, acc_all, tl.load(at), tl.load(at + stored)[:, None], acc, EXP)
     acc, logsumexp = _finish(m_all, _total(l_all, False, SEGMENT), acc_all, EXP)
     tl.store(lse + row + tl.arange(0, 1), logsumexp)
     tl.store(out + row * DV + offs_dv[None, :], acc.to(out.dtype.element_ty), mask=(offs_dv < DV)[None, :])
@@ -384,10 +398,18 @@ def tile_of(query: Tensor, rows: int, head: int) -> Tile:
     return tile._replace(stages=max(1, min(tile.stages, 512 // head)))
 
 
-def _mask(mask: Tensor | None, shape: list[int]) -> tuple[int, Tensor | None, tuple[int, ...]]:
-    """Kind of the mask for the kernel, the mask as bytes or floats, its strides over [B, Hq, L, S]."""
+def _mask(mask: Tensor | None, query: Tensor, shape: list[int]) -> tuple[int, Tensor | None, tuple[int, ...]]:
+    """Kind of the mask for the kernel, the mask as bytes or floats, its strides over [B, Hq, L, S].
+
+    On CUDA a bool mask becomes one of 0 and -inf in the query's dtype: where a mask is loaded in bytes, Triton takes the pairs of keys that
+    the matrix units add up from the bytes, in tiles of up to 32 rows, so bits would follow the mask's dtype and the tile.
+    """
     if mask is None:
         return 0, None, (0, 0, 0, 0)
+    if mask.dtype == torch.bool and target(query) != "npu":
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(
+            mask.logical_not(), -math.inf
+        )
     kind = 1 if mask.dtype == torch.bool else 2
     mask = (mask.view(torch.uint8) if kind == 1 else mask).expand(shape)
     return kind, mask, mask.stride()
@@ -402,7 +424,7 @@ def attention(
     heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
     if outs[1].numel() == 0:
         return outs
-    kind, mask, mask_strides = _mask(mask, [batches, q_heads, length, keys])
+    kind, mask, mask_strides = _mask(mask, query, [batches, q_heads, length, keys])
     group = q_heads // heads
     device = target(query)
     padded = blocks_of_head("scaled_dot_product_attention", query, dim, value_dim)
@@ -410,8 +432,8 @@ def attention(
     tile = tile or tile_of(query, length * group, max(padded))
     num_pid_m = cdiv(length * group, tile.height)
     programs = batches * heads * num_pid_m
-    parts = max(1, _segments(keys)) if sums["SEGMENT"] and programs <= FEW else 1
-    partial = outs[1].new_empty(parts * rows * (value_dim + 2)) if parts > 1 else None
+    parts = parts_of(programs, keys, max(padded), sums["SEGMENT"])
+    partial = room_for(parts, outs)
     # where a tile's queries lie within one block of keys, each of them sees the first key of the last block
     seen = 0 if not causal else 1 if tile.height % group == 0 and tile.height <= tile.width * group else 2
     # an Ascend 950 has no room for the longest heads' output twice
@@ -424,12 +446,30 @@ def attention(
         BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_D=padded[0], BLOCK_DV=padded[1], num_warps=tile.warps, num_stages=tile.stages,
         **sums,
     )  # fmt: skip
-    if parts > 1:
-        launch(
-            _join_segments, rows, query, partial, *outs, rows, parts, length, keys, value_dim,
-            CAUSAL=causal, EXP=sums["EXP"], ACC=sums["ACC"], SEGMENT=SEGMENT, BLOCK_DV=padded[1], num_warps=1,
-        )  # fmt: skip
+    join_parts(partial, outs, parts, padded[1], sums)
     return outs
+
+
+def parts_of(programs: int, keys: int, head: int, segment: int) -> int:
+    """Among how many programs the segments of `keys` keys are divided: one each where `programs` would leave the device idle."""
+    return max(1, _segments(keys)) if segment and programs * head <= FEW else 1
+
+
+def room_for(parts: int, outs: tuple[Tensor, Tensor]) -> Tensor | None:
+    """Memory for what `parts` programs find of each row of `outs`; None where one takes all keys."""
+    out, lse = outs
+    return lse.new_empty(parts * (2 * lse.numel() + out.numel())) if parts > 1 else None
+
+
+def join_parts(
+    partial: Tensor | None, outs: tuple[Tensor, Tensor], parts: int, block_dv: int, sums: dict[str, Any]
+) -> None:
+    """Fill `outs` from `partial`, if the keys were divided."""
+    if partial is not None:
+        launch(
+            _join_parts, outs[1].numel(), partial, partial, *outs, outs[1].numel(), parts, outs[0].shape[-1],
+            EXP=sums["EXP"], ACC=sums["ACC"], SEGMENT=sums["SEGMENT"], BLOCK_P=triton.next_power_of_2(parts), BLOCK_DV=block_dv, num_warps=1,
+        )  # fmt: skip
 
 
 def _segments(keys: int) -> int:

@@ -16,12 +16,18 @@ from .attention import (
     _add_next,
     _dot,
     _finish,
+    _first_key,
     _join,
     _nothing,
     _order,
     _scaled,
+    _segment,
+    _store_part,
     _total,
     blocks_of_head,
+    join_parts,
+    parts_of,
+    room_for,
     scale_of,
     tile_of,
 )
@@ -30,55 +36,67 @@ from .tiles import LONGEST_HEAD_GATHERED
 
 #: how the kernel finds keys: packed one request after the other; by pages that hold whole tiles of keys; by other pages
 PACKED, WHOLE_TILES, PAGES = 0, 1, 2
+#: requests among which a program looks for its own at a time
+REQUESTS = 128
 #: more keys than any request has: no limit of the window
 UNLIMITED = 2**30
 
 
 @triton.jit
-def _request_of(lengths, requests, index, group, steps, BLOCK_M: tl.constexpr):
+def _request_of(ends, requests, index, group, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
     """The request of tile `index`: request i has the tiles from (its first token * group) // BLOCK_M + i on.
 
-    Request `requests` are the tokens behind the last one, which see no key. Found by halving, `steps` times.
+    Request `requests` are the tokens behind the last one, which see no key.
     """
-    low = 0
-    high = requests
-    for _ in range(0, steps):
-        middle = (low + high + 1) // 2
-        first = tl.load(lengths + tl.maximum(middle - 1, 0)) * group // BLOCK_M + middle
-        before = (first <= index) | (middle == low)
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle - 1)
-    return low
+    offs = tl.arange(0, BLOCK_R)
+    found = 0
+    for start in range(0, requests, BLOCK_R):
+        # the first tiles of the requests behind these
+        first = (
+            tl.load(ends + start + offs, mask=offs < requests - start, other=0) * group // BLOCK_M + start + offs + 1
+        )
+        found += tl.sum(((first <= index) & (offs < requests - start)).to(tl.int32), 0)
+    return found
 
 
-@triton.jit(do_not_specialize=["tokens", "requests", "steps", "tiles", "left", "right", "stride_table"])
+@triton.jit(
+    do_not_specialize=["tokens", "requests", "tiles", "parts", "left", "right", "stride_table"],
+    do_not_specialize_on_alignment=["ends", "counts"],
+)
 def _paged_attention(
-    q, k, v, q_rope, k_rope, lengths, table, out, lse, tokens, requests, steps, tiles, group, D, DV, DR, page, left, right,
+    q, k, v, q_rope, k_rope, ends, counts, table, out, lse, partial,
+    tokens, requests, tiles, parts, group, D, DV, DR, page, left, right,
     stride_qt, stride_qh, stride_qd, stride_kp, stride_kn, stride_kh, stride_kd,
     stride_vp, stride_vn, stride_vh, stride_vd, stride_qrt, stride_qrh, stride_qrd,
     stride_krp, stride_krn, stride_krh, stride_krd, stride_table,
     SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, EXP: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr,
-    SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_DR: tl.constexpr,
+    SEGMENT: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`attention._attention` for a tile of one request's queries: the same blocks of BLOCK_N keys, ascending from key 0 of
-    the request, and the same sums, so the same bits. Where a key lies changes nothing but its address.
+    the request, and the same sums, so the same bits, divided by segments (SPLIT) or not. Where a key lies changes nothing but its address.
 
-    lengths [2, requests]: ends of the requests' tokens; numbers of their keys (PACKED: ends). Query i of L sees the keys
+    ends, counts [requests]: ends of the requests' tokens; numbers of their keys (PACKED: ends). Query i of L sees the keys
     from S - L + i - left to S - L + i + right of S. Blocks that no query of the tile sees are skipped, which leaves every
     number as it is. ROPE: the rotated part of a head, [.., DR], is added to a score after the D of its other part.
     """
-    index = tl.program_id(0) % tiles
-    off_h = (tl.program_id(0) // tiles).to(tl.int64)
-    request = _request_of(lengths, requests, index, GROUP, steps, BLOCK_M)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if SPLIT:
+        program = program // parts
+        programs = programs // parts
+    index = program % tiles
+    off_h = (program // tiles).to(tl.int64)
+    request = _request_of(ends, requests, index, GROUP, BLOCK_M, BLOCK_R)
     last = tl.minimum(request, requests - 1)
     behind = request == requests
-    token = tl.where(request > 0, tl.load(lengths + tl.maximum(request - 1, 0)), 0)
-    L = tl.where(behind, tokens, tl.load(lengths + last)) - token
-    S = tl.load(lengths + requests + last)
+    token = tl.where(request > 0, tl.load(ends + tl.maximum(request - 1, 0)), 0)
+    L = tl.where(behind, tokens, tl.load(ends + last)) - token
+    S = tl.load(counts + last)
     first_key = tl.zeros((), tl.int32)
     if KEYS == 0:
-        first_key = tl.where(request > 0, tl.load(lengths + requests + tl.maximum(last - 1, 0)), 0)
+        first_key = tl.where(request > 0, tl.load(counts + tl.maximum(last - 1, 0)), 0)
         S = S - first_key
     S = tl.where(behind, 0, S)
 
@@ -110,6 +128,10 @@ def _paged_attention(
     begin = tl.maximum(S - L + first_query - left, 0) // BLOCK_N * BLOCK_N
     end = tl.minimum(S, S - L + last_query + right + 1)
     end = tl.where(m0 < L * GROUP, end, 0)
+    if SPLIT:
+        first = _first_key(tl.program_id(0) % parts, SEGMENT)
+        begin = tl.maximum(begin, first)
+        end = tl.minimum(end, first + _segment(first, SEGMENT))
     # blocks of which every query of the tile sees every key
     whole = begin
     whole_end = begin
@@ -118,7 +140,7 @@ def _paged_attention(
             tl.maximum(begin, tl.cdiv(S - L + last_query - left, BLOCK_N) * BLOCK_N), tl.maximum(end, begin)
         )
         whole_end = tl.maximum(tl.minimum(end, S - L + first_query + right + 1) // BLOCK_N * BLOCK_N, whole)
-    for STAGE in tl.static_range(0 if SEGMENT else 2, 3):
+    for STAGE in tl.static_range(2 if not SEGMENT else 0 if WINDOW else 1, 3):
         for start_n in range(
             begin if STAGE == 0 else whole if STAGE == 1 else whole_end,
             whole if STAGE == 0 else whole_end if STAGE == 1 else end,
@@ -164,38 +186,44 @@ def _paged_attention(
             v_ptrs = v_base + off_h * stride_vh + v_offs[:, None] + offs_dv[None, :] * stride_vd
             m_i, l_i, acc, m_all, l_all, acc_all = _add_next(
                 qk, seen, v_ptrs, inside, offs_dv < DV, start_n, end, m_i, l_i, acc, m_all, l_all, acc_all,
-                0 if STAGE == 1 else 2, EXP, SEGMENT, SEGMENT > 0,
+                0 if STAGE == 1 else 2, EXP, SEGMENT, SEGMENT > 0 and not SPLIT,
             )  # fmt: skip
 
-    if SEGMENT:
-        m_i, l_i, acc = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
-    acc, logsumexp = _finish(m_i, _total(l_i, FOLD, SEGMENT), acc, EXP)
-    heads = tl.num_programs(0) // tiles * group
+    heads = programs // tiles * group
     out_row = row * heads + q_head
-    tl.store(lse + out_row, logsumexp, mask=valid)
-    if BLOCK_DV < 512:
-        # tokens, heads of each, elements: what a division of rows hides from Ascend's compiler, which then stores single elements
-        HEADS: tl.constexpr = GROUP if GROUP < BLOCK_M else BLOCK_M
-        TOKENS: tl.constexpr = BLOCK_M // HEADS
-        tokens_ahead = tl.arange(0, TOKENS)
-        heads_ahead = tl.arange(0, HEADS)
-        first_head = m0 % GROUP
-        out_base = out + ((token + m0 // GROUP).to(tl.int64) * heads + off_h * group + first_head) * DV
-        out_ptrs = (
-            out_base
-            + (tokens_ahead.to(tl.int64) * heads * DV)[:, None, None]
-            + (heads_ahead.to(tl.int64) * DV)[None, :, None]
-            + offs_dv[None, None, :]
-        )
-        there = (
-            (tokens_ahead < L - m0 // GROUP)[:, None, None]
-            & (heads_ahead < group - first_head)[None, :, None]
-            & (offs_dv < DV)[None, None, :]
-        )
-        tl.store(out_ptrs, tl.reshape(acc.to(out.dtype.element_ty), (TOKENS, HEADS, BLOCK_DV)), mask=there)
-    else:  # an Ascend 950 has no room for the output's tile twice
-        wide_ptrs = out + out_row[:, None] * DV + offs_dv[None, :]
-        tl.store(wide_ptrs, acc.to(out.dtype.element_ty), mask=valid[:, None] & (offs_dv < DV)[None, :])
+    if SPLIT:
+        _store_part(
+            partial, m_i, _total(l_i, FOLD, SEGMENT), acc, out_row, valid, offs_dv < DV, begin < end,
+            tl.program_id(0) % parts, parts, tokens * heads, DV,
+        )  # fmt: skip
+    else:
+        if SEGMENT:
+            m_i, l_i, acc = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
+        acc, logsumexp = _finish(m_i, _total(l_i, FOLD, SEGMENT), acc, EXP)
+        tl.store(lse + out_row, logsumexp, mask=valid)
+        if BLOCK_DV < 512:
+            # tokens, heads of each, elements: what a division of rows hides from Ascend's compiler, which then stores single elements
+            HEADS: tl.constexpr = GROUP if GROUP < BLOCK_M else BLOCK_M
+            TOKENS: tl.constexpr = BLOCK_M // HEADS
+            tokens_ahead = tl.arange(0, TOKENS)
+            heads_ahead = tl.arange(0, HEADS)
+            first_head = m0 % GROUP
+            out_base = out + ((token + m0 // GROUP).to(tl.int64) * heads + off_h * group + first_head) * DV
+            out_ptrs = (
+                out_base
+                + (tokens_ahead.to(tl.int64) * heads * DV)[:, None, None]
+                + (heads_ahead.to(tl.int64) * DV)[None, :, None]
+                + offs_dv[None, None, :]
+            )
+            there = (
+                (tokens_ahead < L - m0 // GROUP)[:, None, None]
+                & (heads_ahead < group - first_head)[None, :, None]
+                & (offs_dv < DV)[None, None, :]
+            )
+            tl.store(out_ptrs, tl.reshape(acc.to(out.dtype.element_ty), (TOKENS, HEADS, BLOCK_DV)), mask=there)
+        else:  # an Ascend 950 has no room for the output's tile twice
+            wide_ptrs = out + out_row[:, None] * DV + offs_dv[None, :]
+            tl.store(wide_ptrs, acc.to(out.dtype.element_ty), mask=valid[:, None] & (offs_dv < DV)[None, :])
 
 
 def paged_attention(
@@ -233,8 +261,21 @@ def paged_attention(
         left=left,
         right=right,
     )
+    return fill(
+        outs, query, key, value, lengths[0], lengths[1], block_table,
+        query_rope=query_rope, key_rope=key_rope, scale=scale, left=left, right=right,
+    )  # fmt: skip
+
+
+def fill(
+    outs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, ends: Tensor, counts: Tensor, block_table: Tensor | None,
+    *, query_rope: Tensor | None = None, key_rope: Tensor | None = None,
+    scale: float | None = None, left: int | None = None, right: int | None = None, most: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fill `outs` (output, logsumexp), both contiguous. ends, counts [R]: the two rows of the operator's `lengths`. most: no request
+    has more keys; as many as the pages hold unless given."""
     tokens, q_heads, dim = query.shape
-    requests, heads, value_dim = lengths.shape[1], key.shape[-2], value.shape[-1]
+    requests, heads, value_dim = ends.shape[0], key.shape[-2], value.shape[-1]
     if outs[1].numel() == 0:
         return outs
     if requests == 0:
@@ -255,20 +296,26 @@ def paged_attention(
     tiles = tokens * padded // tile.height + requests + 1
     rope = 0 if query_rope is None else query_rope.shape[2]
     sums = _order(query)
+    if most is None:
+        most = key.shape[0] if block_table is None else block_table.shape[1] * page
+    parts = parts_of(heads * tiles, most, max(blocks), sums["SEGMENT"])
+    partial = room_for(parts, outs)
     q_rope, k_rope = (query, key) if query_rope is None or key_rope is None else (query_rope, key_rope)
     k_strides, v_strides, kr_strides = (
         (0, *x.stride()) if block_table is None else x.stride() for x in (key, value, k_rope)
     )
     launch(
-        _paged_attention, heads * tiles, query, query, key, value, q_rope, k_rope, lengths, block_table, *outs,
-        tokens, requests, requests.bit_length(), tiles, group, dim, value_dim, rope, page,
+        _paged_attention, heads * tiles * parts, query,
+        query, key, value, q_rope, k_rope, ends, counts, block_table, *outs, partial,
+        tokens, requests, tiles, parts, group, dim, value_dim, rope, page,
         UNLIMITED if left is None else min(left, UNLIMITED), UNLIMITED if right is None else min(right, UNLIMITED),
         *query.stride(), *k_strides, *v_strides, *q_rope.stride(), *kr_strides,
         0 if block_table is None else block_table.stride(0),
-        SCALE=scale_of(scale, dim + rope, sums["EXP"]), KEYS=keys, ROPE=rope > 0, **sums, GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width,
-        BLOCK_D=blocks[0], BLOCK_DV=blocks[1], BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0],
-        num_warps=tile.warps, num_stages=tile.stages,
+        SCALE=scale_of(scale, dim + rope, sums["EXP"]), KEYS=keys, ROPE=rope > 0, **sums, SPLIT=parts > 1, WINDOW=left is not None,
+        GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
+        BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0], BLOCK_R=REQUESTS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    join_parts(partial, outs, parts, blocks[1], sums)
     return outs
 
 

@@ -80,19 +80,24 @@ TMA_MANY_ROWS = [
 ]
 
 #: target -> bytes per element -> (limit, tile) of attention; its rows are the queries of all heads that share a key head.
-#: The width is the number of keys in one step and must not follow the rows. In 16 bits there is no tile of 64 rows, which
-#: would run on the warp group's matrix instruction: on an H200 its bits differed at each head from 16 to 128 elements.
+#: The width is the number of keys in one step and must not follow the rows. From 64 rows on 16-bit tiles run on the warp group's
+#: matrix instruction; on an H200 its bits were those of the other tiles.
 ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
     "cuda": {
-        2: [(16, Tile(16, 64, 4, 3)), (UNLIMITED, Tile(32, 64, 4, 3))],
+        2: [
+            (16, Tile(16, 64, 4, 3)),
+            (32, Tile(32, 64, 4, 3)),
+            (64, Tile(64, 64, 4, 2)),
+            (UNLIMITED, Tile(128, 64, 8, 3)),
+        ],
         4: [(16, Tile(16, 32, 4, 1)), (UNLIMITED, Tile(32, 32, 4, 1))],
         8: [(UNLIMITED, Tile(4, 16, 4, 1))],
     },
     "npu": {2: [(UNLIMITED, Tile(32, 64, 1, 1))], 4: [(UNLIMITED, Tile(32, 64, 1, 1))]},
 }
-#: attention in 16 bits on CUDA: keys of a segment (the first ones), part of the sum's order; up to how many programs, which would
-#: leave the device idle, each segment has a program of its own
-SEGMENT, FEW = 256, 96
+#: attention in 16 bits on CUDA: keys of a segment (the first ones), part of the sum's order; up to how many programs times elements of
+#: a head, which would leave the device idle, each segment has a program of its own
+SEGMENT, FEW = 256, 96 * 128
 #: attention in 16 bits on CUDA where heads have more than 128 elements: one tile for any number of rows
 LONG_HEADS = Tile(16, 64, 4, 3)
 #: target -> (the least length that a head is padded to, the greatest for which attention's tile keeps its full height)

@@ -36,9 +36,7 @@ def alone(q: Tensor, k: Tensor, v: Tensor, left: int | None, right: int | None) 
     distance = torch.arange(len(k))[None] - torch.arange(len(k) - len(q), len(k))[:, None]
     seen = (distance >= -(10_000 if left is None else left)) & (distance <= (10_000 if right is None else right))
     heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    # with bool masks, bytes, Triton's dots on CUDA pair the keys in another way
-    mask = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~seen, -math.inf) if CUDA else seen
-    out, lse = call("scaled_dot_product_attention", *heads, mask.to(DEVICE))
+    out, lse = call("scaled_dot_product_attention", *heads, seen.to(DEVICE))
     return out[0].transpose(0, 1).contiguous(), lse[0].t().contiguous()
 
 
@@ -95,14 +93,15 @@ def test_a_mixed_batch_has_the_bits_of_each_request_alone(dtype: torch.dtype, li
 
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 def test_segments_end_at_the_same_keys_in_pages(limits: dict[str, int | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With CUDA's tiles: segments of 64 keys, then of 128 and 256."""
+    """With CUDA's tiles: segments of 64 keys, then of 128 and 256, taken by one program or by one each."""
     monkeypatch.setattr(launch, "HOST", "cuda")
     monkeypatch.setattr(attention, "SEGMENT", 64)
     counts = [(1, 300), (17, 64), (9, 129), (4, 700), (1, 2100)]
     requests = [request_of(i, *n, torch.float16) for i, n in enumerate(counts)]
     want = tuple(torch.cat(parts) for parts in zip(*(alone(*r, **limits) for r in requests), strict=True))
-    for size in (16, 128):
-        assert same(paged(requests, size, **limits), want), size
+    for few, size in ((0, 16), (0, 128), (10**6, 128)):
+        monkeypatch.setattr(attention, "FEW", few)
+        assert same(paged(requests, size, **limits), want), (few, size)
 
 
 @pytest.mark.parametrize("size", [16, 128])
