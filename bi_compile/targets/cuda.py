@@ -35,11 +35,11 @@ TARGET = Target(
     inductor=ROUND_EVERY_OPERATOR,
     before_codegen=one_code,  # a graph may hold tensors of the host
     trusted={
-        "vllm.unified_attention_with_output.default": "FlashAttention 3 and vLLM's Triton attention compute each query by itself, its keys in "
-        "ascending or descending tiles of one size, once they are told the same lengths for every batch (bi_compile/vllm/cuda.py, which "
+        "vllm.unified_attention_with_output.default": "FlashAttention 3 and the Triton attention of vLLM and of bi_compile compute each query by itself, its keys in "
+        "ascending or descending tiles of one size, once they are told the same lengths for every batch (bi_compile/vllm/cuda_attention.py, which "
         "refuses other attention)",
         "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
-        "_vllm_fa3_C.get_scheduler_metadata.default": "plans which block computes which query's tile; bi_compile/vllm/cuda.py tells it the "
+        "_vllm_fa3_C.get_scheduler_metadata.default": "plans which block computes which query's tile; bi_compile/vllm/cuda_attention.py tells it the "
         "same lengths, and one part of the keys, for every batch",
         "_C.weak_ref_tensor.default": "another name for the same memory",
         "triton._topk_topp_kernel": "vLLM's top-k and top-p: one program takes one row at a time, in blocks of one size; "

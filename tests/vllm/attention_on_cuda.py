@@ -1,16 +1,20 @@
-"""vLLM's attention on a CUDA device of compute capability 9.0: each query alone and among others, as vLLM calls it and pinned.
+"""vLLM's attention on a CUDA device of compute capability 9.0: each query alone and among others, as vLLM calls it, pinned, and by
+bi_compile's kernel.
 
-    python tests/vllm/attention_on_cuda.py
+    python tests/vllm/attention_on_cuda.py                       # minutes
+    python tests/vllm/attention_on_cuda.py bi_compile            # one of the kinds
 
 Prints for heads, pages and windows how many queries differ in any bit from the same request alone, and the relative error of the
 first against float64. Requests of 1 to 3,000 keys come in chunks of up to 40 queries, at any place, beside up to 17 others.
-bi_compile/vllm/cuda.py accepts what differs nowhere.
+bi_compile/vllm/cuda_attention.py accepts what differs nowhere.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from torch import Tensor
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-from bi_compile.vllm.cuda import pinned
+from bi_compile.vllm.cuda_attention import ours, pinned
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 300, 511, 640, 1025, 2049, 3000]
 LAST = 40
@@ -49,14 +53,14 @@ class Case:
         lengths = [first + n for _, first, n in requests]
         table = torch.nn.utils.rnn.pad_sequence([self.tables[i] for i, _, _ in requests], batch_first=True)
         out = torch.full_like(query, float("nan"))
-        plain = unified_attention if "Triton" in kind else flash_attn_varlen_func
-        attention = pinned(plain) if "pinned" in kind else plain
+        plain = flash_attn_varlen_func if "Flash" in kind else unified_attention
+        attention = pinned(plain) if "pinned" in kind else ours(plain) if kind == "bi_compile" else plain
         attention(
             q=query, k=self.keys, v=self.values, out=out, softmax_scale=self.size**-0.5, causal=True, block_table=table,
             cu_seqlens_q=torch.tensor(starts, device="cuda", dtype=torch.int32),
             seqused_k=torch.tensor(lengths, device="cuda", dtype=torch.int32),
             max_seqlen_q=max(n for _, _, n in requests), max_seqlen_k=max(lengths), softcap=0.0,
-            **(self._triton(query) if "Triton" in kind else self._flash(kind)),
+            **(self._flash(kind) if "Flash" in kind else self._triton(query)),
         )  # fmt: skip
         return out
 
@@ -110,8 +114,10 @@ def differ(case: Case, kind: str, batches: int = 60) -> str:
     return f"{kind} {wrong}/{rows} ({error:.1e})"
 
 
-def main() -> None:
-    kinds = ("FlashAttention", "FlashAttention one part", "FlashAttention pinned", "Triton", "Triton pinned")
+KINDS = ("FlashAttention", "FlashAttention one part", "FlashAttention pinned", "Triton", "Triton pinned", "bi_compile")
+
+
+def main(kinds: Sequence[str]) -> None:
     for (heads, kv_heads, size), page, window in itertools.product(HEADS, (16, 128), (0, 100, 2501)):
         case = Case(heads, kv_heads, size, page, window)
         found = "; ".join(differ(case, kind) for kind in kinds)
@@ -122,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or KINDS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bi_compile import HostError
-from bi_compile.vllm import cuda
+from bi_compile.vllm import cuda_attention as cuda
 
 
 def calls(module: str, names: tuple[str, ...]) -> list[ast.Call]:
@@ -79,6 +79,81 @@ def test_settings_that_cut_the_keys_are_refused(cascade: bool, ranks: int, words
         cuda.before_config(config)
 
 
+def chosen(
+    backend: Any = None, size: int = 64, window: int | None = None, mla: bool = False, page: int | None = None
+) -> Any:
+    """The name of the backend that an engine gets, and how many keys a page has."""
+    model = SimpleNamespace(
+        disable_cascade_attn=True,
+        use_mla=mla,
+        is_hybrid=False,
+        get_head_size=lambda: size,
+        get_sliding_window=lambda: window,
+    )
+    config = SimpleNamespace(
+        model_config=model, parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        attention_config=SimpleNamespace(backend=backend),
+        cache_config=SimpleNamespace(block_size=page or 16, user_specified_block_size=page is not None),
+    )  # fmt: skip
+    cuda.before_config(config)
+    return getattr(config.attention_config.backend, "name", None), config.cache_config.block_size
+
+
+def test_vllms_choice_stands_but_where_it_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum as Backend
+
+    def capability(major: int) -> None:
+        of = SimpleNamespace(get_device_capability=lambda: SimpleNamespace(major=major))
+        monkeypatch.setattr(cuda, "current_platform", of)
+
+    capability(9)
+    assert chosen() == (None, 16)
+    assert chosen(window=99) == ("TRITON_ATTN", 64)
+    assert chosen(window=99, page=32) == ("TRITON_ATTN", 32)
+    assert chosen(Backend.TRITON_ATTN) == ("TRITON_ATTN", 64)
+    assert chosen(Backend.FLASH_ATTN, window=99) == ("FLASH_ATTN", 16)  # refused once the model is loaded
+    assert chosen(window=99, size=16) == chosen(window=99, mla=True) == (None, 16)  # vLLM's Triton backend has neither
+    capability(8)
+    assert chosen() == ("TRITON_ATTN", 64)
+
+
+def asked(dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[str, Any]:
+    """What vLLM's Triton backend says for a layer: every keyword of the installed version that is not given here is None."""
+    (call,) = (c for c in calls(cuda.TRITON, ("unified_attention",)) if {k.arg for k in c.keywords} != {None})
+    q, k = torch.empty(3, 4, 64, dtype=torch.bfloat16), torch.empty(5, 16, 2, 64, dtype=dtype)
+    usual = {
+        "q": q,
+        "k": k,
+        "causal": True,
+        "softcap": 0,
+        "use_alibi_sqrt": False,
+        "chunk_lookback": -1,
+        "kv_quant_mode": 0,
+    }
+    return {**{str(keyword.arg): None for keyword in call.keywords}, "k_descale": torch.ones(()), **usual, **more}
+
+
+def test_a_layer_gets_our_kernel_or_vllms_by_what_it_asks() -> None:
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    assert cuda.is_ours(asked()) and cuda.is_ours(asked(kv_quant_mode=KVQuantMode.NONE))
+    wanted: dict[str, Any] = {
+        "softcap": 30.0, "sinks": torch.zeros(4), "alibi_slopes": torch.zeros(4), "use_alibi_sqrt": True, "causal": False,
+        "chunk_lookback": 2, "output_scale": torch.ones(()), "q_descale": torch.ones(()), "what vLLM may add": True,
+        "kv_quant_mode": KVQuantMode.FP8_PER_TENSOR,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        assert not cuda.is_ours(asked(**{name: value})), name
+    assert not cuda.is_ours(asked(torch.float8_e4m3fn))
+
+
+def test_what_follows_the_batch_is_refused() -> None:
+    attention = cuda.ours(lambda **call: None)
+    attention(**asked(softcap=30.0))
+    with pytest.raises(HostError, match=r"unified_attention\(mm_prefix_range=…\) follows the batch"):
+        attention(**asked(mm_prefix_range=torch.zeros(1, 1, 2)))
+
+
 def layer(module: str | None, name: str, **attributes: object) -> Any:
     """A layer of vLLM's with an implementation of attention that is not made: that needs a device."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -94,7 +169,8 @@ def layer(module: str | None, name: str, **attributes: object) -> Any:
 
 def check(made: Any) -> None:
     layers = {"model.layers.0.attn": made, "model.layers.0.mlp.experts": object()}
-    cuda.check_model(SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers)))
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers), model_config=None)
+    cuda.check_model(config)
 
 
 def test_the_attention_that_was_tried_is_accepted() -> None:
