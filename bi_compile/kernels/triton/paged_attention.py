@@ -32,12 +32,10 @@ from .attention import (
     tile_of,
 )
 from .launch import cdiv, launch, target
-from .tiles import LONGEST_HEAD_GATHERED
+from .tiles import LONGEST_HEAD_GATHERED, REQUESTS
 
 #: how the kernel finds keys: packed one request after the other; by pages that hold whole tiles of keys; by other pages
 PACKED, WHOLE_TILES, PAGES = 0, 1, 2
-#: requests among which a program looks for its own at a time
-REQUESTS = 128
 #: more keys than any request has: no limit of the window
 UNLIMITED = 2**30
 
@@ -51,11 +49,11 @@ def _request_of(ends, requests, index, group, BLOCK_M: tl.constexpr, BLOCK_R: tl
     offs = tl.arange(0, BLOCK_R)
     found = 0
     for start in range(0, requests, BLOCK_R):
-        # the first tiles of the requests behind these
-        first = (
-            tl.load(ends + start + offs, mask=offs < requests - start, other=0) * group // BLOCK_M + start + offs + 1
-        )
-        found += tl.sum(((first <= index) & (offs < requests - start)).to(tl.int32), 0)
+        there = offs < requests - start
+        end = tl.load(ends + start + offs, mask=there, other=0)
+        # the first tile of the request behind each
+        behind = end * group // BLOCK_M + start + offs + 1
+        found += tl.sum((there & (behind <= index)).to(tl.int32), 0)
     return found
 
 
@@ -71,8 +69,7 @@ def _paged_attention(
     stride_krp, stride_krn, stride_krh, stride_krd, stride_table,
     SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, EXP: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr,
     SEGMENT: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`attention._attention` for a tile of one request's queries: the same blocks of BLOCK_N keys, ascending from key 0 of
     the request, and the same sums, so the same bits, divided by segments (SPLIT) or not. Where a key lies changes nothing but its address.
@@ -313,7 +310,7 @@ def fill(
         0 if block_table is None else block_table.stride(0),
         SCALE=scale_of(scale, dim + rope, sums["EXP"]), KEYS=keys, ROPE=rope > 0, **sums, SPLIT=parts > 1, WINDOW=left is not None,
         GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
-        BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0], BLOCK_R=REQUESTS, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0], BLOCK_R=REQUESTS[device], num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     join_parts(partial, outs, parts, blocks[1], sums)
     return outs
