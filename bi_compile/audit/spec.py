@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -63,7 +64,7 @@ class Call:
     complete: bool = True
     """Whether the arguments are the operator's own; not so where a mutable operator's were taken apart into views."""
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """`ns.packet.overload`; a Triton kernel that the program calls is triton.NAME."""
         return _triton_kernel(self.kwargs) if str(self.target).startswith("triton_kernel_wrapper") else str(self.target)

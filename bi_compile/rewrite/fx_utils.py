@@ -20,11 +20,14 @@ def source_line(node: fx.Node) -> str:
 
     It is the innermost frame in a file of the model (`is_of_the_model`), or the innermost of all where there is none.
     """
-    lines = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
-    ]
-    places = [line.removeprefix("File ").replace('"', "") for line in lines]
-    return ([p for p in places if is_of_the_model(p.partition(", line ")[0])] or places or [""])[-1]
+    innermost = ""
+    for line in reversed((node.meta.get("stack_trace") or "").splitlines()):
+        if line.lstrip().startswith("File "):
+            found = line.strip().removeprefix("File ").replace('"', "")
+            if is_of_the_model(found.partition(", line ")[0]):
+                return found
+            innermost = innermost or found
+    return innermost
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
