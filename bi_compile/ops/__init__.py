@@ -13,7 +13,7 @@ from .matmul import addmm, baddbmm, bmm, bmm_transposed, grouped_mm, in_pairs, m
 from .moe import moe_combine, moe_experts, moe_gate
 from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
 from .order import amax, amin, topk
-from .pointwise import pointwise
+from .pointwise import pointwise, tanh
 from .reduce import cumsum, log_softmax, logsumexp, mean, softmax, sum, var_mean
 from .write import index_copy, index_put, scatter
 
@@ -60,6 +60,7 @@ __all__ = [
     "sequence_attention_backward",
     "softmax",
     "sum",
+    "tanh",
     "topk",
     "var_mean",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .batch import Pointwise
-from .declare import composite, operator
+from .declare import check, composite, operator
 
 #: elements a call: below PyTorch's grain of 32768, from which on threads share the work, and a multiple of every vector
 CHUNK = 32768 - 64
@@ -64,3 +64,21 @@ def _in_whole_vectors(
     parts = [_call(name, [t[i : i + CHUNK] for t in flat], numbers, word) for i in range(0, max(n, 1), CHUNK)]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     return whole[:n].reshape(shape).contiguous()
+
+
+@operator("tanh(Tensor self) -> Tensor", batch=Pointwise())
+def tanh(self: Tensor) -> Tensor:
+    """tanh of each element of a float32 or float64 tensor, contiguous. On a CPU by SLEEF on whole vectors, as in Inductor's code, where
+    PyTorch's eager code takes MKL's; elsewhere PyTorch's. No sum is involved."""
+    check(
+        self.dtype in (torch.float32, torch.float64),
+        lambda: (
+            f"bi_compile::tanh has no kernel for {self.dtype}: use float32 or float64, or torch.tanh, which computes the others so"
+        ),
+    )
+    return self.new_empty(self.shape)
+
+
+@composite("tanh")
+def _tanh(self: Tensor) -> Tensor:
+    return torch.tanh(self).contiguous()

@@ -58,6 +58,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
     "layer_norm": ((X(M, K), None, None, 1e-6), {K}, set()),
     "group_norm": ((X(M, 15, N), None, None, 5, 1e-6), {15, N}, set()),
     "pointwise": (("aten.hypot.default", [X(M, K), X(K)]), set(), set()),
+    "tanh": ((X(M, K),), set(), set()),
     "sum": ((X(M, K, N), [1]), {K}, set()),
     "mean": ((X(M, K), []), {M, K}, set()),
     "var_mean": ((X(M, K, N), [0, 2]), {M, N}, set()),

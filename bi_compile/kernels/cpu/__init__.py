@@ -42,7 +42,7 @@ def _processor() -> str:
 EXTENSION = Extension(
     "bi_compile_cpu",
     Path(__file__).parent,
-    ("matmul.cpp", "attention.cpp", "paged_attention.cpp", "reduce.cpp", "norm.cpp", "order.cpp"),
+    ("matmul.cpp", "attention.cpp", "paged_attention.cpp", "reduce.cpp", "norm.cpp", "order.cpp", "pointwise.cpp"),
     # -ffp-contract=off: only what the source calls fma is fused, in every instance of a template alike
     (
         "-O3", "-std=c++20", _NATIVE, "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-Wno-psabi", "-Wno-maybe-uninitialized",

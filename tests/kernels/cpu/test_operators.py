@@ -49,6 +49,8 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, A
     }
     if dtype == torch.float64:
         narrow = {}
+    if dtype in (torch.float32, torch.float64):
+        narrow["tanh"] = ((x.transpose(0, 1),), {})
     return {
         "mm": ((m, m.t()), {}),
         "mm_segments": ((m, m.t(), 4), {}),
