@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import MeasureError
 from .requests import engine, prompts
 
 #: keys of a plan that are not vLLM's
@@ -139,9 +140,33 @@ def readings(plan: dict[str, Any], model: Any, sequences: list[list[int]]) -> di
     return found
 
 
+def check(plan: dict[str, Any]) -> None:
+    """Raise MeasureError where the two sides would compute different functions."""
+    from transformers import AutoConfig
+
+    dtype = getattr(torch, str(plan.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise MeasureError(f"dtype={plan.get('dtype')!r}: both sides need one, so write float32, bfloat16 or float16")
+    quantised = [
+        f"{name}={plan[name]!r}" for name in ("quantization", "kv_cache_dtype") if plan.get(name, "auto") != "auto"
+    ]
+    if getattr(AutoConfig.from_pretrained(plan["model"]), "quantization_config", None) is not None:
+        quantised.append(f"quantization_config in {plan['model']}/config.json")
+    if quantised:
+        raise MeasureError(
+            f"{', '.join(quantised)}: the rollout is quantised and the trainer is not, so they compute different functions: serve the "
+            "weights that are trained"
+        )
+
+
 def run(plan: dict[str, Any]) -> dict[str, Any]:
-    """Run a plan: keys of `PLAN`, the rest goes to `vllm.LLM`."""
+    """Run a plan: keys of `PLAN`, the rest goes to `vllm.LLM`.
+
+    Raises:
+        MeasureError: see `check`.
+    """
     plan = {**PLAN, **plan}
+    check(plan)
     served, alone = rollout(plan)
     from transformers import AutoModelForCausalLM
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from bi_compile.errors import MeasureError
+from bi_compile.measure import parity
 from bi_compile.measure.models import smollm2
 from bi_compile.measure.process import python, run_module
 
@@ -32,6 +34,23 @@ def test_rollout_and_trainer_have_the_same_logprobs(
     plan = {"model": str(model(family)), "dtype": "bfloat16", "requests": 3, **plan}
     result, _ = run_module("bi_compile.measure.parity", plan)
     assert result["logprobs"] > 300 and set(result["equal"].values()) == {result["logprobs"]}, result
+
+
+@pytest.mark.parametrize(
+    ("plan", "config", "words"),
+    [
+        ({"quantization": "fp8"}, {}, "quantization='fp8': the rollout is quantised and the trainer is not"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, {}, "kv_cache_dtype='fp8_e4m3': the rollout"),
+        ({}, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config in .*config.json: the rollout"),
+        ({"dtype": "auto"}, {}, "dtype='auto': both sides need one"),
+    ],
+)  # fmt: skip
+def test_two_functions_are_not_compared(
+    plan: dict[str, Any], config: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    with pytest.raises(MeasureError, match=words):
+        parity.check({"model": str(tmp_path), "dtype": "bfloat16", **plan})
 
 
 def test_the_ratio_is_one_after_the_weights_were_changed(tmp_path: Path) -> None:
