@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -392,10 +393,16 @@ def tile_of(query: Tensor, rows: int, head: int) -> Tile:
     if device == "cuda" and size == 2 and head > longest:
         tile = LONG_HEADS
     else:
-        tile = choose(ATTENTION[device][size], rows)
+        tile = choose(ATTENTION[device][size], rows if _tall_tiles_are_compared(query.device) else min(rows, 32))
         height = tile.height if head <= longest else min(tile.height, 16)
         tile = tile._replace(height=height, warps=max(1, tile.warps * height // tile.height))
     return tile._replace(stages=max(1, min(tile.stages, 512 // head)))
+
+
+@functools.cache
+def _tall_tiles_are_compared(device: torch.device) -> bool:
+    """Whether tiles of 64 rows and more, which run on other matrix instructions, are known to have the bits of lower ones: on Hopper."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _mask(mask: Tensor | None, query: Tensor, shape: list[int]) -> tuple[int, Tensor | None, tuple[int, ...]]:

@@ -81,7 +81,7 @@ TMA_MANY_ROWS = [
 
 #: target -> bytes per element -> (limit, tile) of attention; its rows are the queries of all heads that share a key head.
 #: The width is the number of keys in one step and must not follow the rows. From 64 rows on 16-bit tiles run on the warp group's
-#: matrix instruction; on an H200 its bits were those of the other tiles.
+#: matrix instruction; on an H200 its bits were those of the other tiles, and only Hopper takes them.
 ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
     "cuda": {
         2: [
