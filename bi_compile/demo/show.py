@@ -1,14 +1,13 @@
 """What the demonstration measures: for how many requests, or rows, the bits change when they are batched, and which words.
 
-Each case runs without the pass and with it, side by side, in a process of its own on half of the cores: vLLM's engine through
-`requests`, torch.compile through `compiled`, both with real weights.
+Each case runs without the pass and with it, side by side, in a process of its own: vLLM's engine through `requests`, torch.compile
+through `compiled`, both with real weights. Both have all cores, since what varies may vary with several threads alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import re
 import tempfile
 import time
@@ -110,18 +109,12 @@ def cases(folder: Path) -> list[Case]:
     return found
 
 
-def halves() -> tuple[set[int], set[int]]:
-    """The cores of this process, divided; twice the one where there is one."""
-    cores = sorted(os.sched_getaffinity(0))
-    return set(cores[: (len(cores) + 1) // 2]), set(cores[len(cores) // 2 :])
-
-
-def measure(module: str, plan: dict[str, Any], cores: set[int]) -> Outcome:
-    """Run `python -m module plan` on these cores and read its result."""
-    os.sched_setaffinity(0, cores)  # of this thread; the process that it starts has them too
+def measure(module: str, plan: dict[str, Any]) -> Outcome:
+    """Run `python -m module plan` and read its result."""
     start = time.perf_counter()
     try:
-        result, _ = run_module(module, plan)
+        # a thread that waits leaves its core to the other side's
+        result, _ = run_module(module, plan, OMP_WAIT_POLICY="PASSIVE")
     except ProcessFailed as error:
         return Outcome(0, "failed", time.perf_counter() - start, str(error))
     differ, text = read(result)
@@ -183,7 +176,7 @@ def run(progress: Progress = quiet) -> Iterator[Row]:
             progress(f"{case.part}: {case.what.split(':')[0]}, without and with", i / len(planned))
             with ThreadPoolExecutor(2) as pool:
                 modules, plans = (case.module, case.module), (case.without, case.with_)
-                yield Row(case, *pool.map(measure, modules, plans, halves()))
+                yield Row(case, *pool.map(measure, modules, plans))
 
 
 def faults(rows: list[Row]) -> list[str]:
