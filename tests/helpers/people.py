@@ -157,7 +157,7 @@ def logits(name: str, **changes: Any) -> Callable[[], Program]:
 def sentences() -> Program:
     from bi_compile.demo.compiled import encoder
 
-    return encoder(ROWS, None)
+    return encoder(ROWS)
 
 
 def whisper() -> Program:

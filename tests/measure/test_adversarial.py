@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 
 from bi_compile import AuditError, ops
-from bi_compile.demo.compiled import qwen3
 from bi_compile.measure.adversarial import HELD, ORDERED, Adversary, moved
+from bi_compile.measure.models import make
 from bi_compile.table import find_operator
 
 X, W = rand(7, 50), rand(50, 30, seed=1)
@@ -145,9 +145,22 @@ def test_operators_without_a_kernel_are_computed_by_their_references(npu: None) 
         torch.testing.assert_close(norm(X), want)
 
 
+def qwen3(rows: int, folder: Path) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The logits of the token that follows 11 others, from a Qwen3 of two layers with random weights; and ids for it."""
+    from transformers import AutoModelForCausalLM
+
+    where = make("qwen3", folder / "qwen3-2", num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+    return logits, torch.randint(10, 4000, (rows, 11), generator=torch.Generator().manual_seed(0))
+
+
 def test_qwen3_keeps_its_rows_only_when_rewritten(tmp_path: Path) -> None:
     """Two layers, as AOTAutograd captures them, the batch symbolic, and its passes' result."""
-    logits, (ids,) = qwen3(5, tmp_path)
+    logits, ids = qwen3(5, tmp_path)
     graphs: list[fx.GraphModule] = []
     calls: list[list[Any]] = []
 
