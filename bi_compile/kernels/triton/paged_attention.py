@@ -12,7 +12,9 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .attention import (
+from .attention import blocks_of_head, scale_of, tile_of
+from .launch import cdiv, launch, target
+from .running_softmax import (
     _add_next,
     _dot,
     _finish,
@@ -24,14 +26,10 @@ from .attention import (
     _segment,
     _store_part,
     _total,
-    blocks_of_head,
     join_parts,
     parts_of,
     room_for,
-    scale_of,
-    tile_of,
 )
-from .launch import cdiv, launch, target
 from .tiles import LONGEST_HEAD_GATHERED, REQUESTS
 
 #: how the kernel finds keys: packed one request after the other; by pages that hold whole tiles of keys; by other pages

@@ -23,8 +23,8 @@ from triton_cases import (
     statistic,
 )
 
-from bi_compile.kernels.triton import attention as module
 from bi_compile.kernels.triton import launch
+from bi_compile.kernels.triton import running_softmax as module
 from bi_compile.kernels.triton.attention import attention
 from bi_compile.kernels.triton.tiles import ATTENTION, Tile
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton_cases import CUDA, DEVICE, FLOATS, Outputs, call, draw, same
 
-from bi_compile.kernels.triton import attention, launch
+from bi_compile.kernels.triton import launch, running_softmax
 
 HEADS, KV_HEADS, HEAD = 4, 2, 16
 #: (tokens, keys): decode, prefill, chunks, a request without tokens, one without keys, more tokens than keys
@@ -95,12 +95,12 @@ def test_a_mixed_batch_has_the_bits_of_each_request_alone(dtype: torch.dtype, li
 def test_segments_end_at_the_same_keys_in_pages(limits: dict[str, int | None], monkeypatch: pytest.MonkeyPatch) -> None:
     """With CUDA's tiles: segments of 64 keys, then of 128 and 256, taken by one program or by one each."""
     monkeypatch.setattr(launch, "HOST", "cuda")
-    monkeypatch.setattr(attention, "SEGMENT", 64)
+    monkeypatch.setattr(running_softmax, "SEGMENT", 64)
     counts = [(1, 300), (17, 64), (9, 129), (4, 700), (1, 2100)]
     requests = [request_of(i, *n, torch.float16) for i, n in enumerate(counts)]
     want = tuple(torch.cat(parts) for parts in zip(*(alone(*r, **limits) for r in requests), strict=True))
     for few, size in ((0, 16), (0, 128), (10**6, 128)):
-        monkeypatch.setattr(attention, "FEW", few)
+        monkeypatch.setattr(running_softmax, "FEW", few)
         assert same(paged(requests, size, **limits), want), (few, size)
 
 
