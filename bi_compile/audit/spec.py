@@ -143,7 +143,8 @@ MOVES = Row(
     )
     | inductor("inductor_force_stride_order inductor_lookup_seed")
     | default("inductor", "resize_storage_bytes_")
-    | default("_c10d_functional", "all_gather_into_tensor all_to_all_single broadcast wait_tensor"),
+    | default("_c10d_functional", "all_gather_into_tensor all_to_all_single broadcast wait_tensor")
+    | default("c10d", "send recv_"),
     Verdict.ROW_LOCAL,
     "makes or moves elements",
 )
