@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import HostError
-from .experts import check_routing
+from .experts import check_data_parallel, check_routing
 from .platforms import Platform, Switch
 from .shared import attribute
 
@@ -69,6 +69,7 @@ def before_config(vllm_config: Any) -> None:
             "enable_expert_parallel=True: experts that are divided among ranks were not tried on a CPU, where vLLM's kernel takes every rank "
             "to have all of them; remove that line: tensor_parallel_size divides each expert"
         )
+    check_data_parallel(vllm_config)
 
 
 PLATFORM = Platform(

@@ -28,7 +28,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from ..errors import HostError
-from .experts import check_routing, mixtures
+from .experts import check_data_parallel, check_routing, mixtures
 from .shared import attribute
 
 log = init_logger("vllm.plugins.bi_compile")
@@ -63,11 +63,7 @@ def before_config(vllm_config: Any) -> None:
             "enable_expert_parallel=True: experts that are divided among ranks were not tried; remove that line: tensor_parallel_size divides "
             "each expert"
         )
-    if parallel.data_parallel_size > 1:
-        raise HostError(
-            f"data_parallel_size={parallel.data_parallel_size}: the ranks send each other tokens for a mixture of experts, which was not tried; "
-            "start engines of their own"
-        )
+    check_data_parallel(vllm_config)
     kernels = vllm_config.kernel_config
     if kernels.moe_backend not in ("auto", "triton"):
         raise HostError(

@@ -8,6 +8,16 @@ from typing import Any
 from ..errors import HostError
 
 
+def check_data_parallel(vllm_config: Any) -> None:
+    """Raise HostError where data-parallel ranks would share a mixture of experts; those of other models know nothing of each other."""
+    model, size = vllm_config.model_config, vllm_config.parallel_config.data_parallel_size
+    if size > 1 and model is not None and model.is_moe:
+        raise HostError(
+            f"data_parallel_size={size}: the ranks send each other tokens for a mixture of experts, which was not tried; remove that line, or "
+            "start engines of their own"
+        )
+
+
 def mixtures(vllm_config: Any) -> Iterator[tuple[str, Any]]:
     """Name and layer of each mixture of experts in a worker's model; the layer has a `router`."""
     for name, layer in vllm_config.compilation_config.static_forward_context.items():

@@ -40,8 +40,8 @@ class Way:
     """Whether it is run by hand alone, not in `make test` (test_ways.py)."""
     tests: str = ""
     """The test that stands behind it, if not this program."""
-    tried: bool = True
-    """Whether this program was run for it."""
+    counted: str = ""
+    """A metric of vLLM's that must not be zero, for the way to have been tried."""
     note: str = ""
 
 
@@ -67,18 +67,19 @@ WAYS = (
     Way("structured output", {"model": "$tokenizer", "skip_tokenizer_init": False}, {"structured_outputs": {"regex": "[a-f]{2,40}"}, "ignore_eos": False}),
     Way("chunked prefill", tests="tests/vllm/test_engine.py", by_hand=False),
     Way("prefix caching", {"enable_prefix_caching": True}, tests="tests/vllm/test_engine.py", by_hand=False),
-    Way("preemption", {"kv_cache_memory_bytes": 2**21, "disable_log_stats": False}, tried=False),
+    Way("preemption", {"num_gpu_blocks_override": 5, "disable_log_stats": False}, {"max_tokens": 100}, counted="vllm:num_preemptions"),
     Way("asynchronous scheduling", {"async_scheduling": True}),
     Way("n-gram speculation", {"enforce_eager": True, "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}}, note="tried with enforce_eager"),
     Way("a draft model", {"enforce_eager": True, "speculative_config": {"model": "$draft", "num_speculative_tokens": 3}}, note="tried with enforce_eager"),
-    Way("EAGLE", {"model": "$llama", "speculative_config": {"method": "eagle", "model": "$eagle", "num_speculative_tokens": 2}}, tried=False),
-    Way("keys and values in fp8", {"kv_cache_dtype": "fp8"}, tried=False),
+    Way("EAGLE", {"model": "$llama", "speculative_config": {"method": "eagle", "model": "$eagle", "num_speculative_tokens": 2}}),
+    Way("keys and values in fp8", {"kv_cache_dtype": "fp8"}, refused="FP8 KV cache on CPU requires x86 with AVX-512 or AMX", note="vLLM itself refuses on a processor without AVX-512; with it vLLM's own attention serves, which this program was not run with"),
     Way("LoRA", {"enable_lora": True}, tests="tests/vllm/test_config.py", by_hand=False, refused="does not cover LoRA's kernels"),
-    Way("embeddings (pooling)", {"runner": "pooling"}, tried=False),
-    Way("prompts as embeddings", {"enable_prompt_embeds": True}, tried=False),
+    Way("embeddings (pooling)", {"model": "$tokenizer", "skip_tokenizer_init": False, "runner": "pooling"}),
+    Way("prompts as embeddings", {"enable_prompt_embeds": True}, note="beside prompts of tokens"),
     Way("two ranks (tensor parallel)", tests="tests/vllm/test_mixtures.py", by_hand=False),
-    Way("pipeline parallel", {"pipeline_parallel_size": 2}, tried=False),
-    Way("data parallel", {"data_parallel_size": 2}, tried=False),
+    Way("pipeline parallel", {"pipeline_parallel_size": 2}),
+    Way("data parallel", {"data_parallel_size": 2}),
+    Way("data parallel, mixtures of experts", {"model": "$mixture", "data_parallel_size": 2}, tests="tests/vllm/test_config.py", by_hand=False, refused="the ranks send each other tokens for a mixture of experts"),
     Way("experts divided among ranks", {"enable_expert_parallel": True}, tests="tests/vllm/test_config.py", by_hand=False, refused="enable_expert_parallel=True"),
     Way("several engines in a process", tests="tests/vllm/test_several_engines.py", by_hand=False),
     Way("the server", tests="tests/vllm/test_serve.py", by_hand=False),
@@ -105,6 +106,12 @@ def _llama(folder: Path) -> Path:
     return make("llama", folder, num_hidden_layers=2)
 
 
+def _mixture(folder: Path) -> Path:
+    from bi_compile.measure.models import make
+
+    return make("qwen3-moe", folder, num_hidden_layers=2)
+
+
 def _with_tokenizer(folder: Path) -> Path:
     """A qwen3 whose tokens are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -125,7 +132,11 @@ def _eagle(folder: Path) -> Path:
 
     _llama(folder)
     path = folder / "model.safetensors"
-    kept = {k.removeprefix("model."): v for k, v in load_file(path).items() if ".layers.0." in k}
+    kept = {
+        k.removeprefix("model."): v
+        for k, v in load_file(path).items()
+        if ".layers.0." in k and "input_layernorm" not in k
+    }
     hidden = next(iter(v.shape[1] for k, v in kept.items() if k.endswith("q_proj.weight")))
     kept["fc.weight"] = torch.randn(hidden, 2 * hidden, generator=torch.Generator().manual_seed(0)) * 0.05
     save_file(kept, path, {"format": "pt"})
@@ -138,14 +149,15 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "qwen": _qwen,
     "draft": lambda folder: _qwen(folder, seed=0, hidden_size=256, intermediate_size=512),
     "llama": _llama,
+    "mixture": _mixture,
     "tokenizer": _with_tokenizer,
     "eagle": _eagle,
 }
 
 
-def _filled(value: Any, root: Path) -> Any:
+def filled(value: Any, root: Path) -> Any:
     if isinstance(value, Mapping):
-        return {k: _filled(v, root) for k, v in value.items()}
+        return {k: filled(v, root) for k, v in value.items()}
     if isinstance(value, str) and value.startswith("$"):
         return str(MODELS[value[1:]](root / value[1:]))
     return value
@@ -172,6 +184,50 @@ def _prompts(n: int) -> list[Any]:
     return found
 
 
+def _embedded(prompt: Any) -> Any:
+    """Rows as a prompt, as many as `prompt` has tokens."""
+    import torch
+
+    from bi_compile.measure.models import SIZES
+
+    ids = prompt["prompt_token_ids"]
+    rows = torch.randn(256, SIZES["hidden_size"], generator=torch.Generator().manual_seed(0)) * 0.05
+    return {"prompt_embeds": rows[ids].bfloat16()}
+
+
+class _Ranks:
+    """Several data-parallel ranks, each an engine in a process of its own; a request that is asked again goes to the other."""
+
+    def __init__(self, **settings: Any) -> None:
+        import asyncio
+
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._loop = asyncio.new_event_loop()
+
+        async def start() -> Any:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+
+        self._llm, self._ranks = self._loop.run_until_complete(start()), settings["data_parallel_size"]
+        self._asked, self._of = 0, dict[str, int]()
+
+    def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool = False) -> list[Any]:
+        import asyncio
+
+        async def last(prompt: Any, how: Any) -> Any:
+            rank = self._of[repr(prompt)] = (self._of.get(repr(prompt), len(self._of)) + 1) % self._ranks
+            self._asked += 1
+            async for output in self._llm.generate(prompt, how, str(self._asked), data_parallel_rank=rank):
+                found = output
+            return found
+
+        async def every() -> list[Any]:
+            return await asyncio.gather(*map(last, prompts, params))
+
+        return self._loop.run_until_complete(every())
+
+
 def _bits(output: Any) -> Any:
     """What a request got, in a form that can be compared."""
     if hasattr(output.outputs, "data"):
@@ -188,7 +244,7 @@ def run(ways: list[Way], root: Path, requests: int = 6) -> dict[str, Any]:
 
     settings = {**SETTINGS, **ways[0].engine}
     try:
-        llm = LLM(**_filled(settings, root))
+        llm = (_Ranks if settings.get("data_parallel_size") else LLM)(**filled(settings, root))
         pooling = settings.get("runner") == "pooling"
         usual = {
             "temperature": 0,
@@ -203,6 +259,8 @@ def run(ways: list[Way], root: Path, requests: int = 6) -> dict[str, Any]:
             if "structured_outputs" in given:
                 given["structured_outputs"] = StructuredOutputsParams(**given["structured_outputs"])
             prompts += _prompts(requests)
+            if settings.get("enable_prompt_embeds"):
+                prompts[::2] = [_embedded(p) for p in prompts[::2]]
             params += [None if pooling else SamplingParams(**{**usual, **given}) for _ in range(requests)]
         if pooling:
             alone = [llm.encode([p], pooling_task="embed", use_tqdm=False)[0] for p in prompts]
@@ -216,13 +274,10 @@ def run(ways: list[Way], root: Path, requests: int = 6) -> dict[str, Any]:
             found[way.name] = {
                 "differ": sum(_bits(a) != _bits(b) for a, b in zip(alone[part], together[part], strict=True))
             }
-        metrics = (
-            {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
-            if settings.get("disable_log_stats") is False
-            else {}
-        )
-        if "vllm:num_preemptions" in metrics:
-            found[ways[0].name]["preemptions"] = metrics["vllm:num_preemptions"]
+        for way in ways:
+            if way.counted:
+                found[way.name][way.counted] = sum(m.value for m in llm.get_metrics() if m.name == way.counted)
+                assert found[way.name][way.counted], f"not tried: {way.counted} is 0"
         return found
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
@@ -252,7 +307,7 @@ start and says why (*refused*). `make docs` writes this page from `tests/helpers
 def table() -> str:
     rows = []
     for way in WAYS:
-        outcome = f"*refused*: “{way.refused}”" if way.refused else f"**{EQUAL}**" if way.tried else "not tried"
+        outcome = f"*refused*: “{way.refused}”" if way.refused else f"**{EQUAL}**"
         test = way.tests or ("tests/helpers/ways.py, by hand" if way.by_hand else "tests/vllm/test_ways.py")
         rows.append(
             f"| {way.name}{'; ' + way.note if way.note else ''} | {outcome} | `{test.partition(',')[0]}`{', by hand' if way.by_hand else ''} |"

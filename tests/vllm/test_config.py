@@ -167,15 +167,17 @@ def test_an_older_vllm_is_refused(run: Callable[..., str]) -> None:
     assert "Traceback" in output and "needs vLLM 0.23 or newer, this is 0.22.1" in output, output[-2000:]
 
 
-def test_ways_to_serve_that_are_refused_before_a_model_loads(run: Callable[..., str]) -> None:
+def test_ways_to_serve_that_are_refused_before_a_model_loads(run: Callable[..., str], tmp_path: Path) -> None:
     """Those of `ways.py`, with the words that its page promises; Ray is not installed here, so that vLLM would refuse it first."""
     refused = {
-        w.refused: dict(w.engine) for w in ways.WAYS if w.tests == "tests/vllm/test_config.py" and w.name != "Ray"
+        w.refused: ways.filled(w.engine, tmp_path)
+        for w in ways.WAYS
+        if w.tests == "tests/vllm/test_config.py" and w.name != "Ray"
     }
     body = f"""
     for words, settings in {refused!r}.items():
         try:
-            EngineArgs(model=model, skip_tokenizer_init=True, compilation_config={{"custom_passes": ["bi_ascend"]}}, **settings).create_engine_config()
+            EngineArgs(skip_tokenizer_init=True, compilation_config={{"custom_passes": ["bi_ascend"]}}, **({{"model": model}} | settings)).create_engine_config()
         except Exception as error:
             say(words in str(error) and "remove" in str(error), "" if words in str(error) else error)
         else:
