@@ -76,6 +76,7 @@ def configure(vllm_config: Any) -> None:
     options, platform = options_of(vllm_config), platforms.current()
     if vllm_config.lora_config is not None:
         raise HostError(f"{KEY} does not cover LoRA's kernels: serve the merged model, or remove {KEY}")
+    _check_sizes(vllm_config)
     if options.tp_invariant is not None:
         _check_ranks(vllm_config, platform, options.tp_invariant)
     _check_mode(vllm_config, platform)
@@ -119,6 +120,23 @@ def _check_mode(vllm_config: Any, platform: platforms.Platform) -> None:
         raise HostError(
             "TORCHDYNAMO_DISABLE=1 is set, so nothing is compiled although the configuration says so: unset it, or write enforce_eager=True"
         )
+
+
+def _check_sizes(vllm_config: Any) -> None:
+    """Refuse ranks that do not divide what each of them has a part of: a worker of vLLM's would end with an assertion that has no words."""
+    model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    if model is None:
+        return
+    found = model.hf_text_config
+    # where there are both, the second is that of layers without experts, which a model need not have
+    for name in ("moe_intermediate_size", "intermediate_size"):
+        size = getattr(found, name, None)
+        if isinstance(size, int) and size % ranks:
+            raise HostError(
+                f"tensor_parallel_size={ranks} does not divide {name}={size}, of which each rank has a part: write a number of ranks that does"
+            )
+        if size is not None:
+            return
 
 
 def _check_ranks(vllm_config: Any, platform: platforms.Platform, segments: int) -> None:

@@ -218,3 +218,32 @@ def test_a_number_of_ranks_that_does_not_divide_tp_invariant_is_refused(run: Cal
     assert (
         "tensor_parallel_size=8 does not divide tp_invariant=4: write tp_invariant as the largest number" in output
     ), output
+
+
+def test_a_model_that_cannot_be_right_is_refused_before_it_loads(run: Callable[..., str], model: Model) -> None:
+    """What a router is to choose: `test_mixtures.py`. 15 experts on 2 ranks are right: each rank has a part of every expert."""
+    cases: list[tuple[str, dict[str, object], str]] = [
+        (
+            "qwen3-moe",
+            {"moe_intermediate_size": 255},
+            "tensor_parallel_size=2 does not divide moe_intermediate_size=255",
+        ),
+        ("llama", {"intermediate_size": 511}, "tensor_parallel_size=2 does not divide intermediate_size=511"),
+        (
+            "llama",
+            {"quantization_config": {"quant_method": "nobody_knows"}},
+            "Unknown quantization method: nobody_knows. Must be one of",
+        ),
+        ("qwen3-moe", {"num_experts": 15}, ""),
+    ]
+    body = f"""
+    for folder, changes, words in {[(str(model(family)), *rest) for family, *rest in cases]!r}:
+        try:
+            EngineArgs(model=folder, skip_tokenizer_init=True, tensor_parallel_size=2, distributed_executor_backend="mp", hf_overrides=changes,
+                       compilation_config={{"custom_passes": ["bi_ascend"]}}).create_engine_config()
+        except Exception as error:
+            say(bool(words) and words in str(error), "" if words in str(error) else error)
+        else:
+            say(not words, "")
+    """
+    assert said(run(body)) == ["True "] * len(cases)
