@@ -16,14 +16,31 @@ def _order_free(input: Tensor, reduce_op: str, *args: Any, **kwargs: Any) -> boo
     return reduce_op not in ops.REDUCE_OPS or not (input.is_floating_point() or input.is_complex())
 
 
-def _vllm_group(name: str) -> str:
-    """torch.distributed's name for the device group of vLLM's group `name`."""
+def _coordinator(name: str) -> Any:
+    """vLLM's group `name`."""
     from vllm.distributed import parallel_state
 
     group = parallel_state._groups[name]()
     if group is None:
         raise RuntimeError(f"vLLM's process group {name!r} is gone")
-    return group.device_group.group_name
+    return group
+
+
+def _vllm_group(name: str) -> str:
+    """torch.distributed's name for the device group of vLLM's group `name`."""
+    return str(_coordinator(name).device_group.group_name)
+
+
+def _two_gpus(tensor: Tensor, *rest: Any, group_name: str = "") -> bool:
+    """One addition and one rounding, whichever kernel of vLLM or NCCL runs.
+
+    FlashInfer's all-reduce (off by default) is left out: it marks what has not arrived by -0.0, and only up to some size.
+    """
+    if tensor.device.type != "cuda":
+        return False
+    group = _coordinator(group_name or rest[-1])
+    others = ("fi_ar_comm", "qr_comm")
+    return group.world_size == 2 and not any(getattr(group.device_communicator, name, None) for name in others)
 
 
 def _shm_group(handle: int) -> str:
@@ -76,7 +93,7 @@ def reduce_scatter(input: Tensor, reduce_op: str, group_size: int, group_name: s
     return ops.reduce_scatter(input, reduce_op, group_size, group_name)
 
 
-@MatmulAllreduce.replaces("vllm.all_reduce.default")
+@MatmulAllreduce.replaces("vllm.all_reduce.default", unless=_two_gpus)
 def vllm_all_reduce(tensor: Tensor, group_name: str) -> Tensor:
     return ops.all_reduce(tensor, "sum", _vllm_group(group_name))
 
@@ -90,7 +107,7 @@ def shm_allreduce(handle: int, data: Tensor) -> None:
     data.copy_(ops.all_reduce(data, "sum", _shm_group(handle)))
 
 
-@MatmulAllreduce.replaces("vllm.reduce_scatter.default")
+@MatmulAllreduce.replaces("vllm.reduce_scatter.default", unless=_two_gpus)
 def vllm_reduce_scatter(tensor: Tensor, dim: int, world_size: int, group_name: str) -> Tensor:
     moved = tensor.movedim(dim, 0).contiguous()
     return ops.reduce_scatter(moved, "sum", world_size, _vllm_group(group_name)).movedim(0, dim).contiguous()
