@@ -33,6 +33,7 @@ import torch
 from vllm.platforms import current_platform
 
 from ..errors import HostError
+from ..kernels import cuda
 from .platforms import attention_layers
 from .shared import attribute
 
@@ -87,7 +88,6 @@ def _one_width(call: Mapping[str, Any]) -> bool:
 
 def ours(plain: Callable[..., Any]) -> Callable[..., Any]:
     """vLLM's unified_attention by `ops.paged_attention`'s kernel; `plain` for layers with something that it has not."""
-    from ..kernels.triton import paged_attention as kernel
 
     @functools.wraps(plain)
     def unified_attention(**call: Any) -> None:
@@ -99,31 +99,31 @@ def ours(plain: Callable[..., Any]) -> Callable[..., Any]:
         if not is_ours(call):
             plain(**call)
             return
-        q, k, out, table = call["q"], call["k"], call["out"], call["block_table"]
+        out = call["out"]
         if not out.is_contiguous():
             raise HostError(
                 f"{TRITON}: unified_attention gives its output {tuple(out.stride())} as strides, and bi_compile's kernel has no gaps"
             )
         left, right = call["window_size"]
-        # a captured graph is replayed for longer sequences, too
-        most = None if torch.cuda.is_current_stream_capturing() else call["max_seqlen_k"]
-        kernel.fill(
-            (out, q.new_empty(q.shape[:-1], dtype=torch.float32)), q, k, call["v"], call["cu_seqlens_q"][1:], call["seqused_k"], table,
-            scale=call["softmax_scale"], left=None if left < 0 else left, right=max(right, 0), most=most,
+        cuda.fill_paged()(
+            out, call["q"], call["k"], call["v"], call["cu_seqlens_q"][1:], call["seqused_k"], call["block_table"],
+            call["softmax_scale"], left, max(right, 0), call["max_seqlen_k"],
         )  # fmt: skip
 
     return unified_attention
 
 
 def is_ours(call: Mapping[str, Any]) -> bool:
-    """Whether `ours` has all that a layer asks of vLLM's unified_attention."""
-    more = {name: x for name, x in call.items() if name not in TAKEN}
-    return bool(call["causal"]) and call["q"].dtype == call["k"].dtype and all(map(_absent, more.values()))
+    """Whether `ours` has all that a layer asks of vLLM's unified_attention.
 
-
-def _absent(x: Any) -> bool:
-    """Nothing is asked: None, False, a soft-cap of 0, KVQuantMode.NONE, a chunk_lookback of -1."""
-    return x is None or (not isinstance(x, torch.Tensor) and x in (False, 0, -1))
+    Nothing is asked by None, False, a soft-cap of 0, KVQuantMode.NONE, a chunk_lookback of -1.
+    """
+    for name, x in call.items():
+        if x is None or x is False or name in TAKEN:
+            continue
+        if isinstance(x, torch.Tensor) or x not in (0, -1):
+            return False
+    return bool(call["causal"]) and call["q"].dtype == call["k"].dtype
 
 
 def _copied(plain: Callable[..., None]) -> Callable[..., None]:

@@ -6,6 +6,7 @@ The proof's logic runs anywhere, with a stand-in for cuBLASLt. What is marked `c
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch import Tensor
 from bi_compile import ops
 
 pytest.importorskip("triton")
+from bi_compile.kernels import cuda as kernels
 from bi_compile.kernels.cuda import launches, proof
 from bi_compile.kernels.cuda.build import EXTENSION
 
@@ -292,6 +294,61 @@ def test_gradients_and_compiled_code_pass_through() -> None:
     assert all_same(compiled(x, w), want)
     with torch.inference_mode():
         assert all_same(ops.mm(x, w.t()), triton("mm")(x, w.t()))
+
+
+def _step(requests: Sequence[tuple[int, int]], page: int, window: int) -> tuple[Any, ...]:
+    """A server's step of requests (tokens, keys): what `fill_paged` takes, but for the output."""
+    pages = [-(-keys // page) for _, keys in requests]
+    k, v = draw(2 * sum(pages), page, 2, 64).chunk(2)
+    table = torch.zeros(len(requests), max(pages) + 3, dtype=torch.int32)
+    for row, order in zip(table, torch.randperm(sum(pages)).split(pages), strict=True):
+        row[: len(order)] = order
+    ends = torch.tensor([0, *itertools.accumulate(tokens for tokens, _ in requests)], dtype=torch.int32).cuda()[1:]
+    counts = torch.tensor([keys for _, keys in requests], dtype=torch.int32).cuda()
+    q = draw(sum(tokens for tokens, _ in requests), 8, 64)
+    return q, k, v, ends, counts, table.cuda(), 0.125, window, 0, max(keys for _, keys in requests)
+
+
+@cuda
+@pytest.mark.parametrize("window", [-1, 100])
+@pytest.mark.parametrize("page", [16, 64])
+def test_a_servers_attention_is_launched_from_cpp(page: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as from Python, for every tile, divided and not; from the second call on Python is not asked."""
+    native = kernels.fill_paged()
+    cases = [
+        [(1, 300)],
+        [(1, 5000), (1, 7)],
+        [(17, 17)] * 3,
+        [(256, 300), (1, 1), (0, 9)],
+        [(40, 2100)] * 70,
+        [(1, 90)] * 300,
+    ]
+    for requests in cases * 2:
+        q, *rest = _step(requests, page, window)
+        want, got = torch.empty_like(q), torch.empty_like(q)
+        launches.fill_paged(want, q, *rest)
+        native(got, q, *rest)
+        assert same_bits(got, want), requests
+        got.fill_(torch.nan)
+        with monkeypatch.context() as without:
+            without.setattr(launches, "paged_attention", None)
+            native(got, q, *rest)
+        assert same_bits(got, want), requests
+
+
+@cuda
+def test_a_graph_of_a_servers_attention_is_replayed_for_longer_requests() -> None:
+    native = kernels.fill_paged()
+    q, *rest = _step([(1, 40)] * 3, 16, -1)
+    out, want = torch.empty_like(q), torch.empty_like(q)
+    native(out, q, *rest)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        native(out, q, *rest)
+    rest[3].copy_(torch.tensor([90, 3, 64]))
+    graph.replay()
+    native(want, q, *rest[:-1], 90)
+    assert same_bits(out, want)
 
 
 def test_arguments_of_a_launch() -> None:

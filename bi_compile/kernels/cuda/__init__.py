@@ -1,7 +1,8 @@
 """The kernels for CUDA: Triton's, and native ones in C++ where they are proven to have the same order.
 
 - mm and addmm run in cuBLASLt, by algorithms whose bits were compared with the Triton kernel's (`proof`, `product.cpp`).
-- rms_norm, add_rms_norm, softmax, log_softmax, sum and mean launch Triton's own kernels from C++ (`launches`, `rows.cpp`).
+- rms_norm, add_rms_norm, softmax, log_softmax, sum, mean and a server's attention (`fill_paged`) launch Triton's own kernels from C++
+  (`launches`, `rows.cpp`, `attention.cpp`).
 - moe_gate and moe_combine are computed as they are defined, by other operators.
 - The other operators, and what the C++ cannot take, run in `bi_compile.kernels.triton`: the same order, so the same bits.
 
@@ -11,6 +12,7 @@ costs the host more time, and a warning says why.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,6 +50,20 @@ def _load_native() -> None:
     _library = torch.library.Library("bi_compile_cuda", "IMPL")
     for name, function in functions.items():
         _library.impl(name, function, DISPATCH_KEY)
+    launches.give_tables()
+
+
+@functools.cache
+def fill_paged() -> Callable[..., None]:
+    """Attention of a server's step over keys in pages: `launches.fill_paged`, in C++ where that could be compiled."""
+    from bi_compile import ops
+
+    ops.load_kernels("cuda")
+    if _library is not None:
+        return torch.ops.bi_compile_cuda.fill_paged
+    from .launches import fill_paged
+
+    return fill_paged
 
 
 def register(library: torch.library.Library) -> None:

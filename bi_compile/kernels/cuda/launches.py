@@ -1,8 +1,8 @@
-"""What a function in Triton launched, told to the C++ operators of `rows.cpp`, which launch it from then on.
+"""What a function in Triton launched, told to the C++ operators of `rows.cpp` and `attention.cpp`, which launch it from then on.
 
-A Triton kernel is compiled for dtypes, alignment and strides; of what it is given, pointers and the number of rows alone
-change with the batch. So the kernel that one call has compiled is the one for every call of the same layout, and C++ can
-launch its binary: the same kernel, so the same bits.
+A Triton kernel is compiled for dtypes, alignment and strides; of what it is given, pointers and the numbers for which it is not
+specialized alone change with the batch. So the kernel that one call has compiled is the one for every call of the same layout, and C++
+can launch its binary: the same kernel, so the same bits.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..triton import norm, reduce
+from ..triton import norm, paged_attention, reduce
 from ..triton.launch import Launched, watching
+from ..triton.running_softmax import ends_of_segments
+from ..triton.tiles import ATTENTION, FEW
 
 log = logging.getLogger("bi_compile")
-SLOT, ROWS, CONSTANT = range(3)
+SLOT, NUMBER, CONSTANT = range(3)
+#: `Operator` in launches.h
+JOIN_PARTS = 7
 _SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u32": 4, "u64": 8}
 
 
 def arguments(launched: Launched, slots: Sequence[Tensor | None]) -> tuple[list[int], list[int], list[int]]:
-    """Kind, value and bytes of each argument of the compiled kernel, as `learn` in rows.cpp takes them.
+    """Kind, value and bytes of each argument of the compiled kernel, as `learn` in launches.cpp takes them.
 
-    slots: the tensors that C++ will pass, in the order of the kernel's first arguments.
+    slots: the tensors that C++ will pass, in the order of the kernel's first arguments. Its numbers are the kernel's `do_not_specialize`.
 
     Raises:
         ValueError: the kernel was given another tensor, a copy, or has an argument of a type that is not known here.
@@ -43,17 +47,14 @@ def arguments(launched: Launched, slots: Sequence[Tensor | None]) -> tuple[list[
         elif kind not in _SIZES:
             raise ValueError(f"{name} has Triton's type {kind}")
         elif name in launched.kernel.do_not_specialize:
-            found.append((ROWS, 0, _SIZES[kind]))
+            found.append((NUMBER, launched.kernel.do_not_specialize.index(name), _SIZES[kind]))
         else:
             found.append((CONSTANT, int(given), _SIZES[kind]))
     return [f[0] for f in found], [f[1] for f in found], [f[2] for f in found]
 
 
-def _learn(key: Sequence[int], seen: Sequence[Launched], slots: Sequence[Tensor | None]) -> None:
-    """Tell C++ what this call launched, where that is one plain kernel over the tensors themselves."""
-    if not key or len(seen) != 1:
-        return
-    launched = seen[0]
+def _learn(key: Sequence[int], launched: Launched, slots: Sequence[Tensor | None], rows: int) -> None:
+    """Tell C++ what this call launched, where that is a plain kernel over the tensors themselves. rows: what a program takes of them."""
     plan = launched.compiled.metadata
     if plan.num_ctas != 1 or plan.launch_cooperative_grid or plan.launch_pdl or plan.global_scratch_size:
         return
@@ -62,15 +63,19 @@ def _learn(key: Sequence[int], seen: Sequence[Launched], slots: Sequence[Tensor 
     except ValueError as error:
         log.debug("bi_compile: %s keeps its launch in Python: %s", launched.kernel.__name__, error)
         return
-    torch.ops.bi_compile_cuda.learn(
-        list(key), launched.compiled.function, 32 * plan.num_warps, plan.shared, launched.meta["BLOCK_R"], kinds, values, sizes
-    )  # fmt: skip
+    function = launched.compiled.function
+    torch.ops.bi_compile_cuda.learn(list(key), function, 32 * plan.num_warps, plan.shared, rows, kinds, values, sizes)
+
+
+def _learn_rows(key: Sequence[int], seen: Sequence[Launched], slots: Sequence[Tensor | None]) -> None:
+    if key and len(seen) == 1:
+        _learn(key, seen[0], slots, seen[0].meta["BLOCK_R"])
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, key: Sequence[int]) -> tuple[Tensor, Tensor]:
     with watching() as seen:
         y, rstd = norm.rms_norm(x, weight, eps)
-    _learn(key, seen, [x, None, weight, y, rstd, None])
+    _learn_rows(key, seen, [x, None, weight, y, rstd, None])
     return y, rstd
 
 
@@ -79,7 +84,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with watching() as seen:
         y, rstd, s = norm.add_rms_norm(x, residual, weight, eps)
-    _learn(key, seen, [x, residual, weight, y, rstd, s])
+    _learn_rows(key, seen, [x, residual, weight, y, rstd, s])
     return y, rstd, s
 
 
@@ -87,7 +92,7 @@ def _along(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(x: Tensor, dim: int, dtype: torch.dtype | None, key: Sequence[int]) -> Tensor:
         with watching() as seen:
             out = function(x, dim, dtype=dtype)
-        _learn(key, seen, [x, out])
+        _learn_rows(key, seen, [x, out])
         return out
 
     return run
@@ -97,13 +102,43 @@ def _over(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(x: Tensor, dim: Sequence[int], keepdim: bool, dtype: torch.dtype | None, key: Sequence[int]) -> Tensor:
         with watching() as seen:
             out = function(x, dim, keepdim, dtype=dtype)
-        _learn(key, seen, [x, out])
+        _learn_rows(key, seen, [x, out])
         return out
 
     return run
 
 
+def fill_paged(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, counts: Tensor, table: Tensor, scale: float, left: int, right: int, most: int,
+    key: Sequence[int] = (),
+) -> None:  # fmt: skip
+    """`paged_attention.fill` without the logsumexp. left -1: all keys before a query. most: no request has more keys, and a graph that is
+    captured has room for as many as the table holds."""
+    outs = out, q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if torch.cuda.is_current_stream_capturing():
+        most = table.shape[1] * k.shape[1]
+    with watching() as seen:
+        paged_attention.fill(
+            outs, q, k, v, ends, counts, table, scale=scale, left=None if left < 0 else left, right=right, most=most
+        )
+    if not key or not seen:
+        return
+    partial = seen[0].args[10]
+    _learn(
+        [key[0], len(seen) - 1, *key[2:]], seen[0], [q, k, v, q, k, ends, counts, table, *outs, partial], seen[0].meta["BLOCK_M"]
+    )  # fmt: skip
+    if len(seen) == 2:
+        _learn([JOIN_PARTS, key[2], key[3], key[7], seen[1].meta["BLOCK_P"]], seen[1], [partial, *outs], 1)
+
+
+def give_tables() -> None:
+    """What `attention.cpp` chooses tiles and parts by."""
+    limits = [limit for limit, _ in ATTENTION["cuda"][2]]
+    torch.ops.bi_compile_cuda.attention_tables(limits, ends_of_segments(2**20), FEW)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "triton_fill_paged": fill_paged,
     "triton_rms_norm": rms_norm,
     "triton_add_rms_norm": add_rms_norm,
     "triton_softmax": _along(reduce.softmax),

@@ -269,3 +269,8 @@ def _segments(keys: int) -> int:
     if keys <= 32 * SEGMENT:
         return 8 + cdiv(keys - 8 * SEGMENT, 2 * SEGMENT)
     return 20 + cdiv(keys - 32 * SEGMENT, 4 * SEGMENT)
+
+
+def ends_of_segments(keys: int) -> list[int]:
+    """The key behind each segment that ends up to `keys`: n keys have as many segments as the first end that is not below n says."""
+    return [n for n in range(SEGMENT, keys + 1, SEGMENT) if _segments(n) < _segments(n + 1)]

@@ -1,0 +1,34 @@
+// Launches of kernels that Triton compiled, without Python.
+//
+// The first call of each layout goes to a function in Python, which compiles and runs the kernel and tells `learn` what it launched.
+// Later calls launch the same binary with the same arguments but for pointers and the few numbers that follow the batch.
+#pragma once
+
+#include "common.h"
+
+#include <cuda.h>
+
+#include <array>
+#include <initializer_list>
+#include <utility>
+
+namespace bi_compile {
+
+// The operator, and everything that decides what is compiled and what it is given as constants; zeros behind.
+using Key = std::array<int64_t, 24>;
+enum Operator : int64_t { kRmsNorm, kAddRmsNorm, kSoftmax, kLogSoftmax, kSum, kMean, kPagedAttention, kJoinParts };
+
+struct Launch {
+  CUfunction function = nullptr;
+  unsigned threads = 0, shared = 0;
+  int64_t rows_per_program = 0;
+  std::vector<std::pair<int64_t, int64_t>> arguments;  // kind, value
+};
+
+// What `learn` was told for the key, or null. It stays where it is.
+const Launch* find(const Key& key);
+
+// slots, numbers: what arguments of the kinds kSlot and kNumber are taken from.
+void launch(const Launch& it, int64_t programs, std::initializer_list<const void*> slots, std::initializer_list<int64_t> numbers);
+
+}  // namespace bi_compile
