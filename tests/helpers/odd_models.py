@@ -1,5 +1,5 @@
 """Small models, with seeded random weights, whose layers vLLM computes in operators of its own: state spaces, experts, latent
-attention, short convolutions, quantised linear layers in the layouts that vLLM reads."""
+attention, ALiBi, short convolutions, quantised linear layers in the layouts that vLLM reads."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             v_head_dim=64, num_key_value_heads=4,
         ),
     ),
+    # ALiBi: vLLM hands attention a slope for each head
+    "bloom": ("BloomConfig", dict(num_key_value_heads=4, tie_word_embeddings=True)),
     "lfm2": ("Lfm2Config", dict(layer_types=["conv", "full_attention"], block_multiple_of=64)),
 }  # fmt: skip
 #: what vLLM reads of a configuration and transformers no longer writes

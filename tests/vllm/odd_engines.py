@@ -1,9 +1,10 @@
-"""Models that vLLM computes in operators of its own (`odd_models.py`), each started with the key in turn, in one process.
+"""Models that vLLM computes in operators of its own (`odd_models.py`), and usual ones, each started with the key in turn, in one process.
 
     python tests/vllm/odd_engines.py ["mamba2 eager" "int8 compiled" …] (all, both ways, without)
 
 Prints a line `RESULT {"mamba2 eager": …}` for each: how many of its requests differ between alone and together, or the error
-that refused it, and whether requests had been answered before.
+that refused it, and whether requests had been answered before. A model that is served compiled and refused with enforce_eager, or the
+other way round, is an error at the end.
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 
+import mixtures
 from odd_models import NAMES, odd_model
 
-from bi_compile.measure import process, requests
+from bi_compile.measure import models, process, requests
+
+MODELS: dict[str, Callable[[str, Path], Path]] = {
+    **dict.fromkeys(("qwen3", "qwen3-moe", "gemma2", "opt"), models.make),
+    "gpt-oss": mixtures.make,
+    **dict.fromkeys(NAMES, odd_model),
+}
 
 #: prompts are read in chunks; few tokens a step, so that vLLM's own warm-up is short
 SETTINGS: dict[str, Any] = {
@@ -55,15 +64,20 @@ def outcome(model: Path, **settings: Any) -> dict[str, Any]:
 def main(cases: list[str]) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    served: dict[str, set[bool]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases or [f"{name} {way}" for name in NAMES for way in ("eager", "compiled")]:
+        for case in cases or [f"{name} {way}" for name in MODELS for way in ("eager", "compiled")]:
             name, way = case.split()
             model = Path(folder) / name
             if not model.exists():
-                odd_model(name, model)
+                MODELS[name](name, model)
             found = outcome(model, enforce_eager=way == "eager")
             cleanup_dist_env_and_memory()  # a model with experts needs groups of its own
             print("RESULT", json.dumps({case: found}), flush=True)
+            served.setdefault(name, set()).add("differ" in found)
+    uneven = [name for name, outcomes in served.items() if len(outcomes) > 1]
+    if uneven:
+        sys.exit(f"served one way and refused the other: {', '.join(uneven)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ OPERATORS: dict[str, str | None] = {
     "qwen3-next": r"vllm\.cpu_gdn_attention_core",
     "experts": None,
     "mla": r"vllm\.unified_mla_\w+",
+    "bloom": None,
     "lfm2": r"vllm\.short_conv",
     "int8": None,
     "fp8": r"a scaled product with float8 operands has no invariant form: serve",
@@ -30,12 +31,12 @@ OPERATORS: dict[str, str | None] = {
 
 
 def test_equal_or_refused_by_name() -> None:
-    """With enforce_eager, and a compiled one, all in one process; `odd_engines.py` runs every model both ways."""
-    cases = [*(f"{name} eager" for name in OPERATORS), "int8 compiled"]
+    """With enforce_eager, and two compiled ones, all in one process; `odd_engines.py` runs every model both ways."""
+    cases = [*(f"{name} eager" for name in OPERATORS), "int8 compiled", "mamba2 compiled"]
     done = python([str(PROGRAM), *cases])
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     found = {case: outcome for line in lines for case, outcome in json.loads(line).items()}
-    assert list(found) == cases, done.stdout[-3000:]
+    assert list(found) == cases and not done.returncode, done.stdout[-3000:]
     for case, outcome in found.items():
         if outcome == {"differ": 0}:
             continue
