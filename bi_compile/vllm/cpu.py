@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import ops
 from ..errors import HostError
 from .experts import check_data_parallel, check_routing
 from .platforms import Platform, Switch
@@ -50,6 +51,20 @@ def _softmax_routing() -> Switch:
     return attribute(cpu_router, "_softmax_topk", _softmax_topk)
 
 
+def _sum_over_ranks() -> Switch:
+    """Where vLLM's ranks have no shared memory of their own, uncompiled code adds up over them by `ops.all_reduce`, as graphs do."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    plain: Callable[..., torch.Tensor] = CpuCommunicator.all_reduce
+
+    def all_reduce(self: Any, input_: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or self.dist_module is not torch.distributed:
+            return plain(self, input_)  # an operator that is replaced
+        return input_.copy_(ops.all_reduce(input_, "sum", self.device_group.group_name))
+
+    return attribute(CpuCommunicator, "all_reduce", all_reduce)
+
+
 def _permit_amx(vllm_config: Any) -> None:
     """Ask the system for AMX, which vLLM's attention uses where the processor has it.
 
@@ -79,7 +94,7 @@ PLATFORM = Platform(
     },
     before_config=before_config,
     prepare=_permit_amx,
-    switches=(_plain_linear, _softmax_routing),
+    switches=(_plain_linear, _softmax_routing, _sum_over_ranks),
     check_model=check_routing,
     divides_invariantly=True,
 )

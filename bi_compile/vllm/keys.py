@@ -51,6 +51,7 @@ USED: dict[str, tuple[str, ...]] = {
     "vllm.compilation.passes.vllm_inductor_pass": ("VllmInductorPass",),
     "vllm.compilation.wrapper": ("TorchCompileWithNoGuardsWrapper",),
     "vllm.model_executor.layers.utils": ("dispatch_cpu_unquantized_gemm",),
+    "vllm.distributed.device_communicators.cpu_communicator": ("CpuCommunicator.all_reduce",),
     "vllm.model_executor.layers.rotary_embedding": ("_ROPE_DICT",),
     "vllm.model_executor.layers.activation": ("_ACTIVATION_REGISTRY", "_ACTIVATION_AND_MUL_REGISTRY"),
     "vllm.model_executor.layers.linear": ("RowParallelLinear", "UnquantizedLinearMethod"),

@@ -85,3 +85,10 @@ def test_a_mixture_on_two_ranks(tmp_path: Path) -> None:
     assert "_C.cpu_fused_moe.default" in replaced, line
     # without AVX-512 vLLM's ranks add up through gloo
     assert any(f"{name}.default" in replaced for name in ("_C.shm_allreduce", "_c10d_functional.all_reduce")), line
+
+
+def test_a_mixture_on_two_ranks_that_nothing_compiles(tmp_path: Path) -> None:
+    result, said = mixtures.run(
+        "qwen3-moe", "bfloat16", "two ranks, eager", tmp_path, requests=8, batches=[8], tokens=4
+    )
+    assert mixtures.differing(result) == {"8": 0}, said[-3000:]
