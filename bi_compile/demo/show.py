@@ -97,7 +97,8 @@ def cases(folder: Path) -> list[Case]:
         "dtype": "bfloat16",
         "questions": QUESTIONS,
         "batches": [len(QUESTIONS)],
-        "tokens": 48,
+        # on a processor without AVX-512 nothing varies up to the 56th
+        "tokens": 88,
         # no more than the questions need: vLLM warms up with a step of that many tokens
         "max_num_batched_tokens": 512,
     }
