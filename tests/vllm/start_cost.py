@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +19,31 @@ from bi_compile.measure import process, requests
 
 
 class Clock:
-    """Seconds that `Observer` takes, without the operators that it calls."""
+    """Seconds that `Observer` takes, without the operators and graphs that it calls, and what they call."""
 
     def __init__(self) -> None:
         from bi_compile import eager_audit
 
-        self.judging = self.within = 0.0
-        self.busy = False
-        plain, inside = eager_audit.Observer.__torch_dispatch__, eager_audit._inside
+        self.judging = 0.0
+        self.within: list[float] = []  # of each call that runs now, the seconds of the calls within it
+        eager_audit.Observer.__torch_dispatch__ = self.timed(eager_audit.Observer.__torch_dispatch__, judges=True)  # type: ignore[method-assign]
+        eager_audit._inside = self.timed(eager_audit._inside, judges=False)
 
-        def dispatch(observer: Any, *args: Any) -> Any:
-            if self.busy:
-                return plain(observer, *args)
-            self.busy, start, before = True, time.perf_counter(), self.within
+    def timed(self, function: Callable[..., Any], judges: bool) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.within.append(0.0)
+            start = time.perf_counter()
             try:
-                return plain(observer, *args)
+                return function(*args, **kwargs)
             finally:
-                self.busy = False
-                self.judging += time.perf_counter() - start - (self.within - before)
+                seconds = time.perf_counter() - start
+                own = seconds - self.within.pop()
+                if judges:
+                    self.judging += own
+                if self.within:
+                    self.within[-1] += seconds
 
-        def call(*args: Any) -> Any:
-            start, nested = time.perf_counter(), eager_audit._thread.depth > 0
-            try:
-                return inside(*args)
-            finally:
-                self.within += 0 if nested else time.perf_counter() - start
-
-        eager_audit.Observer.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
-        eager_audit._inside = call
+        return run
 
 
 def main(arguments: list[str]) -> None:
