@@ -94,22 +94,10 @@ WAYS = (
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-def _qwen(folder: Path, **changes: Any) -> Path:
+def _small(family: str, folder: Path, **changes: Any) -> Path:
     from bi_compile.measure.models import make
 
-    return make("qwen3", folder, num_hidden_layers=2, **changes)
-
-
-def _llama(folder: Path) -> Path:
-    from bi_compile.measure.models import make
-
-    return make("llama", folder, num_hidden_layers=2)
-
-
-def _mixture(folder: Path) -> Path:
-    from bi_compile.measure.models import make
-
-    return make("qwen3-moe", folder, num_hidden_layers=2)
+    return make(family, folder, num_hidden_layers=2, **changes)
 
 
 def _with_tokenizer(folder: Path) -> Path:
@@ -120,7 +108,7 @@ def _with_tokenizer(folder: Path) -> Path:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = Tokenizer(models.BPE({**{c: i for i, c in enumerate(letters)}, "<end>": len(letters)}, []))
     tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    _qwen(folder, eos_token_id=len(letters))
+    _small("qwen3", folder, eos_token_id=len(letters))
     PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>").save_pretrained(folder)
     return folder
 
@@ -130,7 +118,7 @@ def _eagle(folder: Path) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
-    _llama(folder)
+    _small("llama", folder)
     path = folder / "model.safetensors"
     kept = {
         k.removeprefix("model."): v
@@ -146,10 +134,10 @@ def _eagle(folder: Path) -> Path:
 
 
 MODELS: dict[str, Callable[[Path], Path]] = {
-    "qwen": _qwen,
-    "draft": lambda folder: _qwen(folder, seed=0, hidden_size=256, intermediate_size=512),
-    "llama": _llama,
-    "mixture": _mixture,
+    "qwen": lambda folder: _small("qwen3", folder),
+    "draft": lambda folder: _small("qwen3", folder, seed=0, hidden_size=256, intermediate_size=512),
+    "llama": lambda folder: _small("llama", folder),
+    "mixture": lambda folder: _small("qwen3-moe", folder),
     "tokenizer": _with_tokenizer,
     "eagle": _eagle,
 }

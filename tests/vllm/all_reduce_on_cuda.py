@@ -88,6 +88,7 @@ def compare(kernel: str, group: Any, rank: int) -> None:
 
 
 def speed(group: Any, rank: int) -> None:
+    """Without `bench.cuda.replay_times`: a graph may be replayed only once vLLM, behind the capture, has shared its buffers."""
     for size in (1024, 16 * 1024, 256 * 1024, 2**22, 2**24):
         x = torch.ones(size, device="cuda", dtype=torch.bfloat16)
         ways = {

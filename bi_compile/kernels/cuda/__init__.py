@@ -61,9 +61,9 @@ def fill_paged() -> Callable[..., None]:
     ops.load_kernels("cuda")
     if _library is not None:
         return torch.ops.bi_compile_cuda.fill_paged
-    from .launches import fill_paged
+    from . import launches
 
-    return fill_paged
+    return launches.fill_paged
 
 
 def register(library: torch.library.Library) -> None:

@@ -18,8 +18,6 @@ void attention_tables(std::vector<int64_t> tiles, std::vector<int64_t> segments,
   tables = {std::move(tiles), std::move(segments), few};
 }
 
-int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 bool fits(const at::Tensor& x, const at::Tensor& q, int64_t dim) {
   return x.dim() == dim && x.scalar_type() == q.scalar_type() && x.device() == q.device() && x.stride(-1) == 1 && aligned(x);
 }
@@ -38,7 +36,8 @@ void fill_paged(const at::Tensor& out, const at::Tensor& q, const at::Tensor& k,
   const int64_t page = k.size(1), requests = ends.numel();
   if (capturing()) most = table.size(1) * page;
   if (half && fits(q, q, 3) && fits(k, q, 4) && fits(v, q, 4) && fits(out, q, 3) && out.is_contiguous() && of_requests(ends, q, 1) &&
-      of_requests(counts, q, 1) && of_requests(table, q, 2) && aligned(table) && requests > 0 && q.numel() > 0 && k.size(2) > 0 && most <= tables.segments.back()) {
+      of_requests(counts, q, 1) && of_requests(table, q, 2) && aligned(table) && requests > 0 && q.numel() > 0 && k.size(2) > 0 &&
+      most <= tables.segments.back()) {
     const int64_t tokens = q.size(0), heads = q.size(1), key_heads = k.size(2), group = heads / key_heads, head = v.size(3);
     const auto padded = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(group)));
     const auto block = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>({q.size(2), head, 16}))));
@@ -64,7 +63,7 @@ void fill_paged(const at::Tensor& out, const at::Tensor& q, const at::Tensor& k,
         const auto lse = empty(q, {each}, at::kFloat);
         const auto partial = parts > 1 ? empty(q, {parts * each * (2 + head)}, at::kFloat) : at::Tensor();
         void* const stored = parts > 1 ? partial.data_ptr() : nullptr;
-        constexpr int64_t unlimited = 1 << 30;
+        constexpr int64_t unlimited = 1 << 30;  // as in paged_attention.py
         launch(*found, programs * parts,
                {q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), q.const_data_ptr(), k.const_data_ptr(), ends.const_data_ptr(),
                 counts.const_data_ptr(), table.const_data_ptr(), out.data_ptr(), lse.data_ptr(), stored},

@@ -25,6 +25,8 @@ struct Launch {
   std::vector<std::pair<int64_t, int64_t>> arguments;  // kind, value
 };
 
+inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up
+
 // What `learn` was told for the key, or null. It stays where it is.
 const Launch* find(const Key& key);
 

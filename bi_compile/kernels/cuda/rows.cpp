@@ -37,7 +37,7 @@ bool rows_of(const at::Tensor& x, bool heads, Rows& r) {
 
 // A program takes `rows_per_program` of the rows, whose number is the one argument that follows the batch.
 void launch_over(const Launch& it, int64_t rows, std::initializer_list<const void*> slots) {
-  launch(it, (rows + it.rows_per_program - 1) / it.rows_per_program, slots, {rows});
+  launch(it, divided(rows, it.rows_per_program), slots, {rows});
 }
 
 // Everything but the number of rows that decides what is compiled and what it is given.
