@@ -55,9 +55,8 @@ void fill_paged(const at::Tensor& out, const at::Tensor& q, const at::Tensor& k,
       const auto& s = tables.segments;
       const int64_t parts = programs * block <= tables.few ? std::lower_bound(s.begin(), s.end(), most) - s.begin() + 1 : 1;
       const auto* found = parts > 1 ? parted : whole;
-      const auto* join = parts > 1 ? find({kJoinParts, q.get_device(), static_cast<int64_t>(q.scalar_type()), head,
-                                           static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(parts)))})
-                                   : nullptr;
+      const auto* join =
+          parts > 1 ? find({kJoinParts, q.get_device(), static_cast<int64_t>(q.scalar_type()), head}) : nullptr;
       if (found != nullptr && (parts == 1 || join != nullptr)) {
         const c10::cuda::CUDAGuard guard(q.device());
         const auto lse = empty(q, {each}, at::kFloat);

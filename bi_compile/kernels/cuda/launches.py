@@ -128,7 +128,7 @@ def fill_paged(
         [key[0], len(seen) - 1, *key[2:]], seen[0], [q, k, v, q, k, ends, counts, table, *outs, partial], seen[0].meta["BLOCK_M"]
     )  # fmt: skip
     if len(seen) == 2:
-        _learn([JOIN_PARTS, key[2], key[3], key[7], seen[1].meta["BLOCK_P"]], seen[1], [partial, *outs], 1)
+        _learn([JOIN_PARTS, key[2], key[3], key[7]], seen[1], [partial, *outs], 1)
 
 
 def give_tables() -> None:

@@ -16,13 +16,16 @@ from bi_compile import ops
 
 from .launch import cdiv, choose, launch, target
 from .running_softmax import (
+    _add_block,
     _add_next,
+    _behind,
     _dot,
     _finish,
     _first_key,
     _join,
     _nothing,
     _order,
+    _part_of,
     _scaled,
     _segment,
     _store_part,
@@ -32,6 +35,44 @@ from .running_softmax import (
     room_for,
 )
 from .tiles import ATTENTION, ATTENTION_HEAD, LONG_HEADS, LONGEST_HEAD, Tile
+
+
+@triton.jit
+def _block(
+    q_block, k_base, v_base, mask_ptrs, start_n, S, valid, position, D, stride_kn, stride_kd, stride_vn, stride_vd, stride_maskn,
+    SCALE: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EXP: tl.constexpr, ACC: tl.constexpr, SEGMENT: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Of the BLOCK_N keys from start_n on: scores [M, N], which of them a row sees and whether any, where the values [N, Dv] lie, and which
+    [N] are there. WHOLE: all are."""
+    # masks in 32 bits: Ascend's vector unit does not compare 64, and its compiler then takes one element after the other
+    offs_key = tl.arange(0, BLOCK_N)
+    offs_n = offs_key.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = offs_key < (BLOCK_N if WHOLE else S - start_n)
+    start = tl.cast(start_n, tl.int64)
+    k_ptrs = k_base + start * stride_kn + offs_n[None, :] * stride_kn + offs_d[:, None] * stride_kd
+    k_block = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
+    qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
+    seen = valid[:, None] & inside[None, :]
+    any_seen = valid
+    if CAUSAL:
+        seen = seen & (start_n + offs_key[None, :] <= position[:, None])
+        any_seen = valid & (start_n <= position)
+    if MASK == 1:
+        seen = seen & (tl.load(mask_ptrs + start * stride_maskn, mask=seen, other=0) != 0)
+    if MASK == 2:
+        addend = tl.load(mask_ptrs + start * stride_maskn, mask=seen, other=float("-inf")).to(ACC)
+        seen = seen & (addend != float("-inf"))
+        if EXP == 2:
+            addend = addend * 1.4426950408889634
+        qk = tl.fma(qk, tl.full((BLOCK_M, BLOCK_N), SCALE, ACC), addend)
+    else:
+        qk = _scaled(qk, SCALE, SEGMENT, ACC)
+    if MASK:
+        any_seen = tl.max(seen.to(tl.int32), 1) > 0
+    v_ptrs = v_base + start * stride_vn + offs_n[:, None] * stride_vn + tl.arange(0, BLOCK_DV)[None, :] * stride_vd
+    return qk, seen, any_seen, v_ptrs, inside
 
 
 @triton.jit(do_not_specialize=["L", "S", "num_pid_m", "parts", "rows"])
@@ -57,10 +98,11 @@ def _attention(
     index = tl.program_id(0)
     begin = 0
     end = S
+    part = 0
     if SPLIT:
-        begin = _first_key(index % parts, SEGMENT)
+        part, index = _part_of(index, tl.num_programs(0), parts)
+        begin = _first_key(part, SEGMENT)
         end = tl.minimum(S, begin + _segment(begin, SEGMENT))
-        index = index // parts
     off_zh = (index // num_pid_m).to(tl.int64)
     off_z = off_zh // heads
     off_h = off_zh % heads
@@ -72,9 +114,6 @@ def _attention(
     valid = position < L
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    # masks in 32 bits: Ascend's vector unit does not compare 64, and its compiler then takes one element after the other
-    offs_key = tl.arange(0, BLOCK_N)
-    offs_n = offs_key.to(tl.int64)
 
     q_ptrs = (
         q + off_z * stride_qz + q_head[:, None] * stride_qh + query[:, None] * stride_qm + offs_d[None, :] * stride_qd
@@ -82,14 +121,16 @@ def _attention(
     q_block = tl.load(q_ptrs, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
     k_base = k + off_z * stride_kz + off_h * stride_kh
     v_base = v + off_z * stride_vz + off_h * stride_vh
+    mask_ptrs = mask
     if MASK:
-        mask_ptrs = mask + off_z * stride_maskz + q_head[:, None] * stride_maskh + query[:, None] * stride_maskm
-        mask_ptrs += offs_n[None, :] * stride_maskn
+        mask_ptrs += off_z * stride_maskz + q_head[:, None] * stride_maskh + query[:, None] * stride_maskm
+        mask_ptrs += tl.arange(0, BLOCK_N).to(tl.int64)[None, :] * stride_maskn
     row = (off_z * heads * group + q_head) * L + query
 
-    SUMS: tl.constexpr = 16 if SEGMENT else BLOCK_N
+    SUMS: tl.constexpr = BLOCK_N // 2 if SEGMENT else BLOCK_N
     m_i, l_i, acc = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
-    m_all, l_all, acc_all = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
+    m_all, l_all, acc_all = m_i, tl.zeros((BLOCK_M,), ACC), acc
+    l_row = l_all
     if CAUSAL:
         end = tl.minimum(end, (m0 + BLOCK_M - 1) // group + 1)
     # blocks of which every row sees every key
@@ -99,42 +140,47 @@ def _attention(
         if CAUSAL:
             whole = tl.minimum(whole, m0 // group + 1)
         whole = tl.maximum(whole // BLOCK_N * BLOCK_N, begin)
-    for STAGE in tl.static_range(0 if SEGMENT and not MASK else 1, 2):
-        for start_n in range(begin if STAGE == 0 else whole, whole if STAGE == 0 else end, BLOCK_N):
-            inside = offs_key < (BLOCK_N if STAGE == 0 else S - start_n)
-            start = tl.cast(start_n, tl.int64)
-            k_ptrs = k_base + start * stride_kn + offs_n[None, :] * stride_kn + offs_d[:, None] * stride_kd
-            k_block = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
-            qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
-            seen = valid[:, None] & inside[None, :]
-            if CAUSAL:
-                seen = seen & (start_n + offs_key[None, :] <= position[:, None])
-            if MASK == 1:
-                seen = seen & (tl.load(mask_ptrs + start * stride_maskn, mask=seen, other=0) != 0)
-            if MASK == 2:
-                addend = tl.load(mask_ptrs + start * stride_maskn, mask=seen, other=float("-inf")).to(ACC)
-                seen = seen & (addend != float("-inf"))
-                if EXP == 2:
-                    addend = addend * 1.4426950408889634
-                qk = tl.fma(qk, tl.full((BLOCK_M, BLOCK_N), SCALE, ACC), addend)
-            else:
-                qk = _scaled(qk, SCALE, SEGMENT, ACC)
-            v_ptrs = v_base + start * stride_vn + offs_n[:, None] * stride_vn + offs_dv[None, :] * stride_vd
-            SEEN: tl.constexpr = 0 if STAGE == 0 else 2 if CAUSAL > 1 or MASK else 1
-            m_i, l_i, acc, m_all, l_all, acc_all = _add_next(
-                qk, seen, v_ptrs, inside, offs_dv < DV, start_n, end, m_i, l_i, acc, m_all, l_all, acc_all,
-                SEEN, EXP, SEGMENT, SEGMENT > 0 and not SPLIT,
-            )  # fmt: skip
+    SEEN: tl.constexpr = 2 if CAUSAL > 1 or MASK else 1
+    if SEGMENT > 0 and not SPLIT and BLOCK_M >= 64:
+        # a loop for each segment: a join within the loop over its blocks would have the warp group wait for each of its products
+        first_n = begin
+        while first_n < end:
+            next_n = tl.minimum(first_n + _segment(first_n, SEGMENT), end)
+            next_whole = tl.minimum(tl.maximum(whole, first_n), next_n)
+            m_i, l_i, acc = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
+            for STAGE in tl.static_range(1 if MASK else 0, 2):
+                for start_n in range(
+                    first_n if STAGE == 0 else next_whole, next_whole if STAGE == 0 else next_n, BLOCK_N
+                ):
+                    qk, seen, any_seen, v_ptrs, inside = _block(
+                        q_block, k_base, v_base, mask_ptrs, start_n, S, valid, position, D, stride_kn, stride_kd, stride_vn, stride_vd,
+                        stride_maskn, SCALE, MASK, CAUSAL, EXP, ACC, SEGMENT, STAGE == 0, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    )  # fmt: skip
+                    m_i, l_i, acc = _add_block(
+                        qk, seen, any_seen, v_ptrs, inside, offs_dv < DV, m_i, l_i, acc, SEEN * STAGE, EXP, SEGMENT
+                    )
+            m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, _total(l_i, FOLD), acc, EXP)
+            first_n = next_n
+        m_i, l_row, acc = m_all, l_all, acc_all
+    else:
+        for STAGE in tl.static_range(0 if SEGMENT and not MASK else 1, 2):
+            for start_n in range(begin if STAGE == 0 else whole, whole if STAGE == 0 else end, BLOCK_N):
+                qk, seen, any_seen, v_ptrs, inside = _block(
+                    q_block, k_base, v_base, mask_ptrs, start_n, S, valid, position, D, stride_kn, stride_kd, stride_vn, stride_vd,
+                    stride_maskn, SCALE, MASK, CAUSAL, EXP, ACC, SEGMENT, STAGE == 0, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+                m_i, l_i, acc, m_all, l_all, acc_all = _add_next(
+                    qk, seen, any_seen, v_ptrs, inside, offs_dv < DV, start_n, end, m_i, l_i, acc, m_all, l_all, acc_all,
+                    SEEN * STAGE, EXP, SEGMENT, SEGMENT > 0 and not SPLIT,
+                )  # fmt: skip
+        l_row = _total(l_i, FOLD)
+        if SEGMENT > 0 and not SPLIT:
+            m_i, l_row, acc = _join(m_all, l_all, acc_all, m_i, l_row, acc, EXP)
 
     if SPLIT:
-        l_row = _total(l_i, FOLD, SEGMENT)
-        _store_part(
-            partial, m_i, l_row, acc, row, valid, offs_dv < DV, begin < end, tl.program_id(0) % parts, parts, rows, DV
-        )
+        _store_part(partial, m_i, l_row, acc, row, valid, offs_dv < DV, begin < end, part, parts, rows, DV)
     else:
-        if SEGMENT:
-            m_i, l_i, acc = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
-        acc, logsumexp = _finish(m_i, _total(l_i, FOLD, SEGMENT), acc, EXP)
+        acc, logsumexp = _finish(m_i, l_row, acc, EXP)
         tl.store(lse + row, logsumexp, mask=valid)
         if GROUP > 0:
             # what a division of rows hides from Ascend's compiler, which then stores single elements

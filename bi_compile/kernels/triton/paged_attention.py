@@ -15,13 +15,16 @@ from bi_compile import ops
 from .attention import blocks_of_head, scale_of, tile_of
 from .launch import cdiv, launch, target
 from .running_softmax import (
+    _add_block,
     _add_next,
+    _behind,
     _dot,
     _finish,
     _first_key,
     _join,
     _nothing,
     _order,
+    _part_of,
     _scaled,
     _segment,
     _store_part,
@@ -55,6 +58,67 @@ def _request_of(ends, requests, index, group, BLOCK_M: tl.constexpr, BLOCK_R: tl
     return found
 
 
+@triton.jit
+def _block(
+    q_block, qr_block, k, v, k_rope, table, start_n, S, request, first_key, off_h, valid, position, D, DV, DR, page, left, right,
+    stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
+    stride_krp, stride_krn, stride_krh, stride_krd, stride_table,
+    SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr,
+):  # fmt: skip
+    """`attention._block` where keys lie in pages: of the BLOCK_N keys from start_n on scores [M, N], which of them a row sees and whether any,
+    where the values [N, Dv] lie, and which [N] are there. WHOLE: all are."""
+    # masks in 32 bits: Ascend's vector unit does not compare 64, and its compiler then takes one element after the other
+    offs_key = tl.arange(0, BLOCK_N)
+    offs_n = offs_key.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_dr = tl.arange(0, BLOCK_DR)
+    inside = offs_key < (BLOCK_N if WHOLE else S - start_n)
+    if KEYS == 0:
+        k_base = k + (first_key + start_n).to(tl.int64) * stride_kn
+        v_base = v + (first_key + start_n).to(tl.int64) * stride_vn
+        kr_base = k_rope + (first_key + start_n).to(tl.int64) * stride_krn
+        k_offs = offs_n * stride_kn
+        v_offs = offs_n * stride_vn
+        kr_offs = offs_n * stride_krn
+    elif KEYS == 1:
+        block = tl.load(table + request.to(tl.int64) * stride_table + start_n // page).to(tl.int64)
+        k_base = k + block * stride_kp + (start_n % page).to(tl.int64) * stride_kn
+        v_base = v + block * stride_vp + (start_n % page).to(tl.int64) * stride_vn
+        kr_base = k_rope + block * stride_krp + (start_n % page).to(tl.int64) * stride_krn
+        k_offs = offs_n * stride_kn
+        v_offs = offs_n * stride_vn
+        kr_offs = offs_n * stride_krn
+    else:
+        n = start_n + offs_n
+        block = tl.load(table + request.to(tl.int64) * stride_table + n // page, mask=inside, other=0).to(tl.int64)
+        k_base = k
+        v_base = v
+        kr_base = k_rope
+        k_offs = block * stride_kp + n % page * stride_kn
+        v_offs = block * stride_vp + n % page * stride_vn
+        kr_offs = block * stride_krp + n % page * stride_krn
+    k_ptrs = k_base + off_h * stride_kh + k_offs[None, :] + offs_d[:, None] * stride_kd
+    k_block = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
+    qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
+    if ROPE:
+        kr_ptrs = kr_base + off_h * stride_krh + kr_offs[None, :] + offs_dr[:, None] * stride_krd
+        kr_block = tl.load(kr_ptrs, mask=inside[None, :] & (offs_dr < DR)[:, None], other=0.0)
+        qk = _dot(qr_block, kr_block, qk)
+    qk = _scaled(qk, SCALE, SEGMENT, ACC)
+    distance = start_n + offs_key[None, :] - position[:, None]
+    seen = valid[:, None] & inside[None, :] & (distance <= right) & (distance >= -left)
+    any_seen = (
+        valid
+        & (start_n - position <= right)
+        & (tl.minimum(start_n + BLOCK_N, S) - 1 - position >= -left)
+        & (right >= -left)
+    )
+    v_ptrs = v_base + off_h * stride_vh + v_offs[:, None] + offs_dv[None, :] * stride_vd
+    return qk, seen, any_seen, v_ptrs, inside
+
+
 @triton.jit(
     do_not_specialize=["tokens", "requests", "tiles", "parts", "left", "right", "stride_table"],
     do_not_specialize_on_alignment=["ends", "counts"],
@@ -78,8 +142,9 @@ def _paged_attention(
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    part = 0
     if SPLIT:
-        program = program // parts
+        part, program = _part_of(program, programs, parts)
         programs = programs // parts
     index = program % tiles
     off_h = (program // tiles).to(tl.int64)
@@ -104,27 +169,26 @@ def _paged_attention(
     position = S - L + query
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    # masks in 32 bits: Ascend's vector unit does not compare 64, and its compiler then takes one element after the other
-    offs_key = tl.arange(0, BLOCK_N)
-    offs_n = offs_key.to(tl.int64)
 
     q_ptrs = q + row[:, None] * stride_qt + q_head[:, None] * stride_qh + offs_d[None, :] * stride_qd
     q_block = tl.load(q_ptrs, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0)
+    qr_block = q_block
     if ROPE:
         offs_dr = tl.arange(0, BLOCK_DR)
         qr_ptrs = q_rope + row[:, None] * stride_qrt + q_head[:, None] * stride_qrh + offs_dr[None, :] * stride_qrd
         qr_block = tl.load(qr_ptrs, mask=valid[:, None] & (offs_dr < DR)[None, :], other=0.0)
 
-    SUMS: tl.constexpr = 16 if SEGMENT else BLOCK_N
+    SUMS: tl.constexpr = BLOCK_N // 2 if SEGMENT else BLOCK_N
     m_i, l_i, acc = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
-    m_all, l_all, acc_all = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
+    m_all, l_all, acc_all = m_i, tl.zeros((BLOCK_M,), ACC), acc
+    l_row = l_all
     first_query = m0 // GROUP
     last_query = (m0 + BLOCK_M - 1) // GROUP
     begin = tl.maximum(S - L + first_query - left, 0) // BLOCK_N * BLOCK_N
     end = tl.minimum(S, S - L + last_query + right + 1)
     end = tl.where(m0 < L * GROUP, end, 0)
     if SPLIT:
-        first = _first_key(tl.program_id(0) % parts, SEGMENT)
+        first = _first_key(part, SEGMENT)
         begin = tl.maximum(begin, first)
         end = tl.minimum(end, first + _segment(first, SEGMENT))
     # blocks of which every query of the tile sees every key
@@ -135,66 +199,73 @@ def _paged_attention(
             tl.maximum(begin, tl.cdiv(S - L + last_query - left, BLOCK_N) * BLOCK_N), tl.maximum(end, begin)
         )
         whole_end = tl.maximum(tl.minimum(end, S - L + first_query + right + 1) // BLOCK_N * BLOCK_N, whole)
-    for STAGE in tl.static_range(2 if not SEGMENT else 0 if WINDOW else 1, 3):
-        for start_n in range(
-            begin if STAGE == 0 else whole if STAGE == 1 else whole_end,
-            whole if STAGE == 0 else whole_end if STAGE == 1 else end,
-            BLOCK_N,
-        ):
-            inside = offs_key < (BLOCK_N if STAGE == 1 else S - start_n)
-            if KEYS == 0:
-                k_base = k + (first_key + start_n).to(tl.int64) * stride_kn
-                v_base = v + (first_key + start_n).to(tl.int64) * stride_vn
-                kr_base = k_rope + (first_key + start_n).to(tl.int64) * stride_krn
-                k_offs = offs_n * stride_kn
-                v_offs = offs_n * stride_vn
-                kr_offs = offs_n * stride_krn
-            elif KEYS == 1:
-                block = tl.load(table + request.to(tl.int64) * stride_table + start_n // page).to(tl.int64)
-                k_base = k + block * stride_kp + (start_n % page).to(tl.int64) * stride_kn
-                v_base = v + block * stride_vp + (start_n % page).to(tl.int64) * stride_vn
-                kr_base = k_rope + block * stride_krp + (start_n % page).to(tl.int64) * stride_krn
-                k_offs = offs_n * stride_kn
-                v_offs = offs_n * stride_vn
-                kr_offs = offs_n * stride_krn
-            else:
-                n = start_n + offs_n
-                block = tl.load(table + request.to(tl.int64) * stride_table + n // page, mask=inside, other=0).to(
-                    tl.int64
-                )
-                k_base = k
-                v_base = v
-                kr_base = k_rope
-                k_offs = block * stride_kp + n % page * stride_kn
-                v_offs = block * stride_vp + n % page * stride_vn
-                kr_offs = block * stride_krp + n % page * stride_krn
-            k_ptrs = k_base + off_h * stride_kh + k_offs[None, :] + offs_d[:, None] * stride_kd
-            k_block = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
-            qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
-            if ROPE:
-                kr_ptrs = kr_base + off_h * stride_krh + kr_offs[None, :] + offs_dr[:, None] * stride_krd
-                kr_block = tl.load(kr_ptrs, mask=inside[None, :] & (offs_dr < DR)[:, None], other=0.0)
-                qk = _dot(qr_block, kr_block, qk)
-            qk = _scaled(qk, SCALE, SEGMENT, ACC)
-            distance = start_n + offs_key[None, :] - position[:, None]
-            seen = valid[:, None] & inside[None, :] & (distance <= right) & (distance >= -left)
-            v_ptrs = v_base + off_h * stride_vh + v_offs[:, None] + offs_dv[None, :] * stride_vd
-            m_i, l_i, acc, m_all, l_all, acc_all = _add_next(
-                qk, seen, v_ptrs, inside, offs_dv < DV, start_n, end, m_i, l_i, acc, m_all, l_all, acc_all,
-                0 if STAGE == 1 else 2, EXP, SEGMENT, SEGMENT > 0 and not SPLIT,
-            )  # fmt: skip
+    if SEGMENT > 0 and not SPLIT and BLOCK_M >= 64:
+        # a loop for each segment, as in `attention._attention`
+        first_n = begin
+        while first_n < end:
+            next_n = tl.minimum(_behind(first_n, SEGMENT), end)
+            next_whole = tl.minimum(tl.maximum(whole, first_n), next_n)
+            next_whole_end = tl.minimum(tl.maximum(whole_end, next_whole), next_n)
+            m_i, l_i, acc = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
+            for STAGE in tl.static_range(0 if WINDOW else 1, 3):
+                for start_n in range(
+                    first_n if STAGE == 0 else next_whole if STAGE == 1 else next_whole_end,
+                    next_whole if STAGE == 0 else next_whole_end if STAGE == 1 else next_n,
+                    BLOCK_N,
+                ):
+                    qk, seen, any_seen, v_ptrs, inside = _block(
+                        q_block, qr_block, k, v, k_rope, table, start_n, S, request, first_key, off_h, valid, position, D, DV, DR, page, left, right,
+                        stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
+                        stride_krp, stride_krn, stride_krh, stride_krd, stride_table, SCALE, KEYS, ROPE, ACC, SEGMENT, STAGE == 1,
+                        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_DR,
+                    )  # fmt: skip
+                    m_i, l_i, acc = _add_block(
+                        qk,
+                        seen,
+                        any_seen,
+                        v_ptrs,
+                        inside,
+                        offs_dv < DV,
+                        m_i,
+                        l_i,
+                        acc,
+                        0 if STAGE == 1 else 2,
+                        EXP,
+                        SEGMENT,
+                    )
+            m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, _total(l_i, FOLD), acc, EXP)
+            first_n = next_n
+        m_i, l_row, acc = m_all, l_all, acc_all
+    else:
+        for STAGE in tl.static_range(2 if not SEGMENT else 0 if WINDOW else 1, 3):
+            for start_n in range(
+                begin if STAGE == 0 else whole if STAGE == 1 else whole_end,
+                whole if STAGE == 0 else whole_end if STAGE == 1 else end,
+                BLOCK_N,
+            ):
+                qk, seen, any_seen, v_ptrs, inside = _block(
+                    q_block, qr_block, k, v, k_rope, table, start_n, S, request, first_key, off_h, valid, position, D, DV, DR, page, left, right,
+                    stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
+                    stride_krp, stride_krn, stride_krh, stride_krd, stride_table, SCALE, KEYS, ROPE, ACC, SEGMENT, STAGE == 1,
+                    BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_DR,
+                )  # fmt: skip
+                m_i, l_i, acc, m_all, l_all, acc_all = _add_next(
+                    qk, seen, any_seen, v_ptrs, inside, offs_dv < DV, start_n, end, m_i, l_i, acc, m_all, l_all, acc_all,
+                    0 if STAGE == 1 else 2, EXP, SEGMENT, SEGMENT > 0 and not SPLIT,
+                )  # fmt: skip
+        l_row = _total(l_i, FOLD)
+        if SEGMENT > 0 and not SPLIT:
+            m_i, l_row, acc = _join(m_all, l_all, acc_all, m_i, l_row, acc, EXP)
 
     heads = programs // tiles * group
     out_row = row * heads + q_head
     if SPLIT:
         _store_part(
-            partial, m_i, _total(l_i, FOLD, SEGMENT), acc, out_row, valid, offs_dv < DV, begin < end,
-            tl.program_id(0) % parts, parts, tokens * heads, DV,
+            partial, m_i, l_row, acc, out_row, valid, offs_dv < DV, begin < end,
+            part, parts, tokens * heads, DV,
         )  # fmt: skip
     else:
-        if SEGMENT:
-            m_i, l_i, acc = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
-        acc, logsumexp = _finish(m_i, _total(l_i, FOLD, SEGMENT), acc, EXP)
+        acc, logsumexp = _finish(m_i, l_row, acc, EXP)
         tl.store(lse + out_row, logsumexp, mask=valid)
         if BLOCK_DV < 512:
             # tokens, heads of each, elements: what a division of rows hides from Ascend's compiler, which then stores single elements

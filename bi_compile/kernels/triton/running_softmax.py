@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .launch import accumulator, cdiv, launch, target
 from .reduce import divide, exp, fold
-from .tiles import FEW, SEGMENT
+from .tiles import AHEAD, FEW, SEGMENT
 
 
 @triton.jit
@@ -68,15 +68,15 @@ def _nothing(BLOCK_M: tl.constexpr, SUMS: tl.constexpr, BLOCK_DV: tl.constexpr, 
 
 @triton.jit
 def _add_block(
-    qk, seen, v_ptrs, inside, in_head, m_i, l_i, acc, SEEN: tl.constexpr, EXP: tl.constexpr, SEGMENT: tl.constexpr
+    qk, seen, any_seen, v_ptrs, inside, in_head, m_i, l_i, acc, SEEN: tl.constexpr, EXP: tl.constexpr, SEGMENT: tl.constexpr
 ):  # fmt: skip
     """Maximum m_i, sums l_i and output acc of the keys so far with those of the next block: qk [M, N], v_ptrs [N, Dv], of which the
     keys `inside` [N] and the elements `in_head` [Dv] are there.
 
-    The sums [M, 16] of segments are products with ones, of exp(qk - m_i) rounded to v's dtype and of what the rounding left: a dot
-    has one order wherever a compiler puts a tile's elements, which `tl.sum` has not. Other sums are lanes [M, N].
+    The sums are lanes [M, N], in segments [M, N / 2], where lane j adds key j and key N / 2 + j first: both are one thread's in each layout
+    of the matrix units, and a sum of two has one order, which `tl.sum` of more has not.
 
-    seen [M, N]: which keys a row sees. SEEN: 0 each row all of them, 1 each row at least one, 2 any or none. A block of which a
+    seen [M, N]: which keys a row sees; any_seen [M]: whether it sees any. SEEN: 0 each row all of them, 1 each row at least one, 2 any or none. A block of which a
     row sees nothing leaves the row's numbers as they are, so it does not matter whether it is skipped.
     """
     if SEEN > 0:
@@ -86,18 +86,13 @@ def _add_block(
     p = _exp(qk - shift[:, None], EXP)
     alpha = _exp(m_i - shift, EXP)
     v_block = tl.load(v_ptrs, mask=inside[:, None] & in_head[None, :], other=0.0)
+    sums = p
     if SEGMENT:
-        rounded = p.to(v_block.dtype)
-        ones = tl.full((qk.shape[1], l_i.shape[1]), 1.0, v_block.dtype)
-        new_l_i = _dot(rounded, ones, l_i * alpha[:, None])
-        new_l_i = _dot((p - rounded.to(p.dtype)).to(v_block.dtype), ones, new_l_i)
-    else:
-        new_l_i = tl.fma(l_i, tl.broadcast_to(alpha[:, None], l_i.shape[0], l_i.shape[1]), p)
-        rounded = p.to(v_block.dtype)
-    new_acc = _dot(rounded, v_block, acc * alpha[:, None])
+        sums = tl.sum(tl.reshape(p, (p.shape[0], 2, p.shape[1] // 2)), 1)
+    new_l_i = tl.fma(l_i, tl.broadcast_to(alpha[:, None], l_i.shape[0], l_i.shape[1]), sums)
+    new_acc = _dot(p.to(v_block.dtype), v_block, acc * alpha[:, None])
     if SEEN == 2:
         # 0 * NaN is NaN: a NaN in v must not reach a row that sees no key of the block
-        any_seen = tl.max(seen.to(tl.int32), 1) > 0
         new_l_i = tl.where(any_seen[:, None], new_l_i, l_i)
         new_acc = tl.where(any_seen[:, None], new_acc, acc)
     return m_ij, new_l_i, new_acc
@@ -107,6 +102,13 @@ def _add_block(
 def _segment(key, SEGMENT: tl.constexpr):
     """How many keys the segment that `key` is in has: SEGMENT, from key 8 * SEGMENT on twice, from 32 * SEGMENT on four times as many."""
     return tl.where(key < 8 * SEGMENT, SEGMENT, tl.where(key < 32 * SEGMENT, 2 * SEGMENT, 4 * SEGMENT))
+
+
+@triton.jit
+def _behind(key, SEGMENT: tl.constexpr):
+    """The first key behind the segment that `key` is in."""
+    size = _segment(key, SEGMENT)
+    return (key // size + 1) * size
 
 
 @triton.jit
@@ -126,42 +128,23 @@ def _afresh(fresh, m_i, l_i, acc):
 
 @triton.jit
 def _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP: tl.constexpr):
-    """Maximum, sums and output of the segments so far, [M], [M, 16] and [M, Dv], with those of the next.
+    """Maximum, sum and output of the segments so far, [M], [M] and [M, Dv], with those of the next.
 
     Joined to nothing (-inf, 0, 0), a segment's numbers are what they were; one of which a row sees nothing changes none.
     """
     m = tl.maximum(m_all, m_i)
     shift = tl.where(m == float("-inf"), 0.0, m)
-    before = _exp(m_all - shift, EXP)[:, None]
-    ahead = _exp(m_i - shift, EXP)[:, None]
-    l_all = tl.fma(l_all, tl.broadcast_to(before, l_all.shape[0], l_all.shape[1]), l_i * ahead)
-    return m, l_all, tl.fma(acc_all, tl.broadcast_to(before, acc.shape[0], acc.shape[1]), acc * ahead)
+    before = _exp(m_all - shift, EXP)
+    ahead = _exp(m_i - shift, EXP)
+    l_all = tl.fma(l_all, before, l_i * ahead)
+    acc_all = tl.fma(acc_all, tl.broadcast_to(before[:, None], acc.shape[0], acc.shape[1]), acc * ahead[:, None])
+    return m, l_all, acc_all
 
 
 @triton.jit
-def _add_next(
-    qk, seen, v_ptrs, inside, in_head, start_n, end, m_i, l_i, acc, m_all, l_all, acc_all,
-    SEEN: tl.constexpr, EXP: tl.constexpr, SEGMENT: tl.constexpr, JOIN: tl.constexpr,
-):  # fmt: skip
-    """`_add_block` of the keys from start_n on. JOIN: a segment that begins there begins from nothing, one that ends there is joined
-    to those before it, but for the last, which ends at `end`."""
-    if JOIN:
-        size = _segment(start_n, SEGMENT)
-        m_i, l_i, acc = _afresh(start_n % size == 0, m_i, l_i, acc)
-    m_i, l_i, acc = _add_block(qk, seen, v_ptrs, inside, in_head, m_i, l_i, acc, SEEN, EXP, SEGMENT)
-    if JOIN:
-        behind = start_n + seen.shape[1]
-        if (behind % size == 0) & (behind < end):
-            m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
-    return m_i, l_i, acc, m_all, l_all, acc_all
-
-
-@triton.jit
-def _total(l_i, FOLD: tl.constexpr, SEGMENT: tl.constexpr):
-    """The sum of each row [M] from its sums, which in segments are all the same."""
-    if SEGMENT:
-        result = tl.max(l_i, 1)
-    elif FOLD:
+def _total(l_i, FOLD: tl.constexpr):
+    """The sum of each row [M] from its lanes."""
+    if FOLD:
         result = tl.reshape(fold(l_i[:, :, None]), (l_i.shape[0],))
     else:
         result = tl.sum(l_i, 1)
@@ -169,11 +152,32 @@ def _total(l_i, FOLD: tl.constexpr, SEGMENT: tl.constexpr):
 
 
 @triton.jit
+def _add_next(
+    qk, seen, any_seen, v_ptrs, inside, in_head, start_n, end, m_i, l_i, acc, m_all, l_all, acc_all,
+    SEEN: tl.constexpr, EXP: tl.constexpr, SEGMENT: tl.constexpr, JOIN: tl.constexpr,
+):  # fmt: skip
+    """`_add_block` of the keys from start_n on. JOIN: a segment that begins there begins from nothing, one that ends there is joined
+    to those before it, but for the last, which ends at `end`."""
+    if JOIN:
+        size = _segment(start_n, SEGMENT)
+        m_i, l_i, acc = _afresh(start_n % size == 0, m_i, l_i, acc)
+    m_i, l_i, acc = _add_block(qk, seen, any_seen, v_ptrs, inside, in_head, m_i, l_i, acc, SEEN, EXP, SEGMENT)
+    if JOIN:
+        behind = start_n + seen.shape[1]
+        if (behind % size == 0) & (behind < end):
+            m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, _total(l_i, True), acc, EXP)
+    return m_i, l_i, acc, m_all, l_all, acc_all
+
+
+@triton.jit
 def _finish(m_i, total, acc, EXP: tl.constexpr):
     """The output and the logsumexp of rows: 0 and -inf of a row that sees no key."""
     no_key = total == 0.0
     total = tl.where(no_key, 1.0, total)
-    acc = divide(acc, tl.broadcast_to(total[:, None], acc.shape[0], acc.shape[1]))
+    if EXP == 2:  # rounded to 16 bits anyway
+        acc = acc * divide(tl.full(total.shape, 1.0, total.dtype), total)[:, None]
+    else:
+        acc = divide(acc, tl.broadcast_to(total[:, None], acc.shape[0], acc.shape[1]))
     logsumexp = m_i + _log(total, EXP)
     if EXP == 2:
         logsumexp = logsumexp * 0.6931471805599453
@@ -182,46 +186,63 @@ def _finish(m_i, total, acc, EXP: tl.constexpr):
 
 @triton.jit
 def _store_part(partial, m_i, l_i, acc, row, valid, in_head, any_key, part, parts, rows, DV):
-    """What a program found of the segment `part`, for `_join_parts`: maximum and sum [M] and, if it has `any_key`, output [M, Dv].
+    """What a program found of the segment `part`, for `_join_parts`: maximum and sum [M] and output [M, Dv]; -1 for the sum, and no output,
+    if it had no key.
 
     partial: [parts, rows] of maxima, as many sums, and [parts, rows, Dv].
     """
     stored = tl.cast(rows, tl.int64) * parts
     at = tl.cast(part, tl.int64) * rows + row
     tl.store(partial + at, m_i, mask=valid)
-    tl.store(partial + stored + at, l_i, mask=valid)
+    tl.store(partial + stored + at, tl.where(any_key, l_i, -1.0), mask=valid)
     if any_key:
         acc_ptrs = partial + 2 * stored + at[:, None] * DV + tl.arange(0, acc.shape[1])[None, :]
         tl.store(acc_ptrs, acc, mask=valid[:, None] & in_head[None, :])
 
 
+@triton.jit
+def _part_of(program, programs, parts):
+    """The segment that a program takes, and the index of its tile among `programs // parts`.
+
+    All tiles' last segments begin first: they are the longest, and the short ones then fill what these leave idle.
+    """
+    tiles = programs // parts
+    return parts - 1 - program // tiles, program % tiles
+
+
 @triton.jit(do_not_specialize=["rows", "parts"])
 def _join_parts(
     partial, out, lse, rows, parts, DV,
-    EXP: tl.constexpr, ACC: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_DV: tl.constexpr,
+    EXP: tl.constexpr, ACC: tl.constexpr, BLOCK_DV: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """A row of the output from what was stored of its segments (`_store_part`), as one program would have joined them."""
-    row = tl.program_id(0).to(tl.int64)
+    """A row of the output from what was stored of its segments (`_store_part`), as one program would have joined them.
+
+    AHEAD: how many of them are read, one load behind the other, before the first is joined.
+    """
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     offs_dv = tl.arange(0, BLOCK_DV)
     stride = tl.cast(rows, tl.int64)
-    stored = stride * parts
-    # those that hold keys that the row sees lie behind one another
-    part = tl.arange(0, BLOCK_P)
-    at_parts = partial + part * stride + row
-    m_parts = tl.load(at_parts, mask=part < parts, other=float("-inf"))
-    l_parts = tl.load(at_parts + stored, mask=part < parts, other=0.0)
-    there = (m_parts != float("-inf")) | (l_parts != 0.0)
-    first = tl.min(tl.where(there, part, parts), 0)
-    last = tl.max(tl.where(there, part, -1), 0)
-    m_all, l_all, acc_all = _nothing(1, 1, BLOCK_DV, ACC)
-    for i in range(first, last + 1):
-        at = partial + (i + tl.arange(0, 1)) * stride + row
-        acc_ptrs = partial + 2 * stored + (i * stride + row) * DV + offs_dv[None, :]
-        acc = tl.load(acc_ptrs, mask=(offs_dv < DV)[None, :], other=0.0)
-        m_all, l_all, acc_all = _join(m_all, l_all, acc_all, tl.load(at), tl.load(at + stored)[:, None], acc, EXP)
-    acc, logsumexp = _finish(m_all, _total(l_all, False, SEGMENT), acc_all, EXP)
-    tl.store(lse + row + tl.arange(0, 1), logsumexp)
-    tl.store(out + row * DV + offs_dv[None, :], acc.to(out.dtype.element_ty), mask=(offs_dv < DV)[None, :])
+    m_all, l_all, acc_all = tl.full((1,), float("-inf"), ACC), tl.zeros((1,), ACC), tl.zeros((1, BLOCK_DV), ACC)
+    for first in range(0, parts, AHEAD):
+        read = ()
+        for i in tl.static_range(AHEAD):
+            part = first + i + tl.arange(0, 1)
+            there = part < parts
+            at = partial + part * stride + row
+            acc_ptrs = partial + 2 * stride * parts + (part * stride + row)[:, None] * DV + offs_dv[None, :]
+            m_i = tl.load(at, mask=there, other=float("-inf"))
+            l_i = tl.load(at + stride * parts, mask=there, other=-1.0)
+            acc = tl.load(acc_ptrs, mask=there[:, None] & (offs_dv < DV)[None, :], other=0.0)
+            read = read + ((m_i, l_i, acc),)
+        for i in tl.static_range(AHEAD):
+            m_i, l_i, acc = read[i]
+            no_key = l_i < 0.0
+            l_i = tl.where(no_key, 0.0, l_i)
+            acc = tl.where(no_key[:, None], 0.0, acc)
+            m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
+    acc, logsumexp = _finish(m_all, l_all, acc_all, EXP)
+    tl.store(lse + row, logsumexp)
+    tl.store(out + row[:, None] * DV + offs_dv[None, :], acc.to(out.dtype.element_ty), mask=(offs_dv < DV)[None, :])
 
 
 def _order(query: Tensor) -> dict[str, Any]:
@@ -258,7 +279,7 @@ def join_parts(
     if partial is not None:
         launch(
             _join_parts, outs[1].numel(), partial, partial, *outs, outs[1].numel(), parts, outs[0].shape[-1],
-            EXP=sums["EXP"], ACC=sums["ACC"], SEGMENT=sums["SEGMENT"], BLOCK_P=triton.next_power_of_2(parts), BLOCK_DV=block_dv, num_warps=1,
+            EXP=sums["EXP"], ACC=sums["ACC"], BLOCK_DV=block_dv, AHEAD=AHEAD, num_warps=1,
         )  # fmt: skip
 
 

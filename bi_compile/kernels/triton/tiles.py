@@ -98,6 +98,8 @@ ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
 #: attention in 16 bits on CUDA: keys of a segment (the first ones), part of the sum's order; up to how many programs times elements of
 #: a head, which would leave the device idle, each segment has a program of its own
 SEGMENT, FEW = 256, 96 * 128
+#: how many segments of a row the kernel that joins them reads at a time
+AHEAD = 16
 #: target -> among how many requests a program of paged attention looks for its own at a time
 REQUESTS: dict[str, int] = {"cuda": 128, "npu": 16}
 #: attention in 16 bits on CUDA where heads have more than 128 elements: one tile for any number of rows

@@ -166,6 +166,7 @@ def test_segments_have_the_same_bits_whoever_takes_them(
     every = (255, 256, 257, 600, 2047, 2048, 2049, 2560, 8191, 8193, 9300) if CUDA else (63, 64, 65, 640, 2050)
     if not CUDA:
         monkeypatch.setattr(module, "SEGMENT", 64)
+        monkeypatch.setattr(module, "AHEAD", 4)
     for keys in every:
         q, k, v = (heads(1, count, n, dim, dtype, n) for count, n in ((4, 5), (2, keys), (2, keys)))
         mask = draw(5, keys) > -1

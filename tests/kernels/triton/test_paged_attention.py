@@ -96,6 +96,7 @@ def test_segments_end_at_the_same_keys_in_pages(limits: dict[str, int | None], m
     """With CUDA's tiles: segments of 64 keys, then of 128 and 256, taken by one program or by one each."""
     monkeypatch.setattr(launch, "HOST", "cuda")
     monkeypatch.setattr(running_softmax, "SEGMENT", 64)
+    monkeypatch.setattr(running_softmax, "AHEAD", 4)
     counts = [(1, 300), (17, 64), (9, 129), (4, 700), (1, 2100)]
     requests = [request_of(i, *n, torch.float16) for i, n in enumerate(counts)]
     want = tuple(torch.cat(parts) for parts in zip(*(alone(*r, **limits) for r in requests), strict=True))
