@@ -107,7 +107,7 @@ def ours(plain: Callable[..., Any]) -> Callable[..., Any]:
         left, right = call["window_size"]
         cuda.fill_paged()(
             out, call["q"], call["k"], call["v"], call["cu_seqlens_q"][1:], call["seqused_k"], call["block_table"],
-            call["softmax_scale"], left, max(right, 0), call["max_seqlen_k"],
+            call["softmax_scale"], left, max(right, 0), call["max_seqlen_q"], call["max_seqlen_k"],
         )  # fmt: skip
 
     return unified_attention

@@ -306,7 +306,8 @@ def _step(requests: Sequence[tuple[int, int]], page: int, window: int) -> tuple[
     ends = torch.tensor([0, *itertools.accumulate(tokens for tokens, _ in requests)], dtype=torch.int32).cuda()[1:]
     counts = torch.tensor([keys for _, keys in requests], dtype=torch.int32).cuda()
     q = draw(sum(tokens for tokens, _ in requests), 8, 64)
-    return q, k, v, ends, counts, table.cuda(), 0.125, window, 0, max(keys for _, keys in requests)
+    longest, most = (max(n) for n in zip(*requests, strict=True))
+    return q, k, v, ends, counts, table.cuda(), 0.125, window, 0, longest, most
 
 
 @cuda

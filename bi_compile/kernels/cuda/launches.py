@@ -17,12 +17,12 @@ from torch import Tensor
 from ..triton import norm, paged_attention, reduce
 from ..triton.launch import Launched, watching
 from ..triton.running_softmax import ends_of_segments
-from ..triton.tiles import ATTENTION, FEW
+from ..triton.tiles import ATTENTION, ATTENTION_HEAD, FEW, MANY
 
 log = logging.getLogger("bi_compile")
 SLOT, NUMBER, CONSTANT = range(3)
-#: `Operator` in launches.h
-JOIN_PARTS = 7
+#: numbers in a `Key` in launches.h
+KEY = 24
 _SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u32": 4, "u64": 8}
 
 
@@ -109,32 +109,34 @@ def _over(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def fill_paged(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, counts: Tensor, table: Tensor, scale: float, left: int, right: int, most: int,
-    key: Sequence[int] = (),
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, counts: Tensor, table: Tensor, scale: float, left: int, right: int,
+    longest: int, most: int, keys: Sequence[int] = (),
 ) -> None:  # fmt: skip
-    """`paged_attention.fill` without the logsumexp. left -1: all keys before a query. most: no request has more keys, and a graph that is
-    captured has room for as many as the table holds."""
+    """`paged_attention.fill` without the logsumexp. left -1: all keys before a query. longest, most: no request has more queries, or keys,
+    and a graph that is captured has room for the keys that the table holds. keys: of the launches, one behind the other, and of the join."""
     outs = out, q.new_empty(q.shape[:-1], dtype=torch.float32)
     if torch.cuda.is_current_stream_capturing():
         most = table.shape[1] * k.shape[1]
     with watching() as seen:
         paged_attention.fill(
-            outs, q, k, v, ends, counts, table, scale=scale, left=None if left < 0 else left, right=right, most=most
-        )
-    if not key or not seen:
+            outs, q, k, v, ends, counts, table,
+            scale=scale, left=None if left < 0 else left, right=right, longest=longest, most=most,
+        )  # fmt: skip
+    if not keys or not seen:
         return
+    *each, join = (list(keys[i : i + KEY]) for i in range(0, len(keys), KEY))
     partial = seen[0].args[10]
-    _learn(
-        [key[0], len(seen) - 1, *key[2:]], seen[0], [q, k, v, q, k, ends, counts, table, *outs, partial], seen[0].meta["BLOCK_M"]
-    )  # fmt: skip
-    if len(seen) == 2:
-        _learn([JOIN_PARTS, key[2], key[3], key[7]], seen[1], [partial, *outs], 1)
+    for key, launched in zip(each, seen, strict=False):
+        key[1] = partial is not None
+        _learn(key, launched, [q, k, v, q, k, ends, counts, table, *outs, partial], launched.meta["BLOCK_M"])
+    if partial is not None:
+        _learn(join, seen[-1], [partial, *outs], 1)
 
 
 def give_tables() -> None:
     """What `attention.cpp` chooses tiles and parts by."""
     limits = [limit for limit, _ in ATTENTION["cuda"][2]]
-    torch.ops.bi_compile_cuda.attention_tables(limits, ends_of_segments(2**20), FEW)
+    torch.ops.bi_compile_cuda.attention_tables(limits, ends_of_segments(2**20), FEW, MANY, ATTENTION_HEAD["cuda"][1])
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

@@ -18,7 +18,6 @@ from .launch import cdiv, choose, launch, target
 from .running_softmax import (
     _add_block,
     _add_next,
-    _behind,
     _dot,
     _finish,
     _first_key,
@@ -87,7 +86,7 @@ def _attention(
     """Softmax over the keys in blocks of BLOCK_N, ascending, with running maximum m_i, sum l_i and output acc in float32.
 
     The output: one dot after the other. In float64 a dot is a `fold` of the products. SEGMENT: each segment (`_segment`) has a
-    maximum, a sum (a dot with ones after the other) and an output of its own, which `_join` takes together, ascending. SPLIT: a
+    maximum, sums (`_add_block`) and an output of its own, which `_join` takes together, ascending. SPLIT: a
     program takes one of the `parts` segments and stores what it found (`_store_part`). SEGMENT 0: lane j of
     BLOCK_N adds up the keys j, j + BLOCK_N, ... ascending, then `fold`, or `tl.sum` if not FOLD.
 

@@ -33,12 +33,14 @@ from .running_softmax import (
     parts_of,
     room_for,
 )
-from .tiles import LONGEST_HEAD_GATHERED, REQUESTS
+from .tiles import ATTENTION, ATTENTION_HEAD, LONGEST_HEAD_GATHERED, MANY, PAGED_ROWS, REQUESTS, Tile
 
 #: how the kernel finds keys: packed one request after the other; by pages that hold whole tiles of keys; by other pages
 PACKED, WHOLE_TILES, PAGES = 0, 1, 2
 #: more keys than any request has: no limit of the window
 UNLIMITED = 2**30
+#: whose queries a launch takes: every request's; those of requests with more rows than the lowest tile has; the other requests'
+ALL, LONG, SHORT = 0, 1, 2
 
 
 @triton.jit
@@ -130,8 +132,9 @@ def _paged_attention(
     stride_vp, stride_vn, stride_vh, stride_vd, stride_qrt, stride_qrh, stride_qrd,
     stride_krp, stride_krn, stride_krh, stride_krd, stride_table,
     SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, EXP: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr,
-    SEGMENT: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEGMENT: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, WHICH: tl.constexpr, FEW_ROWS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """`attention._attention` for a tile of one request's queries: the same blocks of BLOCK_N keys, ascending from key 0 of
     the request, and the same sums, so the same bits, divided by segments (SPLIT) or not. Where a key lies changes nothing but its address.
@@ -139,6 +142,9 @@ def _paged_attention(
     ends, counts [requests]: ends of the requests' tokens; numbers of their keys (PACKED: ends). Query i of L sees the keys
     from S - L + i - left to S - L + i + right of S. Blocks that no query of the tile sees are skipped, which leaves every
     number as it is. ROPE: the rotated part of a head, [.., DR], is added to a score after the D of its other part.
+
+    WHICH: LONG, only requests with more than FEW_ROWS rows (queries times GROUP) and the tokens behind the last request; SHORT, only the
+    other requests, tile i being request i's, and in tiles from `requests` on the tokens behind the last.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -148,11 +154,20 @@ def _paged_attention(
         programs = programs // parts
     index = program % tiles
     off_h = (program // tiles).to(tl.int64)
-    request = _request_of(ends, requests, index, GROUP, BLOCK_M, BLOCK_R)
+    if WHICH == 2:
+        request = tl.minimum(index, requests)
+    else:
+        request = _request_of(ends, requests, index, GROUP, BLOCK_M, BLOCK_R)
     last = tl.minimum(request, requests - 1)
     behind = request == requests
     token = tl.where(request > 0, tl.load(ends + tl.maximum(request - 1, 0)), 0)
     L = tl.where(behind, tokens, tl.load(ends + last)) - token
+    if WHICH == 1:
+        if (L * GROUP <= FEW_ROWS) & (request < requests):
+            return
+    if WHICH == 2:
+        if (L * GROUP > FEW_ROWS) & (request < requests):
+            return
     S = tl.load(counts + last)
     first_key = tl.zeros((), tl.int32)
     if KEYS == 0:
@@ -160,7 +175,10 @@ def _paged_attention(
         S = S - first_key
     S = tl.where(behind, 0, S)
 
-    m0 = (index - (token * GROUP // BLOCK_M + request)) * BLOCK_M
+    if WHICH == 2:
+        m0 = tl.maximum(index - requests, 0) * BLOCK_M
+    else:
+        m0 = (index - (token * GROUP // BLOCK_M + request)) * BLOCK_M
     offs_m = m0 + tl.arange(0, BLOCK_M)
     query = offs_m // GROUP
     q_head = off_h * group + offs_m % GROUP
@@ -335,11 +353,11 @@ def paged_attention(
 
 def fill(
     outs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, ends: Tensor, counts: Tensor, block_table: Tensor | None,
-    *, query_rope: Tensor | None = None, key_rope: Tensor | None = None,
-    scale: float | None = None, left: int | None = None, right: int | None = None, most: int | None = None,
+    *, query_rope: Tensor | None = None, key_rope: Tensor | None = None, scale: float | None = None,
+    left: int | None = None, right: int | None = None, longest: int | None = None, most: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fill `outs` (output, logsumexp), both contiguous. ends, counts [R]: the two rows of the operator's `lengths`. most: no request
-    has more keys; as many as the pages hold unless given."""
+    """Fill `outs` (output, logsumexp), both contiguous. ends, counts [R]: the two rows of the operator's `lengths`. longest: no request
+    has more queries; unknown unless given. most: no request has more keys; as many as the pages hold unless given."""
     tokens, q_heads, dim = query.shape
     requests, heads, value_dim = ends.shape[0], key.shape[-2], value.shape[-1]
     if outs[1].numel() == 0:
@@ -348,41 +366,70 @@ def fill(
         return outs[0].zero_(), outs[1].fill_(-math.inf)
     group, device, size = q_heads // heads, target(query), query.element_size()
     blocks = blocks_of_head("paged_attention", query, dim, value_dim)
-    # the average request's tile: its height changes no bits (tiles.py)
     padded = triton.next_power_of_2(group)
-    tile = tile_of(query, cdiv(tokens, requests) * padded, max(blocks))
     page = 1 if block_table is None else key.shape[1]
-    keys = PACKED if block_table is None else WHOLE_TILES if page % tile.width == 0 else PAGES
-    longest = LONGEST_HEAD_GATHERED.get(device, {}).get(size)
-    if keys == PAGES and longest is not None and max(blocks) > longest:
-        raise NotImplementedError(
-            f"bi_compile::paged_attention: heads of {max(dim, value_dim)} in {query.dtype} in pages of {page} keys do not fit into an "
-            f"Ascend NPU's on-chip memory, which holds {longest} there: use pages of a multiple of {tile.width} keys (vLLM's block_size)"
-        )
-    tiles = tokens * padded // tile.height + requests + 1
     rope = 0 if query_rope is None else query_rope.shape[2]
     sums = _order(query)
     if most is None:
         most = key.shape[0] if block_table is None else block_table.shape[1] * page
-    parts = parts_of(heads * tiles, most, max(blocks), sums["SEGMENT"])
-    partial = room_for(parts, outs)
     q_rope, k_rope = (query, key) if query_rope is None or key_rope is None else (query_rope, key_rope)
     k_strides, v_strides, kr_strides = (
         (0, *x.stride()) if block_table is None else x.stride() for x in (key, value, k_rope)
     )
-    launch(
-        _paged_attention, heads * tiles * parts, query,
-        query, key, value, q_rope, k_rope, ends, counts, block_table, *outs, partial,
-        tokens, requests, tiles, parts, group, dim, value_dim, rope, page,
-        UNLIMITED if left is None else min(left, UNLIMITED), UNLIMITED if right is None else min(right, UNLIMITED),
-        *query.stride(), *k_strides, *v_strides, *q_rope.stride(), *kr_strides,
-        0 if block_table is None else block_table.stride(0),
-        SCALE=scale_of(scale, dim + rope, sums["EXP"]), KEYS=keys, ROPE=rope > 0, **sums, SPLIT=parts > 1, WINDOW=left is not None,
-        GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
-        BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0], BLOCK_R=REQUESTS[device], num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    join_parts(partial, outs, parts, blocks[1], sums)
+    whole, few = launches_for(query, requests, heads, padded, max(blocks), longest)
+    for which, tile in whole:
+        keys = PACKED if block_table is None else WHOLE_TILES if page % tile.width == 0 else PAGES
+        limit = LONGEST_HEAD_GATHERED.get(device, {}).get(size)
+        if keys == PAGES and limit is not None and max(blocks) > limit:
+            raise NotImplementedError(
+                f"bi_compile::paged_attention: heads of {max(dim, value_dim)} in {query.dtype} in pages of {page} keys do not fit into an "
+                f"Ascend NPU's on-chip memory, which holds {limit} there: use pages of a multiple of {tile.width} keys (vLLM's block_size)"
+            )
+        # in SHORT tiles for the tokens behind the last request, unless another launch takes them
+        more = cdiv(tokens * padded, tile.height) if which == SHORT else tokens * padded // tile.height + 1
+        tiles = requests if len(whole) > 1 and which == SHORT else requests + more
+        parts = parts_of(heads * tiles, most, max(blocks), sums["SEGMENT"]) if len(whole) == 1 else 1
+        partial = room_for(parts, outs)
+        launch(
+            _paged_attention, heads * tiles * parts, query,
+            query, key, value, q_rope, k_rope, ends, counts, block_table, *outs, partial,
+            tokens, requests, tiles, parts, group, dim, value_dim, rope, page,
+            UNLIMITED if left is None else min(left, UNLIMITED), UNLIMITED if right is None else min(right, UNLIMITED),
+            *query.stride(), *k_strides, *v_strides, *q_rope.stride(), *kr_strides,
+            0 if block_table is None else block_table.stride(0),
+            SCALE=scale_of(scale, dim + rope, sums["EXP"]), KEYS=keys, ROPE=rope > 0, **sums, SPLIT=parts > 1, WINDOW=left is not None,
+            WHICH=which, FEW_ROWS=few, GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
+            BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0], BLOCK_R=REQUESTS[device], num_warps=tile.warps,
+            num_stages=tile.stages,
+        )  # fmt: skip
+        join_parts(partial, outs, parts, blocks[1], sums)
     return outs
+
+
+def launches_for(
+    query: Tensor, requests: int, heads: int, padded: int, head: int, longest: int | None
+) -> tuple[list[tuple[int, Tile]], int]:
+    """What is launched, as (whose queries, tile), and the rows of the lowest tile.
+
+    Who is beside a request changes the tile, never a bit. A decode beside a prompt would take the prompt's tile, so a batch that may have
+    both is launched twice; elsewhere than in 16 bits on CUDA, where one tile serves all rows, once, as for heads of more than 128 elements.
+    """
+    few = ATTENTION["cuda"][2][0][1].height
+    if longest is None or not _order(query)["SEGMENT"] or head > ATTENTION_HEAD["cuda"][1] or padded > few:
+        rows = cdiv(query.shape[0], requests) * padded  # the average request's
+        return [(ALL, tile_of(query, _paged_rows(query, rows), head))], few
+    rows = longest * padded
+    low = tile_of(query, few, head)
+    if heads * requests > MANY:
+        low = low._replace(warps=low.warps // 2)
+    if rows <= few:
+        return [(SHORT, low)], few
+    tall = tile_of(query, _paged_rows(query, rows), head)
+    return [(ALL, tall)] if requests == 1 else [(LONG, tall), (SHORT, low)], few
+
+
+def _paged_rows(query: Tensor, rows: int) -> int:
+    return min(rows, PAGED_ROWS) if _order(query)["SEGMENT"] else rows
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"paged_attention": paged_attention}

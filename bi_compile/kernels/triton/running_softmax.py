@@ -222,7 +222,9 @@ def _join_parts(
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     offs_dv = tl.arange(0, BLOCK_DV)
     stride = tl.cast(rows, tl.int64)
-    m_all, l_all, acc_all = tl.full((1,), float("-inf"), ACC), tl.zeros((1,), ACC), tl.zeros((1, BLOCK_DV), ACC)
+    m_all = tl.full((1,), float("-inf"), ACC)
+    l_all = tl.zeros((1,), ACC)
+    acc_all = tl.zeros((1, BLOCK_DV), ACC)
     for first in range(0, parts, AHEAD):
         read = ()
         for i in tl.static_range(AHEAD):
@@ -233,9 +235,9 @@ def _join_parts(
             m_i = tl.load(at, mask=there, other=float("-inf"))
             l_i = tl.load(at + stride * parts, mask=there, other=-1.0)
             acc = tl.load(acc_ptrs, mask=there[:, None] & (offs_dv < DV)[None, :], other=0.0)
-            read = read + ((m_i, l_i, acc),)
+            read = read + ((m_i, l_i, acc),)  # type: ignore[assignment]  # noqa: RUF005  Triton does not unpack
         for i in tl.static_range(AHEAD):
-            m_i, l_i, acc = read[i]
+            m_i, l_i, acc = read[i]  # type: ignore[index]
             no_key = l_i < 0.0
             l_i = tl.where(no_key, 0.0, l_i)
             acc = tl.where(no_key[:, None], 0.0, acc)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton_cases import CUDA, DEVICE, FLOATS, Outputs, call, draw, same
 
-from bi_compile.kernels.triton import launch, running_softmax
+from bi_compile.kernels.triton import launch, paged_attention, running_softmax
 
 HEADS, KV_HEADS, HEAD = 4, 2, 16
 #: (tokens, keys): decode, prefill, chunks, a request without tokens, one without keys, more tokens than keys
@@ -103,6 +103,37 @@ def test_segments_end_at_the_same_keys_in_pages(limits: dict[str, int | None], m
     for few, size in ((0, 16), (0, 128), (10**6, 128)):
         monkeypatch.setattr(running_softmax, "FEW", few)
         assert same(paged(requests, size, **limits), want), (few, size)
+
+
+@pytest.mark.parametrize(
+    ("counts", "behind", "which"),
+    [
+        (MIXED, 40, [paged_attention.LONG, paged_attention.SHORT]),
+        ([(1, 300), (8, 64), (0, 9), (1, 0), (3, 129)], 40, [paged_attention.SHORT]),
+        ([(8, 64), (1, 100)], 0, [paged_attention.SHORT]),
+        ([(40, 140)], 1, [paged_attention.ALL]),
+    ],
+)
+def test_who_takes_a_request_changes_no_bits(
+    counts: list[tuple[int, int]], behind: int, which: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With CUDA's tiles: where the longest request is known, long and short ones are launched apart; tokens behind the last give zero."""
+    monkeypatch.setattr(launch, "HOST", "cuda")
+    monkeypatch.setattr(paged_attention, "MANY", 8)
+    requests = [request_of(i, *n, torch.float16) for i, n in enumerate(counts)]
+    key, value, table = in_pages(requests, 64)
+    query = torch.cat([*(q for q, _, _ in requests), draw(behind, HEADS, HEAD, dtype=torch.float16)])
+    longest = max(n for n, _ in counts)
+    chosen, _ = paged_attention.launches_for(query, len(counts), KV_HEADS, HEADS // KV_HEADS, HEAD, longest)
+    assert [w for w, _ in chosen] == which
+    results = []
+    for known in (None, longest):
+        outs = torch.full_like(query, math.nan), query.new_full(query.shape[:-1], math.nan, dtype=torch.float32)
+        ends, keys = lengths(requests)
+        results.append(paged_attention.fill(outs, query, key, value, ends, keys, table, right=0, longest=known))
+    assert same(*results)
+    tokens = len(query) - behind
+    assert not results[1][0][tokens:].any() and (results[1][1][tokens:] == -math.inf).all()
 
 
 @pytest.mark.parametrize("size", [16, 128])
