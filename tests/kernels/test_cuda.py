@@ -352,6 +352,22 @@ def test_a_graph_of_a_servers_attention_is_replayed_for_longer_requests() -> Non
     assert same_bits(out, want)
 
 
+@cuda
+def test_a_graph_of_a_servers_attention_is_replayed_for_requests_with_more_queries() -> None:
+    """vLLM captures a batch of one token each (cudagraph_mode FULL) for prompts too."""
+    native = kernels.fill_paged()
+    q, *rest = _step([(1, 40)] * 40, 64, -1)
+    out, want = torch.empty_like(q), torch.empty_like(q)
+    native(out, q, *rest)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        native(out, q, *rest)
+    rest[2].copy_(torch.tensor([1, 39, *[40] * 38]))
+    graph.replay()
+    native(want, q, *rest[:-2], 38, rest[-1])
+    assert same_bits(out, want)
+
+
 def test_arguments_of_a_launch() -> None:
     class Kernel:
         arg_names = ("x", "out", "stride", "R", "C", "BLOCK")

@@ -140,7 +140,7 @@ def _attention(
             whole = tl.minimum(whole, m0 // group + 1)
         whole = tl.maximum(whole // BLOCK_N * BLOCK_N, begin)
     SEEN: tl.constexpr = 2 if CAUSAL > 1 or MASK else 1
-    if SEGMENT > 0 and not SPLIT and BLOCK_M >= 64:
+    if SEGMENT > 0 and (not SPLIT and BLOCK_M >= 64):
         # a loop for each segment: a join within the loop over its blocks would have the warp group wait for each of its products
         first_n = begin
         while first_n < end:

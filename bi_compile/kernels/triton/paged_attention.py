@@ -61,15 +61,31 @@ def _request_of(ends, requests, index, group, BLOCK_M: tl.constexpr, BLOCK_R: tl
 
 
 @triton.jit
+def _page_of(pages, start_n, S, page, KEYS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which pages of the cache hold the keys from start_n on, of S: one for all BLOCK_N keys (WHOLE_TILES), or each key's [N].
+
+    pages: a request's row of the block table.
+    """
+    if KEYS == 0:
+        result = tl.zeros((), tl.int32)
+    elif KEYS == 1:
+        result = tl.load(pages + start_n // page, mask=start_n < S, other=0)
+    else:
+        offs_key = tl.arange(0, BLOCK_N)
+        result = tl.load(pages + (start_n + offs_key) // page, mask=offs_key < S - start_n, other=0)
+    return result
+
+
+@triton.jit
 def _block(
-    q_block, qr_block, k, v, k_rope, table, start_n, S, request, first_key, off_h, valid, position, D, DV, DR, page, left, right,
+    q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, valid, position, D, DV, DR, page, left, right,
     stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
-    stride_krp, stride_krn, stride_krh, stride_krd, stride_table,
+    stride_krp, stride_krn, stride_krh, stride_krd,
     SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr,
 ):  # fmt: skip
     """`attention._block` where keys lie in pages: of the BLOCK_N keys from start_n on scores [M, N], which of them a row sees and whether any,
-    where the values [N, Dv] lie, and which [N] are there. WHOLE: all are."""
+    where the values [N, Dv] lie, and which [N] are there. block: `_page_of` them. WHOLE: all are there."""
     # masks in 32 bits: Ascend's vector unit does not compare 64, and its compiler then takes one element after the other
     offs_key = tl.arange(0, BLOCK_N)
     offs_n = offs_key.to(tl.int64)
@@ -77,6 +93,7 @@ def _block(
     offs_dv = tl.arange(0, BLOCK_DV)
     offs_dr = tl.arange(0, BLOCK_DR)
     inside = offs_key < (BLOCK_N if WHOLE else S - start_n)
+    block = block.to(tl.int64)
     if KEYS == 0:
         k_base = k + (first_key + start_n).to(tl.int64) * stride_kn
         v_base = v + (first_key + start_n).to(tl.int64) * stride_vn
@@ -85,7 +102,6 @@ def _block(
         v_offs = offs_n * stride_vn
         kr_offs = offs_n * stride_krn
     elif KEYS == 1:
-        block = tl.load(table + request.to(tl.int64) * stride_table + start_n // page).to(tl.int64)
         k_base = k + block * stride_kp + (start_n % page).to(tl.int64) * stride_kn
         v_base = v + block * stride_vp + (start_n % page).to(tl.int64) * stride_vn
         kr_base = k_rope + block * stride_krp + (start_n % page).to(tl.int64) * stride_krn
@@ -94,7 +110,6 @@ def _block(
         kr_offs = offs_n * stride_krn
     else:
         n = start_n + offs_n
-        block = tl.load(table + request.to(tl.int64) * stride_table + n // page, mask=inside, other=0).to(tl.int64)
         k_base = k
         v_base = v
         kr_base = k_rope
@@ -217,7 +232,12 @@ def _paged_attention(
             tl.maximum(begin, tl.cdiv(S - L + last_query - left, BLOCK_N) * BLOCK_N), tl.maximum(end, begin)
         )
         whole_end = tl.maximum(tl.minimum(end, S - L + first_query + right + 1) // BLOCK_N * BLOCK_N, whole)
-    if SEGMENT > 0 and not SPLIT and BLOCK_M >= 64:
+    # read a block ahead: what is read where it is needed would have the copies of keys on their way waited for
+    pages = table
+    if KEYS > 0:
+        pages += request.to(tl.int64) * stride_table
+    next_block = _page_of(pages, begin, S, page, KEYS, BLOCK_N)
+    if SEGMENT > 0 and (not SPLIT and BLOCK_M >= 64):
         # a loop for each segment, as in `attention._attention`
         first_n = begin
         while first_n < end:
@@ -231,26 +251,17 @@ def _paged_attention(
                     next_whole if STAGE == 0 else next_whole_end if STAGE == 1 else next_n,
                     BLOCK_N,
                 ):
+                    block = next_block
+                    next_block = _page_of(pages, start_n + BLOCK_N, S, page, KEYS, BLOCK_N)
                     qk, seen, any_seen, v_ptrs, inside = _block(
-                        q_block, qr_block, k, v, k_rope, table, start_n, S, request, first_key, off_h, valid, position, D, DV, DR, page, left, right,
+                        q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, valid, position, D, DV, DR, page, left, right,
                         stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
-                        stride_krp, stride_krn, stride_krh, stride_krd, stride_table, SCALE, KEYS, ROPE, ACC, SEGMENT, STAGE == 1,
+                        stride_krp, stride_krn, stride_krh, stride_krd, SCALE, KEYS, ROPE, ACC, SEGMENT, STAGE == 1,
                         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_DR,
                     )  # fmt: skip
                     m_i, l_i, acc = _add_block(
-                        qk,
-                        seen,
-                        any_seen,
-                        v_ptrs,
-                        inside,
-                        offs_dv < DV,
-                        m_i,
-                        l_i,
-                        acc,
-                        0 if STAGE == 1 else 2,
-                        EXP,
-                        SEGMENT,
-                    )
+                        qk, seen, any_seen, v_ptrs, inside, offs_dv < DV, m_i, l_i, acc, 0 if STAGE == 1 else 2, EXP, SEGMENT
+                    )  # fmt: skip
             m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, _total(l_i, FOLD), acc, EXP)
             first_n = next_n
         m_i, l_row, acc = m_all, l_all, acc_all
@@ -261,10 +272,15 @@ def _paged_attention(
                 whole if STAGE == 0 else whole_end if STAGE == 1 else end,
                 BLOCK_N,
             ):
+                if SEGMENT:
+                    block = next_block
+                    next_block = _page_of(pages, start_n + BLOCK_N, S, page, KEYS, BLOCK_N)
+                else:
+                    block = _page_of(pages, start_n, S, page, KEYS, BLOCK_N)
                 qk, seen, any_seen, v_ptrs, inside = _block(
-                    q_block, qr_block, k, v, k_rope, table, start_n, S, request, first_key, off_h, valid, position, D, DV, DR, page, left, right,
+                    q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, valid, position, D, DV, DR, page, left, right,
                     stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
-                    stride_krp, stride_krn, stride_krh, stride_krd, stride_table, SCALE, KEYS, ROPE, ACC, SEGMENT, STAGE == 1,
+                    stride_krp, stride_krn, stride_krh, stride_krd, SCALE, KEYS, ROPE, ACC, SEGMENT, STAGE == 1,
                     BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_DR,
                 )  # fmt: skip
                 m_i, l_i, acc, m_all, l_all, acc_all = _add_next(
@@ -415,21 +431,19 @@ def launches_for(
     both is launched twice; elsewhere than in 16 bits on CUDA, where one tile serves all rows, once, as for heads of more than 128 elements.
     """
     few = ATTENTION["cuda"][2][0][1].height
-    if longest is None or not _order(query)["SEGMENT"] or head > ATTENTION_HEAD["cuda"][1] or padded > few:
-        rows = cdiv(query.shape[0], requests) * padded  # the average request's
-        return [(ALL, tile_of(query, _paged_rows(query, rows), head))], few
-    rows = longest * padded
-    low = tile_of(query, few, head)
-    if heads * requests > MANY:
-        low = low._replace(warps=low.warps // 2)
-    if rows <= few:
-        return [(SHORT, low)], few
-    tall = tile_of(query, _paged_rows(query, rows), head)
-    return [(ALL, tall)] if requests == 1 else [(LONG, tall), (SHORT, low)], few
+    segments = bool(_order(query)["SEGMENT"])
 
+    def tile_for(rows: int) -> Tile:
+        tile = tile_of(query, min(rows, PAGED_ROWS) if segments else rows, head)
+        halved = segments and head <= ATTENTION_HEAD["cuda"][1] and tile.height == few and heads * requests > MANY
+        return tile._replace(warps=tile.warps // 2) if halved else tile
 
-def _paged_rows(query: Tensor, rows: int) -> int:
-    return min(rows, PAGED_ROWS) if _order(query)["SEGMENT"] else rows
+    if longest is None or not segments or head > ATTENTION_HEAD["cuda"][1] or padded > few:
+        return [(ALL, tile_for(cdiv(query.shape[0], requests) * padded))], few  # the average request's
+    if longest * padded <= few:
+        return [(SHORT, tile_for(few))], few
+    tall = tile_for(longest * padded)
+    return [(ALL, tall)] if requests == 1 else [(LONG, tall), (SHORT, tile_for(few))], few
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"paged_attention": paged_attention}

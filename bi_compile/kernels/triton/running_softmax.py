@@ -76,8 +76,8 @@ def _add_block(
     The sums are lanes [M, N], in segments [M, N / 2], where lane j adds key j and key N / 2 + j first: both are one thread's in each layout
     of the matrix units, and a sum of two has one order, which `tl.sum` of more has not.
 
-    seen [M, N]: which keys a row sees; any_seen [M]: whether it sees any. SEEN: 0 each row all of them, 1 each row at least one, 2 any or none. A block of which a
-    row sees nothing leaves the row's numbers as they are, so it does not matter whether it is skipped.
+    seen [M, N]: which keys a row sees; any_seen [M]: whether it sees any. SEEN: 0 each row all of them, 1 each row at least one, 2 any or
+    none. A block of which a row sees nothing leaves the row's numbers as they are, so it does not matter whether it is skipped.
     """
     if SEEN > 0:
         qk = tl.where(seen, qk, float("-inf"))
@@ -237,10 +237,10 @@ def _join_parts(
             acc = tl.load(acc_ptrs, mask=there[:, None] & (offs_dv < DV)[None, :], other=0.0)
             read = read + ((m_i, l_i, acc),)  # type: ignore[assignment]  # noqa: RUF005  Triton does not unpack
         for i in tl.static_range(AHEAD):
-            m_i, l_i, acc = read[i]  # type: ignore[index]
+            m_i, l_i, acc = read[i]
             no_key = l_i < 0.0
             l_i = tl.where(no_key, 0.0, l_i)
-            acc = tl.where(no_key[:, None], 0.0, acc)
+            acc = tl.where(no_key[:, None], 0.0, acc)  # type: ignore[index]
             m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, l_i, acc, EXP)
     acc, logsumexp = _finish(m_all, l_all, acc_all, EXP)
     tl.store(lse + row, logsumexp)

@@ -87,7 +87,7 @@ ATTENTION: dict[str, dict[int, list[tuple[int, Tile]]]] = {
         2: [
             (16, Tile(16, 64, 4, 3)),
             (32, Tile(32, 64, 4, 3)),
-            (64, Tile(64, 64, 4, 2)),
+            (64, Tile(64, 64, 4, 3)),
             (UNLIMITED, Tile(128, 64, 8, 3)),
         ],
         4: [(16, Tile(16, 32, 4, 1)), (UNLIMITED, Tile(32, 32, 4, 1))],
