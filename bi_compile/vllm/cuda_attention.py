@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 
 from ..errors import HostError
@@ -53,6 +54,8 @@ TAKEN = frozenset(
     "seq_threshold_3D num_par_softmax_segments softmax_segm_output softmax_segm_max softmax_segm_expsum use_td".split()
 )
 OF_THE_BATCH = ("mm_prefix_range", "rswa_prefix_lens")
+_one_graph_for_all = False
+"""Whether an engine of this process has cudagraph_mode FULL: vLLM captures a batch of one token each, and replays it for prompts."""
 _REMEDY = 'write attention_config={"backend": "TRITON_ATTN"}'
 
 
@@ -107,7 +110,7 @@ def ours(plain: Callable[..., Any]) -> Callable[..., Any]:
         left, right = call["window_size"]
         cuda.fill_paged()(
             out, call["q"], call["k"], call["v"], call["cu_seqlens_q"][1:], call["seqused_k"], call["block_table"],
-            call["softmax_scale"], left, max(right, 0), call["max_seqlen_q"], call["max_seqlen_k"],
+            call["softmax_scale"], left, max(right, 0), 0 if _one_graph_for_all else call["max_seqlen_q"], call["max_seqlen_k"],
         )  # fmt: skip
 
     return unified_attention
@@ -187,6 +190,9 @@ def _flash_is_refused(model: Any) -> bool:
 
 def check_model(vllm_config: Any) -> None:
     """Every attention layer's backend is one of `PINNED`, for a decoder; FlashAttention is version 3 and has no window."""
+    global _one_graph_for_all
+    mode = vllm_config.compilation_config.cudagraph_mode
+    _one_graph_for_all |= mode is not None and mode.mixed_mode() is CUDAGraphMode.FULL
     if getattr(vllm_config.model_config, "is_mm_prefix_lm", False):
         raise HostError(
             f"{vllm_config.model_config.model} attends to images in both directions (is_mm_prefix_lm), which was not tried: serve another "

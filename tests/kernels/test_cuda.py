@@ -354,14 +354,14 @@ def test_a_graph_of_a_servers_attention_is_replayed_for_longer_requests() -> Non
 
 @cuda
 def test_a_graph_of_a_servers_attention_is_replayed_for_requests_with_more_queries() -> None:
-    """vLLM captures a batch of one token each (cudagraph_mode FULL) for prompts too."""
+    """Where the longest is unknown."""
     native = kernels.fill_paged()
     q, *rest = _step([(1, 40)] * 40, 64, -1)
     out, want = torch.empty_like(q), torch.empty_like(q)
-    native(out, q, *rest)
+    native(out, q, *rest[:-2], 0, rest[-1])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        native(out, q, *rest)
+        native(out, q, *rest[:-2], 0, rest[-1])
     rest[2].copy_(torch.tensor([1, 39, *[40] * 38]))
     graph.replay()
     native(want, q, *rest[:-2], 38, rest[-1])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
 
 from bi_compile import HostError
 from bi_compile.vllm import cuda_attention as cuda
@@ -147,6 +148,26 @@ def test_a_layer_gets_our_kernel_or_vllms_by_what_it_asks() -> None:
     assert not cuda.is_ours(asked(torch.float8_e4m3fn))
 
 
+def test_the_longest_request_is_told_unless_one_graph_serves_prompts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cudagraph_mode FULL captures a batch of one token each and replays it for any."""
+    told: list[int] = []
+    monkeypatch.setattr(cuda.cuda, "fill_paged", lambda: lambda *args: told.append(args[10]))
+    monkeypatch.setattr(cuda, "_one_graph_for_all", False)
+    attention = cuda.ours(lambda **call: None)
+    for mode in (
+        None,
+        CUDAGraphMode.PIECEWISE,
+        CUDAGraphMode.FULL_DECODE_ONLY,
+        CUDAGraphMode.FULL,
+        CUDAGraphMode.PIECEWISE,
+    ):
+        check(layer("triton_attn", "TritonAttentionImpl"), mode)
+        attention(
+            **asked(out=torch.empty(3, 4, 64), cu_seqlens_q=torch.tensor([0, 3]), window_size=(-1, -1), max_seqlen_q=3)
+        )
+    assert told == [3, 3, 3, 0, 0]
+
+
 def test_what_follows_the_batch_is_refused() -> None:
     attention = cuda.ours(lambda **call: None)
     attention(**asked(softcap=30.0))
@@ -167,10 +188,10 @@ def layer(module: str | None, name: str, **attributes: object) -> Any:
     return made
 
 
-def check(made: Any) -> None:
+def check(made: Any, mode: CUDAGraphMode | None = CUDAGraphMode.FULL_AND_PIECEWISE) -> None:
     layers = {"model.layers.0.attn": made, "model.layers.0.mlp.experts": object()}
-    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers), model_config=None)
-    cuda.check_model(config)
+    compilation = SimpleNamespace(static_forward_context=layers, cudagraph_mode=mode)
+    cuda.check_model(SimpleNamespace(compilation_config=compilation, model_config=None))
 
 
 def test_the_attention_that_was_tried_is_accepted() -> None:

@@ -30,8 +30,8 @@ bool of_requests(const at::Tensor& x, const at::Tensor& q, int64_t dim) {
 }
 
 // out [T, Hq, D], q alike, k and v [pages, page, H, D], ends and counts [R], table [R, n]. left, right: keys that a query sees before and
-// behind its own, left -1: all. longest, most: no request has more queries, or keys. A graph that is captured is replayed for requests with
-// any number of queries (vLLM captures one token of each), and has room for the keys that the table holds.
+// behind its own, left -1: all. longest, most: no request has more queries (0: unknown), or keys; a graph that is captured has room for the
+// keys that the table holds.
 void fill_paged(const at::Tensor& out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& ends,
                 const at::Tensor& counts, const at::Tensor& table, double scale, int64_t left, int64_t right, int64_t longest, int64_t most) {
   std::vector<Key> keys;  // of what this call launches, the join of segments last
@@ -47,7 +47,7 @@ void fill_paged(const at::Tensor& out, const at::Tensor& q, const at::Tensor& k,
     const auto block = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>({q.size(2), head, 16}))));
     const int64_t low = tables.tiles.front();
     // `launches_for` in paged_attention.py
-    const bool apart = !capturing() && block <= tables.head && padded <= low;
+    const bool apart = longest > 0 && block <= tables.head && padded <= low;
     const int64_t rows = (apart ? longest : divided(tokens, requests)) * padded;
     const Which first = !apart ? kAll : rows <= low ? kShort : requests == 1 ? kAll : kLong;
     const int64_t height = std::lower_bound(tables.tiles.begin(), tables.tiles.end(), rows) - tables.tiles.begin();

@@ -112,17 +112,16 @@ def fill_paged(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Tensor, counts: Tensor, table: Tensor, scale: float, left: int, right: int,
     longest: int, most: int, keys: Sequence[int] = (),
 ) -> None:  # fmt: skip
-    """`paged_attention.fill` without the logsumexp. left -1: all keys before a query. longest, most: no request has more queries, or keys.
-    A graph that is captured is replayed for requests with any number of queries, and has room for the keys that the table holds.
-    keys: of the launches, one behind the other, and of the join."""
+    """`paged_attention.fill` without the logsumexp. left -1: all keys before a query. longest, most: no request has more queries (0: unknown),
+    or keys, and a graph that is captured has room for the keys that the table holds. keys: of the launches, one behind the other, and of the
+    join."""
     outs = out, q.new_empty(q.shape[:-1], dtype=torch.float32)
-    known: int | None = longest
     if torch.cuda.is_current_stream_capturing():
-        known, most = None, table.shape[1] * k.shape[1]
+        most = table.shape[1] * k.shape[1]
     with watching() as seen:
         paged_attention.fill(
             outs, q, k, v, ends, counts, table,
-            scale=scale, left=None if left < 0 else left, right=right, longest=known, most=most,
+            scale=scale, left=None if left < 0 else left, right=right, longest=longest or None, most=most,
         )  # fmt: skip
     if not keys or not seen:
         return
