@@ -50,28 +50,26 @@ void fill_paged(const at::Tensor& out, const at::Tensor& q, const at::Tensor& k,
     const bool apart = longest > 0 && block <= tables.head && padded <= low;
     const int64_t rows = (apart ? longest : divided(tokens, requests)) * padded;
     const Which first = !apart ? kAll : rows <= low ? kShort : requests == 1 ? kAll : kLong;
-    const int64_t height = std::lower_bound(tables.tiles.begin(), tables.tiles.end(), rows) - tables.tiles.begin();
+    const int64_t tile = std::lower_bound(tables.tiles.begin(), tables.tiles.end(), rows) - tables.tiles.begin();
     const int64_t many = key_heads * requests > tables.many;
-    const Key key{kPagedAttention, 0, q.get_device(), static_cast<int64_t>(q.scalar_type()), heads, key_heads, q.size(2), head, page,
-                  first, first == kShort ? 0 : height, many, q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), v.stride(0),
-                  v.stride(1), v.stride(2), std::bit_cast<int64_t>(scale), left >= 0};
-    keys = {key};
-    if (first == kLong) {
-      keys.push_back(key);
-      keys.back()[9] = kShort, keys.back()[10] = 0;
-    }
-    Key parted_key = key;
-    parted_key[1] = 1;
+    // parted: launches.py writes the second number, by what it launched
+    const auto key_of = [&](Which which, bool parted) {
+      return Key{kPagedAttention, parted, q.get_device(), static_cast<int64_t>(q.scalar_type()), heads, key_heads, q.size(2), head, page,
+                 which, which == kShort ? 0 : tile, many, q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), v.stride(0),
+                 v.stride(1), v.stride(2), std::bit_cast<int64_t>(scale), left >= 0};
+    };
+    keys = {key_of(first, false)};
+    if (first == kLong) keys.push_back(key_of(kShort, false));
     const Key join_key{kJoinParts, q.get_device(), static_cast<int64_t>(q.scalar_type()), head};
-    const auto *whole = find(key), *parted = first == kLong ? nullptr : find(parted_key);
-    const auto* other = first == kLong ? find(keys.back()) : nullptr;
+    const auto *whole = find(keys[0]), *parted = first == kLong ? nullptr : find(key_of(first, true));
+    const auto* other = first == kLong ? find(keys[1]) : nullptr;
     if (whole != nullptr || parted != nullptr) {
-      const int64_t behind = tokens * padded, height = (whole != nullptr ? whole : parted)->rows_per_program;
-      const int64_t tiles = requests + (first == kShort ? divided(behind, height) : behind / height + 1);
+      const int64_t height = (whole != nullptr ? whole : parted)->rows_per_program;
+      const int64_t tiles = requests + (first == kShort ? divided(tokens * padded, height) : tokens * padded / height + 1);
       const int64_t each = tokens * heads;
       const auto& s = tables.segments;
-      const bool divide = first != kLong && key_heads * tiles * block <= tables.few;
-      const int64_t parts = divide ? std::lower_bound(s.begin(), s.end(), most) - s.begin() + 1 : 1;
+      const bool idle = first != kLong && key_heads * tiles * block <= tables.few;
+      const int64_t parts = idle ? std::lower_bound(s.begin(), s.end(), most) - s.begin() + 1 : 1;
       const auto* found = parts > 1 ? parted : whole;
       const auto* join = parts > 1 ? find(join_key) : nullptr;
       if (found != nullptr && (parts == 1 || join != nullptr) && (first != kLong || other != nullptr)) {
@@ -80,11 +78,11 @@ void fill_paged(const at::Tensor& out, const at::Tensor& q, const at::Tensor& k,
         const auto partial = parts > 1 ? empty(q, {parts * each * (2 + head)}, at::kFloat) : at::Tensor();
         void* const stored = parts > 1 ? partial.data_ptr() : nullptr;
         constexpr int64_t unlimited = 1 << 30;  // as in paged_attention.py
-        const auto run = [&](const Launch& it, int64_t tiles) {
-          launch(it, key_heads * tiles * parts,
+        const auto run = [&](const Launch& it, int64_t its_tiles) {
+          launch(it, key_heads * its_tiles * parts,
                  {q.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), q.const_data_ptr(), k.const_data_ptr(), ends.const_data_ptr(),
                   counts.const_data_ptr(), table.const_data_ptr(), out.data_ptr(), lse.data_ptr(), stored},
-                 {tokens, requests, tiles, parts, left < 0 ? unlimited : std::min(left, unlimited), std::min(right, unlimited),
+                 {tokens, requests, its_tiles, parts, left < 0 ? unlimited : std::min(left, unlimited), std::min(right, unlimited),
                   table.stride(0)});
         };
         run(*found, tiles);

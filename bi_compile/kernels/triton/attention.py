@@ -129,7 +129,6 @@ def _attention(
     SUMS: tl.constexpr = BLOCK_N // 2 if SEGMENT else BLOCK_N
     m_i, l_i, acc = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
     m_all, l_all, acc_all = m_i, tl.zeros((BLOCK_M,), ACC), acc
-    l_row = l_all
     if CAUSAL:
         end = tl.minimum(end, (m0 + BLOCK_M - 1) // group + 1)
     # blocks of which every row sees every key

@@ -61,15 +61,18 @@ def _request_of(ends, requests, index, group, BLOCK_M: tl.constexpr, BLOCK_R: tl
 
 
 @triton.jit
-def _page_of(pages, start_n, S, page, KEYS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _page_of(pages, start_n, S, page, KEYS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which pages of the cache hold the keys from start_n on, of S: one for all BLOCK_N keys (WHOLE_TILES), or each key's [N].
 
-    pages: a request's row of the block table.
+    pages: a request's row of the block table. AHEAD: there may be none from start_n on.
     """
     if KEYS == 0:
         result = tl.zeros((), tl.int32)
     elif KEYS == 1:
-        result = tl.load(pages + start_n // page, mask=start_n < S, other=0)
+        if AHEAD:
+            result = tl.load(pages + start_n // page, mask=start_n < S, other=0)
+        else:
+            result = tl.load(pages + start_n // page)
     else:
         offs_key = tl.arange(0, BLOCK_N)
         result = tl.load(pages + (start_n + offs_key) // page, mask=offs_key < S - start_n, other=0)
@@ -214,7 +217,6 @@ def _paged_attention(
     SUMS: tl.constexpr = BLOCK_N // 2 if SEGMENT else BLOCK_N
     m_i, l_i, acc = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
     m_all, l_all, acc_all = m_i, tl.zeros((BLOCK_M,), ACC), acc
-    l_row = l_all
     first_query = m0 // GROUP
     last_query = (m0 + BLOCK_M - 1) // GROUP
     begin = tl.maximum(S - L + first_query - left, 0) // BLOCK_N * BLOCK_N
@@ -232,11 +234,12 @@ def _paged_attention(
             tl.maximum(begin, tl.cdiv(S - L + last_query - left, BLOCK_N) * BLOCK_N), tl.maximum(end, begin)
         )
         whole_end = tl.maximum(tl.minimum(end, S - L + first_query + right + 1) // BLOCK_N * BLOCK_N, whole)
-    # read a block ahead: what is read where it is needed would have the copies of keys on their way waited for
     pages = table
     if KEYS > 0:
         pages += request.to(tl.int64) * stride_table
-    next_block = _page_of(pages, begin, S, page, KEYS, BLOCK_N)
+    if SEGMENT:
+        # read a block ahead: what is read where it is needed would have the copies of keys on their way waited for
+        next_block = _page_of(pages, begin, S, page, KEYS, True, BLOCK_N)
     if SEGMENT > 0 and (not SPLIT and BLOCK_M >= 64):
         # a loop for each segment, as in `attention._attention`
         first_n = begin
@@ -252,7 +255,7 @@ def _paged_attention(
                     BLOCK_N,
                 ):
                     block = next_block
-                    next_block = _page_of(pages, start_n + BLOCK_N, S, page, KEYS, BLOCK_N)
+                    next_block = _page_of(pages, start_n + BLOCK_N, S, page, KEYS, True, BLOCK_N)
                     qk, seen, any_seen, v_ptrs, inside = _block(
                         q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, valid, position, D, DV, DR, page, left, right,
                         stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
@@ -274,9 +277,9 @@ def _paged_attention(
             ):
                 if SEGMENT:
                     block = next_block
-                    next_block = _page_of(pages, start_n + BLOCK_N, S, page, KEYS, BLOCK_N)
+                    next_block = _page_of(pages, start_n + BLOCK_N, S, page, KEYS, True, BLOCK_N)
                 else:
-                    block = _page_of(pages, start_n, S, page, KEYS, BLOCK_N)
+                    block = _page_of(pages, start_n, S, page, KEYS, False, BLOCK_N)
                 qk, seen, any_seen, v_ptrs, inside = _block(
                     q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, valid, position, D, DV, DR, page, left, right,
                     stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
@@ -392,19 +395,23 @@ def fill(
     k_strides, v_strides, kr_strides = (
         (0, *x.stride()) if block_table is None else x.stride() for x in (key, value, k_rope)
     )
-    whole, few = launches_for(query, requests, heads, padded, max(blocks), longest)
-    for which, tile in whole:
-        keys = PACKED if block_table is None else WHOLE_TILES if page % tile.width == 0 else PAGES
-        limit = LONGEST_HEAD_GATHERED.get(device, {}).get(size)
-        if keys == PAGES and limit is not None and max(blocks) > limit:
-            raise NotImplementedError(
-                f"bi_compile::paged_attention: heads of {max(dim, value_dim)} in {query.dtype} in pages of {page} keys do not fit into an "
-                f"Ascend NPU's on-chip memory, which holds {limit} there: use pages of a multiple of {tile.width} keys (vLLM's block_size)"
-            )
-        # in SHORT tiles for the tokens behind the last request, unless another launch takes them
-        more = cdiv(tokens * padded, tile.height) if which == SHORT else tokens * padded // tile.height + 1
-        tiles = requests if len(whole) > 1 and which == SHORT else requests + more
-        parts = parts_of(heads * tiles, most, max(blocks), sums["SEGMENT"]) if len(whole) == 1 else 1
+    launches = launches_for(query, requests, heads, padded, max(blocks), longest)
+    width = launches[0][1].width  # every tile's
+    keys = PACKED if block_table is None else WHOLE_TILES if page % width == 0 else PAGES
+    limit = LONGEST_HEAD_GATHERED.get(device, {}).get(size)
+    if keys == PAGES and limit is not None and max(blocks) > limit:
+        raise NotImplementedError(
+            f"bi_compile::paged_attention: heads of {max(dim, value_dim)} in {query.dtype} in pages of {page} keys do not fit into an "
+            f"Ascend NPU's on-chip memory, which holds {limit} there: use pages of a multiple of {width} keys (vLLM's block_size)"
+        )
+    alone = len(launches) == 1
+    for which, tile in launches:
+        tiles = requests
+        if which != SHORT:
+            tiles += tokens * padded // tile.height + 1
+        elif alone:  # for the tokens behind the last request, which another launch would take
+            tiles += cdiv(tokens * padded, tile.height)
+        parts = parts_of(heads * tiles, most, max(blocks), sums["SEGMENT"]) if alone else 1
         partial = room_for(parts, outs)
         launch(
             _paged_attention, heads * tiles * parts, query,
@@ -414,7 +421,7 @@ def fill(
             *query.stride(), *k_strides, *v_strides, *q_rope.stride(), *kr_strides,
             0 if block_table is None else block_table.stride(0),
             SCALE=scale_of(scale, dim + rope, sums["EXP"]), KEYS=keys, ROPE=rope > 0, **sums, SPLIT=parts > 1, WINDOW=left is not None,
-            WHICH=which, FEW_ROWS=few, GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
+            WHICH=which, FEW_ROWS=_few_rows(), GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
             BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0], BLOCK_R=REQUESTS[device], num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip
@@ -424,26 +431,31 @@ def fill(
 
 def launches_for(
     query: Tensor, requests: int, heads: int, padded: int, head: int, longest: int | None
-) -> tuple[list[tuple[int, Tile]], int]:
-    """What is launched, as (whose queries, tile), and the rows of the lowest tile.
+) -> list[tuple[int, Tile]]:
+    """What is launched, as (whose queries, tile).
 
     Who is beside a request changes the tile, never a bit. A decode beside a prompt would take the prompt's tile, so a batch that may have
     both is launched twice; elsewhere than in 16 bits on CUDA, where one tile serves all rows, once, as for heads of more than 128 elements.
     """
-    few = ATTENTION["cuda"][2][0][1].height
-    segments = bool(_order(query)["SEGMENT"])
+    several = bool(_order(query)["SEGMENT"]) and head <= ATTENTION_HEAD["cuda"][1]  # tiles to choose from
+    few = _few_rows()
 
     def tile_for(rows: int) -> Tile:
-        tile = tile_of(query, min(rows, PAGED_ROWS) if segments else rows, head)
-        halved = segments and head <= ATTENTION_HEAD["cuda"][1] and tile.height == few and heads * requests > MANY
+        tile = tile_of(query, min(rows, PAGED_ROWS) if several else rows, head)
+        halved = several and tile.height == few and heads * requests > MANY
         return tile._replace(warps=tile.warps // 2) if halved else tile
 
-    if longest is None or not segments or head > ATTENTION_HEAD["cuda"][1] or padded > few:
-        return [(ALL, tile_for(cdiv(query.shape[0], requests) * padded))], few  # the average request's
+    if longest is None or not several or padded > few:
+        return [(ALL, tile_for(cdiv(query.shape[0], requests) * padded))]  # the average request's
     if longest * padded <= few:
-        return [(SHORT, tile_for(few))], few
+        return [(SHORT, tile_for(few))]
     tall = tile_for(longest * padded)
-    return [(ALL, tall)] if requests == 1 else [(LONG, tall), (SHORT, tile_for(few))], few
+    return [(ALL, tall)] if requests == 1 else [(LONG, tall), (SHORT, tile_for(few))]
+
+
+def _few_rows() -> int:
+    """The rows of the lowest tile in 16 bits on CUDA: what a request has that is SHORT, at most."""
+    return ATTENTION["cuda"][2][0][1].height
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"paged_attention": paged_attention}

@@ -137,7 +137,7 @@ def test_who_takes_a_request_changes_no_bits(
     key, value, table = in_pages(requests, 64)
     query = torch.cat([*(q for q, _, _ in requests), draw(behind, HEADS, HEAD, dtype=torch.float16)])
     longest = max(n for n, _ in counts)
-    chosen, _ = paged_attention.launches_for(query, len(counts), KV_HEADS, HEADS // KV_HEADS, HEAD, longest)
+    chosen = paged_attention.launches_for(query, len(counts), KV_HEADS, HEADS // KV_HEADS, HEAD, longest)
     assert [w for w, _ in chosen] == which
     results = []
     for known in (None, longest):
