@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from vllm.config import CUDAGraphMode
+from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms import current_platform
 
 from ..errors import HostError

@@ -60,7 +60,7 @@ USED: dict[str, tuple[str, ...]] = {
     "vllm.v1.attention.backends.flash_attn": ("flash_attn_varlen_func", "get_scheduler_metadata"),
     "vllm.v1.attention.backends.triton_attn": ("unified_attention", "triton_reshape_and_cache_flash"),
     "vllm.config.attention": ("AttentionConfig.backend",),
-    "vllm.config": ("CUDAGraphMode.mixed_mode",),
+    "vllm.config.compilation": ("CUDAGraphMode.mixed_mode",),
     "vllm.config.cache": ("CacheConfig.user_specified_block_size",),
     "vllm.config.model": (
         "ModelConfig.get_head_size",

@@ -12,7 +12,7 @@ def absent(package: Path) -> list[str]:
     """`module.name` that the vLLM in the folder `package` does not define; `package` is the folder called vllm."""
     return [
         f"{module}.{name}"
-        for module, names in {**HOOKED, **USED}.items()
+        for module, names in (*HOOKED.items(), *USED.items())
         for name in names
         if not _has(package, module, name)
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.config import CUDAGraphMode
+from vllm.config.compilation import CUDAGraphMode
 
 from bi_compile import HostError
 from bi_compile.vllm import cuda_attention as cuda
