@@ -368,29 +368,6 @@ def test_a_graph_of_a_servers_attention_is_replayed_for_requests_with_more_queri
     assert same_bits(out, want)
 
 
-def test_arguments_of_a_launch() -> None:
-    class Kernel:
-        arg_names = ("x", "out", "stride", "R", "C", "BLOCK")
-        do_not_specialize = ("R",)
-
-    class Compiled:
-        class src:
-            signature = {
-                "x": "*bf16",
-                "out": "*fp32",
-                "stride": "i32",
-                "R": "i32",
-                "C": "constexpr",
-                "BLOCK": "constexpr",
-            }
-
-    x, out = torch.empty(3, 1), torch.empty(3)
-    launched = launches.Launched(Kernel, Compiled, (x, out, 16, 3, 1), {})
-    assert launches.arguments(launched, [x, out]) == ([0, 0, 2, 1], [0, 1, 16, 0], [8, 8, 4, 4])
-    with pytest.raises(ValueError, match="x is not what the operator was given"):
-        launches.arguments(launched, [x.clone(), out])
-
-
 @pytest.mark.skipif(CUDA, reason="for machines without CUDA")
 def test_importing_the_package_compiles_nothing() -> None:
     code = "import bi_compile.kernels.cuda, sys; assert 'torch.utils.cpp_extension' not in sys.modules"
