@@ -122,54 +122,36 @@ def test_rows(name: str) -> None:
 # ---- attention of a server's step ----
 
 
-class Model:
-    """Heads of queries and keys, elements of a head, and how they lie."""
-
-    def __init__(
-        self, heads: int, key_heads: int, size: int, value: int, page: int, packed: bool, dtype: torch.dtype
-    ) -> None:
-        self.heads, self.key_heads, self.size, self.value = heads, key_heads, size, value
-        self.page, self.packed, self.dtype = page, packed, dtype
-
-    def step(self, draw: random.Random) -> tuple[list[Tensor], list[Any]]:
-        """Tensors and numbers of `fill_paged`, of requests of any kind."""
-        many = draw.choice([1, 1, 2, 3, 17, 64, 300])
-        tokens = [draw.choice([1, 1, 1, 0, 2, 5, 30, 700]) for _ in range(many)]
-        if draw.random() < 0.4:
-            tokens = [1] * many
-        keys = [n + draw.choice([0, 0, 7, 255, 300, 5000]) for n in tokens]
-        behind = draw.choice([0, 0, 5])  # tokens behind the last request, as in a graph that is padded
-        every, heads = sum(tokens) + behind, (self.heads, self.key_heads, self.key_heads)
-        if self.packed and self.size == self.value:
-            q = torch.empty(every, sum(heads) * self.size, dtype=self.dtype)[:, : self.heads * self.size]
-        else:
-            q = torch.empty(every, self.heads * self.size, dtype=self.dtype)
-        q = q.unflatten(1, (self.heads, self.size))
-        k = torch.empty(3, self.page, self.key_heads, self.size, dtype=self.dtype)
-        v = torch.empty(3, self.page, self.key_heads, self.value, dtype=self.dtype)
-        if self.size == self.value and self.packed:
-            k, v = torch.empty(3, 2, self.page, self.key_heads, self.size, dtype=self.dtype).unbind(1)
-        if draw.random() < 0.05:  # no multiple of 16 bytes
-            k = torch.empty(k.numel() + 1, dtype=self.dtype)[1:].view(k.shape)
-        table = torch.zeros(many, max(1, -(-max(keys) // self.page)) + draw.choice([0, 3]), dtype=torch.int32)
-        ends = torch.tensor([0, *itertools.accumulate(tokens)], dtype=torch.int32)[1:]
-        counts = torch.tensor(keys, dtype=torch.int32)
-        out = torch.empty(every, self.heads, self.value, dtype=self.dtype)
-        longest = draw.choice([0, max(tokens), max(tokens) + 1])
-        most = draw.choice([max(keys), max(keys) + 100])
-        left, right = draw.choice([(-1, 0), (-1, 0), (100, 0), (100, 3)])
-        numbers = [self.size**-0.5, left, right, longest, most]
-        return [device.on_device(x) for x in (out, q, k, v, ends, counts, table)], numbers
-
-
-MODELS = [
-    Model(16, 8, 128, 128, 16, True, torch.bfloat16), Model(16, 8, 128, 128, 64, True, torch.bfloat16),
-    Model(16, 8, 128, 128, 64, False, torch.bfloat16), Model(16, 8, 128, 128, 64, True, torch.float16),
-    Model(8, 2, 64, 64, 128, True, torch.bfloat16), Model(4, 4, 96, 96, 48, False, torch.bfloat16),
-    Model(7, 1, 40, 40, 16, False, torch.bfloat16), Model(24, 2, 128, 128, 64, True, torch.bfloat16),
-    Model(40, 1, 64, 64, 64, True, torch.bfloat16), Model(8, 8, 256, 256, 64, True, torch.bfloat16),
-    Model(8, 4, 64, 32, 64, False, torch.bfloat16), Model(16, 8, 64, 64, 64, True, torch.float32),
-]  # fmt: skip
+def step(draw: random.Random) -> tuple[list[Tensor], list[Any]]:
+    """Tensors and numbers of `fill_paged`: some model, which often lies in memory as others do, and requests of any kind."""
+    heads, key_heads = draw.choice([(16, 8), (8, 8), (16, 2), (7, 1), (24, 2), (40, 1)])
+    size = draw.choice([64, 128, 128, 96, 40, 256])
+    value = draw.choice([size, size, size // 2])
+    page = draw.choice([16, 64, 64, 48, 128])
+    dtype = draw.choice([torch.bfloat16] * 3 + [torch.float16, torch.float32])
+    many = draw.choice([1, 1, 2, 3, 17, 64, 300])
+    tokens = [1] * many if draw.random() < 0.4 else [draw.choice([1, 1, 1, 0, 2, 5, 30, 700]) for _ in range(many)]
+    keys = [n + draw.choice([0, 0, 7, 255, 300, 5000]) for n in tokens]
+    every = sum(tokens) + draw.choice([0, 0, 5])  # those behind the last request are a graph's that is padded
+    if draw.random() < 0.5:  # as wide as the widest
+        q = torch.empty(every, 40, 256, dtype=dtype)[:, :heads, :size]
+        k, v = torch.empty(2, 3, 128, 8, 256, dtype=dtype)[:, :, :page, :key_heads]
+        k, v = k[..., :size], v[..., :value]
+    else:
+        q = torch.empty(every, (heads + 2 * key_heads) * size, dtype=dtype)[:, : heads * size].unflatten(
+            1, (heads, size)
+        )
+        k, v = torch.empty(3, 2, page, key_heads, size, dtype=dtype).unbind(1)
+        v = v[..., :value]
+    if draw.random() < 0.05:  # no multiple of 16 bytes
+        k = torch.empty(k.numel() + 1, dtype=dtype)[1:].view(k.shape)
+    table = torch.zeros(many, max(1, -(-max(keys) // page)) + draw.choice([0, 3]), dtype=torch.int32)
+    ends = torch.tensor([0, *itertools.accumulate(tokens)], dtype=torch.int32)[1:]
+    out = torch.empty(every, heads, value, dtype=dtype)
+    left, right = draw.choice([(-1, 0), (-1, 0), (100, 0), (100, 3)])
+    longest = draw.choice([0, max(tokens), max(tokens) + 1])
+    numbers = [draw.choice([0.125, 0.1]), left, right, longest, draw.choice([max(keys), max(keys) + 100])]
+    return [device.on_device(x) for x in (out, q, k, v, ends, torch.tensor(keys, dtype=torch.int32), table)], numbers
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -177,9 +159,8 @@ def test_attention_of_a_server(seed: int) -> None:
     """Steps of several models in turns, in a graph that is captured and not: what is launched follows the step, never the one before."""
     draw = random.Random(seed)
     native = 0
-    for _ in range(1000):
-        model = draw.choice(MODELS)
-        (out, *tensors), numbers = model.step(draw)
+    for _ in range(1500):
+        (out, *tensors), numbers = step(draw)
         if out.numel() == 0:
             continue
 
@@ -190,7 +171,6 @@ def test_attention_of_a_server(seed: int) -> None:
             torch.ops.bi_compile_cuda.fill_paged(out, *tensors, *numbers)
 
         second = compare(python, cpp, out, *tensors, capturing=draw.random() < 0.2)
-        taken = model.dtype != torch.float32 and tensors[1].data_ptr() % 16 == 0
-        assert second == taken, (vars(model), numbers)
+        assert second == (out.dtype != torch.float32 and tensors[1].data_ptr() % 16 == 0), (out.shape, numbers)
         native += second
-    assert native > 500
+    assert native > 700
