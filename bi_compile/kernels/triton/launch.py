@@ -48,9 +48,14 @@ def accumulator(dtype: torch.dtype) -> Any:
 
 
 def rows_meta(x: Tensor, length: int) -> dict[str, Any]:
-    """Tile, accumulator and warps of a kernel over rows of `length` elements: a function of `length` and the dtype."""
-    height, width, warps = _row_tile(target(x), length)
-    return {"BLOCK_R": height, "BLOCK_C": width, "ACC": accumulator(x.dtype), "num_warps": warps}
+    """Tile, accumulator and warps of a kernel over rows of `length` elements: a function of `length` and the dtype.
+
+    WHOLE: a program keeps its rows, which fit into BLOCK_C, instead of reading them again. Not on Ascend, whose unified buffer is small.
+    """
+    name = target(x)
+    height, width, warps = _row_tile(name, length)
+    whole = name != "npu" and length <= width
+    return {"WHOLE": whole, "BLOCK_R": height, "BLOCK_C": width, "ACC": accumulator(x.dtype), "num_warps": warps}
 
 
 @functools.cache
@@ -59,11 +64,6 @@ def _row_tile(target: str, length: int) -> tuple[int, int, int]:
     width = min(triton.next_power_of_2(length), widest)
     height = max(1, short // max(width, 16))
     return height, width, max(4, height * width // per_warp)
-
-
-def keeps_row(x: Tensor, length: int) -> bool:
-    """Whether a program keeps its row instead of reading it again. Not on Ascend, where the unified buffer is small."""
-    return target(x) != "npu" and length <= ROWS[target(x)][0]
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .launch import aligned, as_head_rows, as_rows, cdiv, keeps_row, launch, row_stride, rows_meta, target
+from .launch import aligned, as_head_rows, as_rows, cdiv, launch, row_stride, rows_meta, target
 from .reduce import divide, load_rows, program_rows, row_mean, row_var, store_each, store_rows
 
 
@@ -37,44 +37,6 @@ def _summand(
     return value
 
 
-@triton.jit(do_not_specialize=["R"])
-def _rms_norm(
-    x, residual, weight, y, rstd, s, stride_xg, stride_xr, stride_residual, R, C,
-    GROUP: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
-    ROUND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """s = x + residual if ADD (else x); y = s / sqrt(sum(s * s) / C + EPS) * weight. The sum has the order of `_sum`.
-
-    s is computed again for y instead of being read back: another thread may have written it. WHOLE: a row fits into BLOCK_C
-    and is read once. ROUND: s / sqrt(...) is rounded to x's dtype before a weight of 16 bits multiplies it.
-    """
-    rows = program_rows(BLOCK_R)
-    lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
-    value = lanes
-    for start in range(0, C, BLOCK_C):
-        value = _summand(
-            x, stride_xg, stride_xr, residual, stride_residual, rows, start, R, C, GROUP, ADD, BLOCK_C, ACC
-        )
-        lanes = tl.fma(value, value, lanes)
-        if ADD:
-            store_rows(s, value, rows, start, R, C, BLOCK_C)
-    square = divide(tl.sum(lanes, 1), tl.full((BLOCK_R,), C, ACC))
-    scale = tl.rsqrt(square + tl.full((BLOCK_R,), EPS, ACC))
-    store_each(rstd, scale, rows, R)
-    for start in range(0, C, BLOCK_C):
-        if not WHOLE:
-            value = _summand(
-                x, stride_xg, stride_xr, residual, stride_residual, rows, start, R, C, GROUP, ADD, BLOCK_C, ACC
-            )
-        scaled = value * scale[:, None]
-        if WEIGHT:
-            cols = start + tl.arange(0, BLOCK_C)
-            if ROUND and weight.dtype.element_ty.primitive_bitwidth == 16:
-                scaled = scaled.to(x.dtype.element_ty).to(ACC)
-            scaled = scaled * tl.load(weight + cols, mask=cols < C, other=0.0).to(ACC)[None, :]
-        store_rows(y, scaled, rows, start, R, C, BLOCK_C)
-
-
 @triton.jit
 def _param(param, rows, start, C, groups, rest, GROUPED: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
     """The weight or bias for the columns from `start`: one for each column, or if GROUPED one for each channel.
@@ -91,20 +53,62 @@ def _param(param, rows, start, C, groups, rest, GROUPED: tl.constexpr, BLOCK_C: 
 
 
 @triton.jit(do_not_specialize=["R"])
+def _rms_norm(
+    x, residual, weight, y, rstd, s, stride_xg, stride_xr, stride_residual, R, C,
+    GROUP: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
+    ROUND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """s = x + residual if ADD (else x); y = s / sqrt(sum(s * s) / C + EPS) * weight. The sum has the order of `_sum`.
+
+    s is computed again for y instead of being read back: another thread may have written it. WHOLE: a row fits into BLOCK_C and is read
+    once, and the weight is on its way while the sum is taken. ROUND: s / sqrt(...) is rounded to x's dtype before a weight of 16 bits
+    multiplies it.
+    """
+    rows = program_rows(BLOCK_R)
+    lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    value = lanes
+    for start in range(0, BLOCK_C if WHOLE else C, BLOCK_C):
+        value = _summand(
+            x, stride_xg, stride_xr, residual, stride_residual, rows, start, R, C, GROUP, ADD, BLOCK_C, ACC
+        )
+        lanes = tl.fma(value, value, lanes)
+        if ADD:
+            store_rows(s, value, rows, start, R, C, BLOCK_C)
+    if WHOLE and WEIGHT:
+        factor = _param(weight, rows, 0, C, 0, 1, False, BLOCK_C, ACC)
+    square = divide(tl.sum(lanes, 1), tl.full((BLOCK_R,), C, ACC))
+    scale = tl.rsqrt(square + tl.full((BLOCK_R,), EPS, ACC))
+    store_each(rstd, scale, rows, R)
+    for start in range(0, BLOCK_C if WHOLE else C, BLOCK_C):
+        if not WHOLE:
+            value = _summand(
+                x, stride_xg, stride_xr, residual, stride_residual, rows, start, R, C, GROUP, ADD, BLOCK_C, ACC
+            )
+            if WEIGHT:
+                factor = _param(weight, rows, start, C, 0, 1, False, BLOCK_C, ACC)
+        scaled = value * scale[:, None]
+        if WEIGHT:
+            if ROUND and weight.dtype.element_ty.primitive_bitwidth == 16:
+                scaled = scaled.to(x.dtype.element_ty).to(ACC)
+            scaled = scaled * factor
+        store_rows(y, scaled, rows, start, R, C, BLOCK_C)
+
+
+@triton.jit(do_not_specialize=["R"])
 def _layer_norm(
     x, weight, bias, y, mean, rstd, stride, R, C, groups, rest,
     EPS: tl.constexpr, GROUPED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = (x - mean) * rstd * weight + bias: the mean, then the squared distances to it, two sums in `_sum`'s order."""
     rows = program_rows(BLOCK_R)
-    center = row_mean(x, stride, rows, R, C, C, BLOCK_R, BLOCK_C, ACC)
+    center = row_mean(x, stride, rows, R, C, WHOLE, BLOCK_R, BLOCK_C, ACC)
     count = tl.full((BLOCK_R,), C, ACC)
-    var = row_var(x, stride, rows, center, R, C, count, BLOCK_R, BLOCK_C, ACC)
+    var = row_var(x, stride, rows, center, R, C, count, WHOLE, BLOCK_R, BLOCK_C, ACC)
     scale = tl.rsqrt(var + tl.full((BLOCK_R,), EPS, ACC))
     store_each(mean, center, rows, R)
     store_each(rstd, scale, rows, R)
-    for start in range(0, C, BLOCK_C):
+    for start in range(0, BLOCK_C if WHOLE else C, BLOCK_C):
         value = load_rows(x, stride, rows, start, R, C, 0.0, BLOCK_C, ACC) - center[:, None]
         value = value * scale[:, None]
         if WEIGHT:
@@ -136,7 +140,7 @@ def _run_rms_norm(
     launch(
         _rms_norm, cdiv(count, meta["BLOCK_R"]), x, rows, others, _param_or_none(weight), y, rstd, s,
         *strides, 0 if others is None else row_stride(others), count, length,
-        GROUP=group, EPS=eps, ADD=others is not None, WEIGHT=weight is not None, WHOLE=keeps_row(rows, length),
+        GROUP=group, EPS=eps, ADD=others is not None, WEIGHT=weight is not None,
         ROUND=target(x) != "npu", **meta,
     )  # fmt: skip
 

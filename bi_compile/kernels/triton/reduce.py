@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bi_compile import ops
 
-from .launch import accumulator, as_rows, cdiv, keeps_row, launch, row_stride, rows_meta, target
+from .launch import accumulator, as_rows, cdiv, launch, row_stride, rows_meta, target
 from .tiles import SCAN_ROWS
 
 
@@ -91,19 +91,27 @@ def store_each(out, value, rows, R):
 
 
 @triton.jit
-def row_mean(x, stride, rows, R, C, divisor, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
-    """Sum of each row over `divisor`."""
+def row_sum(x, stride, rows, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    """Sum of each row. WHOLE: a row fits into BLOCK_C. Its columns are then no loop, in which NVIDIA's compiler has one load wait for another."""
     lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
-    for start in range(0, C, BLOCK_C):
+    for start in range(0, BLOCK_C if WHOLE else C, BLOCK_C):
         lanes += load_rows(x, stride, rows, start, R, C, 0.0, BLOCK_C, ACC)
-    return divide(tl.sum(lanes, 1), tl.full((BLOCK_R,), divisor, ACC))
+    return tl.sum(lanes, 1)
 
 
 @triton.jit
-def row_var(x, stride, rows, mean, R, C, divisor, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+def row_mean(x, stride, rows, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+    return divide(row_sum(x, stride, rows, R, C, WHOLE, BLOCK_R, BLOCK_C, ACC), tl.full((BLOCK_R,), C, ACC))
+
+
+@triton.jit
+def row_var(
+    x, stride, rows, mean, R, C, divisor,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Sum of the squared distances of each row to its mean, over `divisor`."""
     lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
-    for start in range(0, C, BLOCK_C):
+    for start in range(0, BLOCK_C if WHOLE else C, BLOCK_C):
         distance = load_rows(x, stride, rows, start, R, C, 0.0, BLOCK_C, ACC) - mean[:, None]
         distance = tl.where((start + tl.arange(0, BLOCK_C) < C)[None, :], distance, 0.0)
         lanes = tl.fma(distance, distance, lanes)
@@ -111,19 +119,22 @@ def row_var(x, stride, rows, mean, R, C, divisor, BLOCK_R: tl.constexpr, BLOCK_C
 
 
 @triton.jit
-def _row_max(x, stride, rows, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+def _row_max(x, stride, rows, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
     """Maximum of each row. NaN is ignored here; it reaches the result through the sum of the exponentials."""
     lanes = tl.full((BLOCK_R, BLOCK_C), float("-inf"), ACC)
-    for start in range(0, C, BLOCK_C):
+    for start in range(0, BLOCK_C if WHOLE else C, BLOCK_C):
         lanes = tl.maximum(lanes, load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC))
     return tl.max(lanes, 1)
 
 
 @triton.jit
-def _row_sum_exp(x, stride, rows, row_max, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+def _row_sum_exp(
+    x, stride, rows, row_max, R, C,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Sum of exp(x - row_max) of each row."""
     lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
-    for start in range(0, C, BLOCK_C):
+    for start in range(0, BLOCK_C if WHOLE else C, BLOCK_C):
         lanes += exp(load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC) - row_max[:, None])
     return tl.sum(lanes, 1)
 
@@ -131,37 +142,41 @@ def _row_sum_exp(x, stride, rows, row_max, R, C, BLOCK_R: tl.constexpr, BLOCK_C:
 @triton.jit(do_not_specialize=["R"])
 def _sum(
     x, out, stride, R, C,
-    MEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    MEAN: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sum of each row, over C if MEAN. Lanes ascending, then one `tl.sum`."""
     rows = program_rows(BLOCK_R)
-    store_each(out, row_mean(x, stride, rows, R, C, C if MEAN else 1, BLOCK_R, BLOCK_C, ACC), rows, R)
+    if MEAN:
+        value = row_mean(x, stride, rows, R, C, WHOLE, BLOCK_R, BLOCK_C, ACC)
+    else:
+        value = row_sum(x, stride, rows, R, C, WHOLE, BLOCK_R, BLOCK_C, ACC)
+    store_each(out, value, rows, R)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _var_mean(
     x, var, mean, stride, R, C,
-    CORRECTION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    CORRECTION: tl.constexpr, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Mean of each row, then the squared distances to it over max(C - CORRECTION, 0): two sums in `_sum`'s order."""
     rows = program_rows(BLOCK_R)
-    center = row_mean(x, stride, rows, R, C, C, BLOCK_R, BLOCK_C, ACC)
+    center = row_mean(x, stride, rows, R, C, WHOLE, BLOCK_R, BLOCK_C, ACC)
     divisor = tl.full((BLOCK_R,), C, ACC) - tl.full((BLOCK_R,), CORRECTION, ACC)
     divisor = tl.where(divisor > 0, divisor, 0.0)
-    store_each(var, row_var(x, stride, rows, center, R, C, divisor, BLOCK_R, BLOCK_C, ACC), rows, R)
+    store_each(var, row_var(x, stride, rows, center, R, C, divisor, WHOLE, BLOCK_R, BLOCK_C, ACC), rows, R)
     store_each(mean, center, rows, R)
 
 
 @triton.jit(do_not_specialize=["R"])
 def _logsumexp(
     x, out, stride, R, C,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """row_max + log(sum(exp(x - row_max))) of each row, the sum in `_sum`'s order; an infinite row_max counts as 0."""
     rows = program_rows(BLOCK_R)
-    row_max = _row_max(x, stride, rows, R, C, BLOCK_R, BLOCK_C, ACC)
+    row_max = _row_max(x, stride, rows, R, C, WHOLE, BLOCK_R, BLOCK_C, ACC)
     row_max = tl.where(tl.abs(row_max) == float("inf"), 0.0, row_max)
-    total = _row_sum_exp(x, stride, rows, row_max, R, C, BLOCK_R, BLOCK_C, ACC)
+    total = _row_sum_exp(x, stride, rows, row_max, R, C, WHOLE, BLOCK_R, BLOCK_C, ACC)
     store_each(out, tl.log(total) + row_max, rows, R)
 
 
@@ -182,8 +197,8 @@ def _softmax(
         numerator = exp(value)
         _store_softmax(out, value, numerator, tl.sum(numerator, 1), rows, 0, R, C, LOG, NARROW, BLOCK_R, BLOCK_C)
     else:
-        row_max = _row_max(x, stride, rows, R, C, BLOCK_R, BLOCK_C, ACC)
-        total = _row_sum_exp(x, stride, rows, row_max, R, C, BLOCK_R, BLOCK_C, ACC)
+        row_max = _row_max(x, stride, rows, R, C, WHOLE, BLOCK_R, BLOCK_C, ACC)
+        total = _row_sum_exp(x, stride, rows, row_max, R, C, WHOLE, BLOCK_R, BLOCK_C, ACC)
         for start in range(0, C, BLOCK_C):
             value = load_rows(x, stride, rows, start, R, C, float("-inf"), BLOCK_C, ACC) - row_max[:, None]
             _store_softmax(out, value, exp(value), total, rows, start, R, C, LOG, NARROW, BLOCK_R, BLOCK_C)
@@ -293,7 +308,7 @@ def _fill_softmax(log: bool) -> Callable[[Tensor, Tensor], None]:
     def fill(x: Tensor, out: Tensor) -> None:
         length = x.shape[1]
         x = as_rows(_cast(x, out.dtype), length)
-        _launch_rows(_softmax, x, [out], out.dtype, LOG=log, NARROW=out.element_size() == 2, WHOLE=keeps_row(x, length))
+        _launch_rows(_softmax, x, [out], out.dtype, LOG=log, NARROW=out.element_size() == 2)
 
     return fill
 
