@@ -128,8 +128,6 @@ class Pipeline:
         start = time.perf_counter()
         target = target or self.target_of(graph)
         known = self.knowledge(target.name)
-        if stage == "final" and target.before_codegen is not None:
-            target.before_codegen(graph)
         dumped = self._dump.begin(stage, graph)
         changes: list[Change] = []
         subgraphs = list(held_graphs(graph))
@@ -143,6 +141,8 @@ class Pipeline:
             changes += done
             if dumped and done:
                 dumped.after(p.name, graph, done, time.perf_counter() - began)
+        if stage == "final" and target.before_codegen is not None:
+            target.before_codegen(graph)
         for held in subgraphs:
             held.recompile()
         self.summary.replaced.update(c.operator for c in changes)

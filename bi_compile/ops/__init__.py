@@ -11,7 +11,7 @@ from .declare import BATCH, KERNELS, NAMESPACE, OPERATORS, load_kernels
 from .latent import latent_key
 from .matmul import addmm, baddbmm, bmm, bmm_transposed, grouped_mm, in_pairs, mm, mm_segments
 from .moe import moe_combine, moe_experts, moe_gate
-from .norm import add_rms_norm, group_norm, layer_norm, rms_norm
+from .norm import add_rms_norm, group_norm, layer_norm, qk_norm, rms_norm
 from .order import amax, amin, topk
 from .pointwise import pointwise, tanh
 from .reduce import cumsum, log_softmax, logsumexp, mean, softmax, sum, var_mean
@@ -51,6 +51,7 @@ __all__ = [
     "moe_gate",
     "paged_attention",
     "pointwise",
+    "qk_norm",
     "ranks",
     "reduce_scatter",
     "rms_norm",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import Normalises
-from .declare import check, operator
+from .batch import Normalises, PerToken
+from .declare import check, composite, operator
 from .reduce import _float
 
 
@@ -56,6 +56,46 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
     )
     _affine("add_rms_norm", x, weight)
     return x.new_empty(x.shape), x.new_empty([*x.shape[:-1], 1], dtype=_statistic(x)), x.new_empty(x.shape)
+
+
+@operator(
+    "qk_norm(Tensor qkv, Tensor q_weight, Tensor k_weight, int q_heads, int k_heads, float eps) -> (Tensor, Tensor)",
+    batch=PerToken(("qkv",)),
+)
+def qk_norm(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, q_heads: int, k_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of each head of queries and of keys, bit for bit, in one kernel.
+
+    qkv [T, C], rows contiguous: in a row q_heads heads of D elements, then k_heads, then anything. q_weight and k_weight [D], of one float
+    dtype. Returns q [T, q_heads, D] and k [T, k_heads, D], contiguous, in qkv's dtype.
+    """
+    name, size = "bi_compile::qk_norm", q_weight.shape[0]
+    _float(name, qkv)
+    check(
+        qkv.dim() == 2
+        and q_weight.dim() == k_weight.dim() == 1
+        and q_weight.shape == k_weight.shape
+        and q_weight.dtype == k_weight.dtype
+        and q_heads > 0
+        and k_heads > 0
+        and qkv.shape[1] >= (q_heads + k_heads) * size,
+        lambda: (
+            f"{name} takes qkv [T, C] with {q_heads} and {k_heads} heads in a row, and two weights of a head's length and one dtype, got "
+            + ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (qkv, q_weight, k_weight))
+        ),
+    )
+    return qkv.new_empty(qkv.shape[0], q_heads, size), qkv.new_empty(qkv.shape[0], k_heads, size)
+
+
+@composite("qk_norm")
+def _qk_norm(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, q_heads: int, k_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    qk_norm.meta(qkv, q_weight, k_weight, q_heads, k_heads, eps)
+    size = q_weight.shape[0]
+    q, k = qkv[:, : (q_heads + k_heads) * size].unflatten(1, (-1, size)).split([q_heads, k_heads], 1)
+    return rms_norm(q, q_weight, eps)[0], rms_norm(k, k_weight, eps)[0]
 
 
 @operator(

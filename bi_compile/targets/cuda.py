@@ -2,8 +2,17 @@
 
 from collections.abc import Mapping
 
+from torch import fx
+
 from .inductor_cpp import one_code
 from .target import ROUND_EVERY_OPERATOR, Device, Target
+
+
+def _before_codegen(graph: fx.Graph) -> None:
+    from ..rewrite.qk_norm import join_norms
+
+    one_code(graph)  # a graph may hold tensors of the host
+    join_norms(graph)
 
 
 def _native() -> Mapping[str, str]:
@@ -33,7 +42,7 @@ TARGET = Target(
     device="cuda",
     native=_native,
     inductor=ROUND_EVERY_OPERATOR,
-    before_codegen=one_code,  # a graph may hold tensors of the host
+    before_codegen=_before_codegen,
     trusted={
         "vllm.unified_attention_with_output.default": "FlashAttention 3 and the Triton attention of vLLM and of bi_compile compute each query by itself, its keys in "
         "ascending or descending tiles of one size, once they are told the same lengths for every batch (bi_compile/vllm/cuda_attention.py, which "

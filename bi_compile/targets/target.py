@@ -31,7 +31,7 @@ class Target:
     native: Callable[[], Mapping[str, str]] = dict
     """What its kernels rest on besides this package, and by what proof, for certificates."""
     before_codegen: Callable[[fx.Graph], None] | None = None
-    """Called with each graph that Inductor is about to generate code for."""
+    """Called with each graph that Inductor is about to generate code for, once the passes are done with it."""
     code_for: Callable[[], str] = str
     """What the generated code is made for beside the graph, where the compiler's own cache takes no account of it."""
 

@@ -55,6 +55,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], set[int], set[int]]] = {
     ),
     "rms_norm": ((X(M, G, K), None, 1e-6), {K}, set()),
     "add_rms_norm": ((X(M, K), X(M, K), None, 1e-6), {K}, set()),
+    "qk_norm": ((X(M, 4 * K), X(K), X(K), 2, 1, 1e-6), {K, 4 * K}, set()),
     "layer_norm": ((X(M, K), None, None, 1e-6), {K}, set()),
     "group_norm": ((X(M, 15, N), None, None, 5, 1e-6), {15, N}, set()),
     "pointwise": (("aten.hypot.default", [X(M, K), X(K)]), set(), set()),

@@ -272,6 +272,20 @@ def test_row_operators_have_the_triton_kernels_bits(length: int, dtype: torch.dt
 
 
 @cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_queries_and_keys_have_the_bits_of_two_norms(dtype: torch.dtype) -> None:
+    for heads, length in (((16, 8), 128), ((4, 1), 64), ((3, 2), 96)):
+        qkv = draw(300, (sum(heads) + heads[1]) * length, dtype=dtype)
+        q, k, _ = qkv.unflatten(1, (-1, length)).split([*heads, heads[1]], 1)
+        for kind in (dtype, torch.float32):
+            ws = [draw(length, dtype=kind, seed=i) for i in (1, 2)]
+            want = [ops.rms_norm(x, w, 1e-6)[0] for x, w in zip((q, k), ws, strict=True)]
+            for rows in (1, 7, 300, 1, 0):
+                got = ops.qk_norm(qkv[:rows], *ws, *heads, 1e-6)
+                assert all_same(got, [w[:rows] for w in want]), (heads, length, rows)
+
+
+@cuda
 def test_what_the_c_plus_plus_does_not_take_is_refused_in_the_same_words() -> None:
     x, w = draw(4, 1024), draw(1024, 1024)
     for call, words in (

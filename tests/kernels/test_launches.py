@@ -119,6 +119,30 @@ def test_rows(name: str) -> None:
     assert native > len(cases[:600]) // 4
 
 
+def test_queries_and_keys() -> None:
+    """In one launch where a head's norm alone reads its row by the same threads; else in two."""
+    draw = random.Random(0)
+    for _ in range(600):
+        heads, length = draw.choice([(16, 8), (8, 16), (4, 1), (3, 1)]), draw.choice([64, 128, 40, 96])
+        dtype = draw.choice([torch.bfloat16, torch.float16, torch.float32, torch.float64])
+        width = draw.choice([4096, (sum(heads) + 3) * length, (sum(heads) + 3) * length + 8])
+        qkv = device.on_device(torch.empty(draw.choice([1, 2, 37, 1000]), width, dtype=dtype))
+        kind = draw.choice([dtype, torch.float32])
+        weights = [device.on_device(torch.empty(length, dtype=kind)) for _ in range(2)]
+        args = (qkv, *weights, *heads, draw.choice([1e-6, 1e-5]))
+        if length % 16 or width % 16:
+            with device.watched(qkv, *weights) as seen:
+                torch.ops.bi_compile.qk_norm(*args)
+            assert [launch.what.split()[0] for launch in seen.python + seen.cpp] == ["_rms_norm"] * 2
+            continue
+        second = compare(
+            lambda: kernels.IMPLEMENTATIONS["qk_norm"](*args),
+            lambda: torch.ops.bi_compile.qk_norm(*args),
+            qkv, *weights,
+        )  # fmt: skip
+        assert second == (dtype != torch.float64), args[3:]
+
+
 # ---- attention of a server's step ----
 
 

@@ -1,7 +1,7 @@
 """The kernels for CUDA: Triton's, and native ones in C++ where they are proven to have the same order.
 
 - mm and addmm run in cuBLASLt, by algorithms whose bits were compared with the Triton kernel's (`proof`, `product.cpp`).
-- rms_norm, add_rms_norm, softmax, log_softmax, sum, mean and a server's attention (`fill_paged`) launch Triton's own kernels from C++
+- rms_norm, add_rms_norm, qk_norm, softmax, log_softmax, sum, mean and a server's attention (`fill_paged`) launch Triton's own kernels from C++
   (`launches`, `rows.cpp`, `attention.cpp`).
 - moe_gate and moe_combine are computed as they are defined, by other operators.
 - The other operators, and what the C++ cannot take, run in `bi_compile.kernels.triton`: the same order, so the same bits.
@@ -25,7 +25,17 @@ from . import build
 log = logging.getLogger("bi_compile")
 
 DISPATCH_KEY = "CUDA"
-NATIVE: tuple[str, ...] = ("mm", "addmm", "rms_norm", "add_rms_norm", "softmax", "log_softmax", "sum", "mean")
+NATIVE: tuple[str, ...] = (
+    "mm",
+    "addmm",
+    "rms_norm",
+    "add_rms_norm",
+    "qk_norm",
+    "softmax",
+    "log_softmax",
+    "sum",
+    "mean",
+)
 """The operators that `product.cpp` and `rows.cpp` implement."""
 _library: torch.library.Library | None = None
 _why_not = ""

@@ -16,7 +16,7 @@ namespace bi_compile {
 
 // The operator, and everything that decides what is compiled and what it is given as constants; zeros behind.
 using Key = std::array<int64_t, 24>;
-enum Operator : int64_t { kRmsNorm, kAddRmsNorm, kSoftmax, kLogSoftmax, kSum, kMean, kPagedAttention, kJoinParts };
+enum Operator : int64_t { kRmsNorm, kAddRmsNorm, kSoftmax, kLogSoftmax, kSum, kMean, kPagedAttention, kJoinParts, kQkNorm };
 
 struct Launch {
   CUfunction function = nullptr;

@@ -88,6 +88,15 @@ def add_rms_norm(
     return y, rstd, s
 
 
+def qk_norm(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, q_heads: int, k_heads: int, eps: float, key: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    with watching() as seen:
+        q, k = norm.qk_norm(qkv, q_weight, k_weight, q_heads, k_heads, eps)
+    _learn_rows(key, seen, [qkv, q_weight, k_weight, q, k])
+    return q, k
+
+
 def _along(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(x: Tensor, dim: int, dtype: torch.dtype | None, key: Sequence[int]) -> Tensor:
         with watching() as seen:
@@ -144,6 +153,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "triton_fill_paged": fill_paged,
     "triton_rms_norm": rms_norm,
     "triton_add_rms_norm": add_rms_norm,
+    "triton_qk_norm": qk_norm,
     "triton_softmax": _along(reduce.softmax),
     "triton_log_softmax": _along(reduce.log_softmax),
     "triton_sum": _over(reduce.sum),

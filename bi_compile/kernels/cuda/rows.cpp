@@ -108,6 +108,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x,
   return triton.call(x, residual, weight, eps, learn);
 }
 
+std::tuple<at::Tensor, at::Tensor> qk_norm(const at::Tensor& qkv, const at::Tensor& q_weight, const at::Tensor& k_weight, int64_t q_heads,
+                                           int64_t k_heads, double eps) {
+  std::vector<int64_t> learn;
+  const bool weights = q_weight.dim() == 1 && q_weight.is_contiguous() && k_weight.is_contiguous() && q_weight.sizes() == k_weight.sizes() &&
+                       q_weight.scalar_type() == k_weight.scalar_type() && q_weight.is_floating_point() &&
+                       q_weight.device() == qkv.device() && k_weight.device() == qkv.device() && aligned(q_weight) && aligned(k_weight);
+  if (weights && narrow(qkv) && qkv.dim() == 2 && qkv.is_contiguous() && aligned(qkv) && qkv.numel() > 0 && q_heads > 0 && k_heads > 0 &&
+      multiple(q_weight.size(0)) && multiple(qkv.size(1)) && qkv.size(1) >= (q_heads + k_heads) * q_weight.size(0)) {
+    const int64_t tokens = qkv.size(0), length = q_weight.size(0), count = tokens * (q_heads + k_heads);
+    const Key key{kQkNorm, qkv.get_device(), static_cast<int64_t>(qkv.scalar_type()), static_cast<int64_t>(q_weight.scalar_type()),
+                  length, q_heads, k_heads, qkv.size(1), std::bit_cast<int64_t>(eps)};
+    const auto* found = count <= INT32_MAX ? find(key) : nullptr;
+    if (found != nullptr) {
+      const c10::cuda::CUDAGuard guard(qkv.device());
+      auto q = empty(qkv, {tokens, q_heads, length}, qkv.scalar_type());
+      auto k = empty(qkv, {tokens, k_heads, length}, qkv.scalar_type());
+      launch_over(*found, count, {qkv.const_data_ptr(), q_weight.const_data_ptr(), k_weight.const_data_ptr(), q.data_ptr(), k.data_ptr()});
+      return {q, k};
+    }
+    learn.assign(key.begin(), key.end());
+  }
+  static const auto triton =
+      python<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, double,
+                                                at::IntArrayRef)>("bi_compile_cuda::triton_qk_norm");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return triton.call(qkv, q_weight, k_weight, q_heads, k_heads, eps, learn);
+}
+
 // The result's dtype where the kernel reads x as it is; undefined where x would be cast first.
 std::optional<at::ScalarType> direct(const at::Tensor& x, std::optional<at::ScalarType> dtype) {
   const auto out = dtype.value_or(x.scalar_type());
@@ -177,6 +205,8 @@ at::Tensor mean(const at::Tensor& x, at::IntArrayRef dim, bool keepdim, std::opt
 TORCH_LIBRARY_FRAGMENT(bi_compile_cuda, m) {
   m.def("triton_rms_norm(Tensor x, Tensor? weight, float eps, int[] key) -> (Tensor, Tensor)");
   m.def("triton_add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, int[] key) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "triton_qk_norm(Tensor qkv, Tensor q_weight, Tensor k_weight, int q_heads, int k_heads, float eps, int[] key) -> (Tensor, Tensor)");
   m.def("triton_softmax(Tensor x, int dim, ScalarType? dtype, int[] key) -> Tensor");
   m.def("triton_log_softmax(Tensor x, int dim, ScalarType? dtype, int[] key) -> Tensor");
   m.def("triton_sum(Tensor x, int[] dim, bool keepdim, ScalarType? dtype, int[] key) -> Tensor");
@@ -186,6 +216,7 @@ TORCH_LIBRARY_FRAGMENT(bi_compile_cuda, m) {
 TORCH_LIBRARY_IMPL(bi_compile, CUDA, m) {
   m.impl("rms_norm", &bi_compile::rms_norm);
   m.impl("add_rms_norm", &bi_compile::add_rms_norm);
+  m.impl("qk_norm", &bi_compile::qk_norm);
   m.impl("softmax", &bi_compile::softmax);
   m.impl("log_softmax", &bi_compile::log_softmax);
   m.impl("sum", &bi_compile::sum);

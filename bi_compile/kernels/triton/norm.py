@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bi_compile import ops
+from bi_compile.ops.declare import COMPOSITE
 
-from .launch import aligned, as_head_rows, as_rows, cdiv, launch, row_stride, rows_meta, target
+from .launch import ALIGNMENT, aligned, as_head_rows, as_rows, cdiv, launch, row_stride, rows_meta, target
 from .reduce import divide, load_rows, program_rows, row_mean, row_var, store_each, store_rows
 
 
@@ -95,6 +96,32 @@ def _rms_norm(
 
 
 @triton.jit(do_not_specialize=["R"])
+def _qk_norm(
+    x, q_weight, k_weight, q, k, stride, R, C,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, EPS: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`_rms_norm` of the first Q_HEADS + K_HEADS heads of each token, of C elements each, which fit into BLOCK_C."""
+    rows = program_rows(BLOCK_R)
+    token = rows // (Q_HEADS + K_HEADS)
+    head = rows % (Q_HEADS + K_HEADS)
+    cols = tl.arange(0, BLOCK_C)
+    inside = (rows < R)[:, None] & (cols < C)[None, :]
+    value = tl.load(x + (token * stride + head * C)[:, None] + cols[None, :], mask=inside, other=0.0).to(ACC)
+    lanes = tl.fma(value, value, tl.zeros((BLOCK_R, BLOCK_C), ACC))
+    q_factor = _param(q_weight, rows, 0, C, 0, 1, False, BLOCK_C, ACC)
+    k_factor = _param(k_weight, rows, 0, C, 0, 1, False, BLOCK_C, ACC)
+    square = divide(tl.sum(lanes, 1), tl.full((BLOCK_R,), C, ACC))
+    scaled = value * tl.rsqrt(square + tl.full((BLOCK_R,), EPS, ACC))[:, None]
+    if ROUND and q_weight.dtype.element_ty.primitive_bitwidth == 16:
+        scaled = scaled.to(x.dtype.element_ty).to(ACC)
+    of_q = (head < Q_HEADS)[:, None]
+    scaled = (scaled * tl.where(of_q, q_factor, k_factor)).to(x.dtype.element_ty)
+    tl.store(q + (token * Q_HEADS + head)[:, None] * C + cols[None, :], scaled, mask=inside & of_q)
+    tl.store(k + (token * K_HEADS + head - Q_HEADS)[:, None] * C + cols[None, :], scaled, mask=inside & (of_q == 0))
+
+
+@triton.jit(do_not_specialize=["R"])
 def _layer_norm(
     x, weight, bias, y, mean, rstd, stride, R, C, groups, rest,
     EPS: tl.constexpr, GROUPED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
@@ -159,6 +186,27 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float)
     return y, rstd, s
 
 
+def qk_norm(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, q_heads: int, k_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `bi_compile.ops.qk_norm`; the order of the sum: `_rms_norm`."""
+    outs = ops.qk_norm.meta(qkv, q_weight, k_weight, q_heads, k_heads, eps)
+    length, count = q_weight.shape[0], qkv.shape[0] * (q_heads + k_heads)
+    if count == 0 or length == 0:
+        return outs
+    x = as_rows(qkv, qkv.shape[1])
+    meta = rows_meta(x, length)
+    # other rows are read by other threads, in another order than a norm's alone
+    even = length % ALIGNMENT == 0 and row_stride(x) % ALIGNMENT == 0
+    if not meta.pop("WHOLE") or not even:
+        return COMPOSITE["qk_norm"](qkv, q_weight, k_weight, q_heads, k_heads, eps)
+    launch(
+        _qk_norm, cdiv(count, meta["BLOCK_R"]), qkv, x, _param_or_none(q_weight), _param_or_none(k_weight), *outs, row_stride(x), count, length,
+        Q_HEADS=q_heads, K_HEADS=k_heads, EPS=eps, ROUND=target(qkv) != "npu", **meta,
+    )  # fmt: skip
+    return outs
+
+
 def _run_layer_norm(
     x: Tensor, length: int, weight: Tensor | None, bias: Tensor | None, eps: float, outs: tuple[Tensor, Tensor, Tensor],
     groups: int = 0, rest: int = 1,
@@ -196,6 +244,7 @@ def group_norm(
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
+    "qk_norm": qk_norm,
     "layer_norm": layer_norm,
     "group_norm": group_norm,
 }

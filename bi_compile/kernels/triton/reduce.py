@@ -91,7 +91,9 @@ def store_each(out, value, rows, R):
 
 
 @triton.jit
-def row_sum(x, stride, rows, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+def row_sum(
+    x, stride, rows, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
+):
     """Sum of each row. WHOLE: a row fits into BLOCK_C. Its columns are then no loop, in which NVIDIA's compiler has one load wait for another."""
     lanes = tl.zeros((BLOCK_R, BLOCK_C), ACC)
     for start in range(0, BLOCK_C if WHOLE else C, BLOCK_C):
@@ -100,7 +102,9 @@ def row_sum(x, stride, rows, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, B
 
 
 @triton.jit
-def row_mean(x, stride, rows, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+def row_mean(
+    x, stride, rows, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
+):
     return divide(row_sum(x, stride, rows, R, C, WHOLE, BLOCK_R, BLOCK_C, ACC), tl.full((BLOCK_R,), C, ACC))
 
 
@@ -119,7 +123,9 @@ def row_var(
 
 
 @triton.jit
-def _row_max(x, stride, rows, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr):
+def _row_max(
+    x, stride, rows, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
+):
     """Maximum of each row. NaN is ignored here; it reaches the result through the sum of the exponentials."""
     lanes = tl.full((BLOCK_R, BLOCK_C), float("-inf"), ACC)
     for start in range(0, BLOCK_C if WHOLE else C, BLOCK_C):

@@ -22,6 +22,7 @@ def examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], dict[str, A
     narrow: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "moe_gate": ((x.transpose(0, 1), 3), {"renorm": True}),
         "moe_combine": ((m, torch.arange(-3, 3), m[:2, :3]), {}),
+        "qk_norm": ((m, w[:2].contiguous(), w[2:4].contiguous(), 2, 1, 1e-6), {}),
         "latent_key": (
             (
                 m,
@@ -133,6 +134,9 @@ REFUSED: list[tuple[str, tuple[Any, ...]]] = [
     ("rms_norm", (X34, torch.ones(4, dtype=torch.int32), 1e-6)),
     ("add_rms_norm", (X34, X34.double(), None, 1e-6)),
     ("add_rms_norm", (X34, torch.ones(4), None, 1e-6)),
+    ("qk_norm", (X34, torch.ones(2), torch.ones(2), 2, 1, 1e-6)),
+    ("qk_norm", (X34, torch.ones(2), torch.ones(2).double(), 1, 1, 1e-6)),
+    ("qk_norm", (X34[None], torch.ones(2), torch.ones(2), 1, 1, 1e-6)),
     ("layer_norm", (X34, None, torch.ones(3), 1e-6)),
     ("group_norm", (X34, None, None, 3, 1e-6)),
     ("group_norm", (X34, torch.ones(3), None, 2, 1e-6)),

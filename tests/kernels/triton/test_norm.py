@@ -46,6 +46,22 @@ def test_heads_are_normalised_where_they_lie(heads: int, length: int, dtype: tor
         assert all(same(g, w[:rows]) for g, w in zip(got, want, strict=True)), rows
 
 
+@pytest.mark.parametrize("heads", [(2, 1), (16, 8), (3, 3)])
+@pytest.mark.parametrize("length", [7, 96, 128])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_queries_and_keys_in_one_launch(heads: tuple[int, int], length: int, dtype: torch.dtype) -> None:
+    """The bits of two, at any number of tokens, with what lies behind them."""
+    qkv = draw(19, (sum(heads) + 2) * length + 5, dtype=dtype)
+    weights = [draw(length, dtype=dtype, seed=i) for i in (1, 2)]
+    first, second, _ = qkv.split([heads[0] * length, heads[1] * length, 2 * length + 5], 1)
+    parts = [x.unflatten(1, (-1, length)) for x in (first, second)]
+    for ws in (weights, [w.float() for w in weights]):
+        want = [call("rms_norm", x, w, 1e-6)[0] for x, w in zip(parts, ws, strict=True)]
+        for rows in (0, 1, 2, 19):
+            got = call("qk_norm", qkv[:rows], *ws, *heads, 1e-6)
+            assert all(same(g, w[:rows].contiguous()) for g, w in zip(got, want, strict=True)), rows
+
+
 @pytest.mark.parametrize("dtype", ROUNDED, ids=str)
 @pytest.mark.parametrize("shape", [(3, 1), (2, 3, 7), (5, 128), (3, 4099), (0, 8)])
 def test_norms_are_right(shape: tuple[int, ...], dtype: torch.dtype) -> None:
