@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -145,56 +146,66 @@ def test_queries_and_keys() -> None:
 
 # ---- attention of a server's step ----
 
+#: property of a step -> what it may be. Room: heads, or elements, that lie between those of this layer.
+STEP: dict[str, list[Any]] = {
+    "heads": [(16, 8), (8, 8), (16, 2), (7, 1), (24, 2), (40, 1)],
+    "size": [64, 128, 96, 40, 256],
+    "value": [1, 2],
+    "page": [16, 64, 48, 128],
+    "dtype": [torch.bfloat16, torch.bfloat16, torch.float16, torch.float32],
+    **{f"room {where}": [0, 0, 16] for where in ("q heads", "q", "k pages", "k heads", "k", "v pages", "v heads", "v")},
+    "k begins at": [0] * 9 + [1],
+    "scale": [0.125, 0.1],
+    "window": [(-1, 0), (-1, 0), (100, 0), (100, 3)],
+    "requests": [1, 2, 3, 17, 64, 300],
+    "tokens": [(1,), (1,), (1, 0, 2, 5), (30,), (700, 1), (200, 300)],
+    "keys before": [(0,), (7,), (300,), (5000, 0)],
+    "tokens behind": [0, 0, 5],
+    "longest": ["unknown", "exact", "more"],
+    "most": [0, 100],
+    "table": [0, 3],
+}  # fmt: skip
 
-def step(draw: random.Random) -> tuple[list[Tensor], list[Any]]:
-    """Tensors and numbers of `fill_paged`: some model, which often lies in memory as others do, and requests of any kind."""
-    heads, key_heads = draw.choice([(16, 8), (8, 8), (16, 2), (7, 1), (24, 2), (40, 1)])
-    size = draw.choice([64, 128, 128, 96, 40, 256])
-    value = draw.choice([size, size, size // 2])
-    page = draw.choice([16, 64, 64, 48, 128])
-    dtype = draw.choice([torch.bfloat16] * 3 + [torch.float16, torch.float32])
-    many = draw.choice([1, 1, 2, 3, 17, 64, 300])
-    tokens = [1] * many if draw.random() < 0.4 else [draw.choice([1, 1, 1, 0, 2, 5, 30, 700]) for _ in range(many)]
-    keys = [n + draw.choice([0, 0, 7, 255, 300, 5000]) for n in tokens]
-    every = sum(tokens) + draw.choice([0, 0, 5])  # those behind the last request are a graph's that is padded
-    if draw.random() < 0.5:  # as wide as the widest
-        q = torch.empty(every, 40, 256, dtype=dtype)[:, :heads, :size]
-        k, v = torch.empty(2, 3, 128, 8, 256, dtype=dtype)[:, :, :page, :key_heads]
-        k, v = k[..., :size], v[..., :value]
-    else:
-        q = torch.empty(every, (heads + 2 * key_heads) * size, dtype=dtype)[:, : heads * size].unflatten(
-            1, (heads, size)
-        )
-        k, v = torch.empty(3, 2, page, key_heads, size, dtype=dtype).unbind(1)
-        v = v[..., :value]
-    if draw.random() < 0.05:  # no multiple of 16 bytes
-        k = torch.empty(k.numel() + 1, dtype=dtype)[1:].view(k.shape)
-    table = torch.zeros(many, max(1, -(-max(keys) // page)) + draw.choice([0, 3]), dtype=torch.int32)
+
+def step(of: dict[str, Any], draw: random.Random) -> tuple[list[Tensor], list[Any]]:
+    """What `fill_paged` takes: tensors and numbers."""
+    (heads, key_heads), size, page, dtype = of["heads"], of["size"], of["page"], of["dtype"]
+    value = size // of["value"]
+    tokens = [draw.choice(of["tokens"]) for _ in range(of["requests"])]
+    keys = [n + draw.choice(of["keys before"]) for n in tokens]
+    every = sum(tokens) + of["tokens behind"]  # as in a graph that is padded
+    q = torch.empty(every, heads + of["room q heads"], size + of["room q"], dtype=dtype)[:, :heads, :size]
+
+    def pages(name: str, size: int, begin: int) -> Tensor:
+        shape = 3, page + of[f"room {name} pages"], key_heads + of[f"room {name} heads"], size + of[f"room {name}"]
+        return torch.empty(math.prod(shape) + begin, dtype=dtype)[begin:].view(shape)[:, :page, :key_heads, :size]
+
+    table = torch.zeros(of["requests"], max(1, -(-max(keys) // page)) + of["table"], dtype=torch.int32)
     ends = torch.tensor([0, *itertools.accumulate(tokens)], dtype=torch.int32)[1:]
+    counts = torch.tensor(keys, dtype=torch.int32)
     out = torch.empty(every, heads, value, dtype=dtype)
-    left, right = draw.choice([(-1, 0), (-1, 0), (100, 0), (100, 3)])
-    longest = draw.choice([0, max(tokens), max(tokens) + 1])
-    numbers = [draw.choice([0.125, 0.1]), left, right, longest, draw.choice([max(keys), max(keys) + 100])]
-    return [device.on_device(x) for x in (out, q, k, v, ends, torch.tensor(keys, dtype=torch.int32), table)], numbers
+    longest = {"unknown": 0, "exact": max(tokens), "more": max(tokens) + 1}[of["longest"]]
+    tensors = out, q, pages("k", size, of["k begins at"]), pages("v", value, 0), ends, counts, table
+    return [device.on_device(x) for x in tensors], [of["scale"], *of["window"], longest, max(keys) + of["most"]]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_attention_of_a_server(seed: int) -> None:
-    """Steps of several models in turns, in a graph that is captured and not: what is launched follows the step, never the one before."""
+    """Each step differs from the one before in one property: what is launched follows it, in a graph that is captured or not."""
     draw = random.Random(seed)
+    of = {name: draw.choice(values) for name, values in STEP.items()}
     native = 0
     for _ in range(1500):
-        (out, *tensors), numbers = step(draw)
+        changed = draw.choice(list(STEP))
+        of[changed] = draw.choice(STEP[changed])
+        (out, *tensors), numbers = step(of, draw)
         if out.numel() == 0:
             continue
-
-        def python() -> None:
-            launches.fill_paged(out, *tensors, *numbers)
-
-        def cpp() -> None:
-            torch.ops.bi_compile_cuda.fill_paged(out, *tensors, *numbers)
-
-        second = compare(python, cpp, out, *tensors, capturing=draw.random() < 0.2)
-        assert second == (out.dtype != torch.float32 and tensors[1].data_ptr() % 16 == 0), (out.shape, numbers)
+        second = compare(
+            lambda: launches.fill_paged(out, *tensors, *numbers),
+            lambda: torch.ops.bi_compile_cuda.fill_paged(out, *tensors, *numbers),
+            out, *tensors, capturing=draw.random() < 0.2,
+        )  # fmt: skip
+        assert second == (out.dtype != torch.float32 and tensors[1].data_ptr() % 16 == 0), of
         native += second
     assert native > 700
