@@ -146,14 +146,17 @@ def test_queries_and_keys() -> None:
 
 # ---- attention of a server's step ----
 
-#: property of a step -> what it may be. Room: heads, or elements, that lie between those of this layer.
+#: property of a step -> what it may be. Memory: for how many of them there is room; 0: as many as there are.
 STEP: dict[str, list[Any]] = {
     "heads": [(16, 8), (8, 8), (16, 2), (7, 1), (24, 2), (40, 1)],
     "size": [64, 128, 96, 40, 256],
     "value": [1, 2],
     "page": [16, 64, 48, 128],
     "dtype": [torch.bfloat16, torch.bfloat16, torch.float16, torch.float32],
-    **{f"room {where}": [0, 0, 16] for where in ("q heads", "q", "k pages", "k heads", "k", "v pages", "v heads", "v")},
+    "memory of q heads": [0, 48, 64],
+    **{f"memory of {x} heads": [0, 8, 16] for x in "kv"},
+    **{f"memory of {x} pages": [0, 128, 144] for x in "kv"},
+    **{f"memory of {x}": [0, 256, 272] for x in "qkv"},
     "k begins at": [0] * 9 + [1],
     "scale": [0.125, 0.1],
     "window": [(-1, 0), (-1, 0), (100, 0), (100, 3)],
@@ -174,19 +177,29 @@ def step(of: dict[str, Any], draw: random.Random) -> tuple[list[Tensor], list[An
     tokens = [draw.choice(of["tokens"]) for _ in range(of["requests"])]
     keys = [n + draw.choice(of["keys before"]) for n in tokens]
     every = sum(tokens) + of["tokens behind"]  # as in a graph that is padded
-    q = torch.empty(every, heads + of["room q heads"], size + of["room q"], dtype=dtype)[:, :heads, :size]
 
-    def pages(name: str, size: int, begin: int) -> Tensor:
-        shape = 3, page + of[f"room {name} pages"], key_heads + of[f"room {name} heads"], size + of[f"room {name}"]
-        return torch.empty(math.prod(shape) + begin, dtype=dtype)[begin:].view(shape)[:, :page, :key_heads, :size]
+    def lies(name: str, first: int, sizes: dict[str, int], begin: int = 0) -> Tensor:
+        """[first, *sizes], in as much memory as there is for each of them."""
+        room = [of[f"memory of {name}{what}"] or size for what, size in sizes.items()]
+        x = torch.empty(first * math.prod(room) + begin, dtype=dtype)[begin:].view(first, *room)
+        for dim, size in enumerate(sizes.values(), 1):
+            x = x.narrow(dim, 0, size)
+        return x
 
+    q = lies("q", every, {" heads": heads, "": size})
+    k = lies("k", 3, {" pages": page, " heads": key_heads, "": size}, of["k begins at"])
+    v = lies("v", 3, {" pages": page, " heads": key_heads, "": value})
     table = torch.zeros(of["requests"], max(1, -(-max(keys) // page)) + of["table"], dtype=torch.int32)
     ends = torch.tensor([0, *itertools.accumulate(tokens)], dtype=torch.int32)[1:]
     counts = torch.tensor(keys, dtype=torch.int32)
     out = torch.empty(every, heads, value, dtype=dtype)
     longest = {"unknown": 0, "exact": max(tokens), "more": max(tokens) + 1}[of["longest"]]
-    tensors = out, q, pages("k", size, of["k begins at"]), pages("v", value, 0), ends, counts, table
-    return [device.on_device(x) for x in tensors], [of["scale"], *of["window"], longest, max(keys) + of["most"]]
+    return [device.on_device(x) for x in (out, q, k, v, ends, counts, table)], [
+        of["scale"],
+        *of["window"],
+        longest,
+        max(keys) + of["most"],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(4))
