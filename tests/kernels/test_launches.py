@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 import cuda_stand_in as device
+from support import FLOATS
 
 from bi_compile.kernels import triton as kernels
 from bi_compile.kernels.cuda import launches
@@ -67,13 +68,14 @@ def test_arguments_of_a_launch() -> None:
 
 # ---- rows ----
 
-ROWS: dict[str, Callable[[Callable[..., Any], Tensor, Tensor | None, Tensor], Any]] = {
-    "rms_norm": lambda f, x, w, r: f(x, w, 1e-6),
-    "add_rms_norm": lambda f, x, w, r: f(x, r, w, 1e-5),
-    "softmax": lambda f, x, w, r: f(x, -1),
-    "log_softmax": lambda f, x, w, r: f(x, x.dim() - 1, dtype=torch.float32),
-    "sum": lambda f, x, w, r: f(x, [-1]),
-    "mean": lambda f, x, w, r: f(x, [x.dim() - 1], True, dtype=torch.float32),
+#: operator -> its arguments, of a tensor, a weight, a residual and one of two choices
+ROWS: dict[str, Callable[[Tensor, Tensor | None, Tensor, int], tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    "rms_norm": lambda x, w, r, i: ((x, w, (1e-6, 1e-5)[i]), {}),
+    "add_rms_norm": lambda x, w, r, i: ((x, r, w, (1e-6, 1e-5)[i]), {}),
+    "softmax": lambda x, w, r, i: ((x, -1), {"dtype": (None, torch.float32)[i]}),
+    "log_softmax": lambda x, w, r, i: ((x, x.dim() - 1), {"dtype": (None, torch.float32)[i]}),
+    "sum": lambda x, w, r, i: ((x, [-1], bool(i)), {}),
+    "mean": lambda x, w, r, i: ((x, [x.dim() - 1]), {"dtype": (None, torch.float32)[i]}),
 }
 
 
@@ -88,36 +90,39 @@ def layouts(rows: int, length: int, dtype: torch.dtype) -> list[Tensor]:
         torch.empty(length, dtype=dtype),
         line[1 : rows * length + 1].view(rows, length),
         torch.empty(length, rows, dtype=dtype).t(),
+        # of which each differs from the first in one stride or size
+        torch.empty(rows, 8, 16384, dtype=dtype)[:, :4, :length],
+        torch.empty(rows, 8, 16384, dtype=dtype)[:, :2, :length],
+        torch.empty(rows, 16, 16384, dtype=dtype)[:, :4, :length],
+        torch.empty(rows, 4, 32768, dtype=dtype)[:, :4, :length],
+        torch.empty(rows, 131072, dtype=dtype)[:, :length],
+        torch.empty(rows, 262144, dtype=dtype)[:, :length],
     ]
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_rows(name: str) -> None:
-    """Every layout, length, dtype and height, in an order that mixes them."""
-    operator = getattr(torch.ops.bi_compile, name)
-    cases = [
-        (i, rows, length, dtype, weight)
-        for i, rows, length, dtype, weight in itertools.product(
-            range(7), (1, 2, 37, 1000), (1, 96, 128, 1000, 9008), (torch.bfloat16, torch.float16, torch.float32, torch.float64),
-            (None, torch.bfloat16, torch.float32) if "norm" in name else (None,),
-        )
-    ]  # fmt: skip
-    random.Random(0).shuffle(cases)
+    """Layouts, lengths, dtypes and heights in an order that mixes them."""
+    draw = random.Random(0)
     native = 0
-    for i, rows, length, dtype, kind in cases[:600]:
-        x = device.on_device(layouts(rows, length, dtype)[i])
-        residual = device.on_device(layouts(rows, length, dtype)[(i + rows) % 2 if i < 2 else i])
+    for _ in range(1500):
+        length, dtype = draw.choice([1, 96, 128, 1000, 9008]), draw.choice(FLOATS)
+        every = layouts(draw.choice([1, 2, 37]), length, dtype)
+        x = draw.choice(every)
+        residual = draw.choice([y for y in every if y.shape == x.shape])
+        x, residual = device.on_device(x), device.on_device(residual)
+        kind = draw.choice([None, dtype, torch.float32])
         weight = None if kind is None else device.on_device(torch.empty(length, dtype=kind))
-        call = ROWS[name]
+        args, options = ROWS[name](x, weight, residual, draw.choice([0, 1]))
         second = compare(
-            lambda: call(kernels.IMPLEMENTATIONS[name], x, weight, residual),
-            lambda: call(operator, x, weight, residual),
+            lambda: kernels.IMPLEMENTATIONS[name](*args, **options),
+            lambda: getattr(torch.ops.bi_compile, name)(*args, **options),
             x, weight, residual,
         )  # fmt: skip
         native += second
-        if i == 0 and residual.data_ptr() % 16 == 0 and residual.is_contiguous() and dtype != torch.float64:
-            assert second, (rows, length, dtype, kind)
-    assert native > len(cases[:600]) // 4
+        if dtype != torch.float64 and all(y.is_contiguous() and y.data_ptr() % 16 == 0 for y in (x, residual)):
+            assert second, args[1:]
+    assert native > 300
 
 
 def test_queries_and_keys() -> None:
@@ -125,7 +130,7 @@ def test_queries_and_keys() -> None:
     draw = random.Random(0)
     for _ in range(600):
         heads, length = draw.choice([(16, 8), (8, 16), (4, 1), (3, 1)]), draw.choice([64, 128, 40, 96])
-        dtype = draw.choice([torch.bfloat16, torch.float16, torch.float32, torch.float64])
+        dtype = draw.choice(FLOATS)
         width = draw.choice([4096, (sum(heads) + 3) * length, (sum(heads) + 3) * length + 8])
         qkv = device.on_device(torch.empty(draw.choice([1, 2, 37, 1000]), width, dtype=dtype))
         kind = draw.choice([dtype, torch.float32])
@@ -146,17 +151,16 @@ def test_queries_and_keys() -> None:
 
 # ---- attention of a server's step ----
 
-#: property of a step -> what it may be. Memory: for how many of them there is room; 0: as many as there are.
+#: property of a step -> what it may be. Memory: for how many heads of how many elements there is room, before them keys of a page.
 STEP: dict[str, list[Any]] = {
     "heads": [(16, 8), (8, 8), (16, 2), (7, 1), (24, 2), (40, 1)],
     "size": [64, 128, 96, 40, 256],
     "value": [1, 2],
     "page": [16, 64, 48, 128],
     "dtype": [torch.bfloat16, torch.bfloat16, torch.float16, torch.float32],
-    "memory of q heads": [0, 48, 64],
-    **{f"memory of {x} heads": [0, 8, 16] for x in "kv"},
-    **{f"memory of {x} pages": [0, 128, 144] for x in "kv"},
-    **{f"memory of {x}": [0, 256, 272] for x in "qkv"},
+    # of which each has one stride of its own
+    "memory of q": [None, (48, 512), (96, 256), (96, 512)],
+    **{f"memory of {x}": [None, (128, 16, 256), (128, 8, 512), (256, 8, 256), (256, 16, 256)] for x in "kv"},
     "k begins at": [0] * 9 + [1],
     "scale": [0.125, 0.1],
     "window": [(-1, 0), (-1, 0), (100, 0), (100, 3)],
@@ -178,17 +182,17 @@ def step(of: dict[str, Any], draw: random.Random) -> tuple[list[Tensor], list[An
     keys = [n + draw.choice(of["keys before"]) for n in tokens]
     every = sum(tokens) + of["tokens behind"]  # as in a graph that is padded
 
-    def lies(name: str, first: int, sizes: dict[str, int], begin: int = 0) -> Tensor:
+    def lies(name: str, first: int, *sizes: int, begin: int = 0) -> Tensor:
         """[first, *sizes], in as much memory as there is for each of them."""
-        room = [of[f"memory of {name}{what}"] or size for what, size in sizes.items()]
+        room = of[f"memory of {name}"] or sizes
         x = torch.empty(first * math.prod(room) + begin, dtype=dtype)[begin:].view(first, *room)
-        for dim, size in enumerate(sizes.values(), 1):
+        for dim, size in enumerate(sizes, 1):
             x = x.narrow(dim, 0, size)
         return x
 
-    q = lies("q", every, {" heads": heads, "": size})
-    k = lies("k", 3, {" pages": page, " heads": key_heads, "": size}, of["k begins at"])
-    v = lies("v", 3, {" pages": page, " heads": key_heads, "": value})
+    q = lies("q", every, heads, size)
+    k = lies("k", 3, page, key_heads, size, begin=of["k begins at"])
+    v = lies("v", 3, page, key_heads, value)
     table = torch.zeros(of["requests"], max(1, -(-max(keys) // page)) + of["table"], dtype=torch.int32)
     ends = torch.tensor([0, *itertools.accumulate(tokens)], dtype=torch.int32)[1:]
     counts = torch.tensor(keys, dtype=torch.int32)
