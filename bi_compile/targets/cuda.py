@@ -9,7 +9,7 @@ from .target import ROUND_EVERY_OPERATOR, Device, Target
 
 
 def _before_codegen(graph: fx.Graph) -> None:
-    from ..rewrite.qk_norm import join_norms
+    from .qk_norm import join_norms
 
     one_code(graph)  # a graph may hold tensors of the host
     join_norms(graph)

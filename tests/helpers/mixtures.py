@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engines import cold_caches
 
 from bi_compile.measure import process
 from bi_compile.measure.models import write
@@ -98,11 +99,7 @@ def run(name: str, dtype: str, how: str, root: Path, **more: Any) -> tuple[dict[
     """`bi_compile.measure.requests` of one engine: its result, and all that it printed. Raises ProcessFailed: it did not start."""
     settings, environment = plan(how)
     asked = {"model": str(make(name, root / name)), "dtype": dtype, **REQUESTS, **settings, **more}
-    environment |= {
-        "VLLM_CACHE_ROOT": str(root / "cache"),
-        "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
-        "VLLM_LOGGING_LEVEL": "INFO",
-    }
+    environment |= {"VLLM_LOGGING_LEVEL": "INFO", **cold_caches(root)}
     return process.run_module("bi_compile.measure.requests", asked, 540, **environment)
 
 

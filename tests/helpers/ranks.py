@@ -19,6 +19,7 @@ from typing import Any
 
 import mixtures
 import torch
+from engines import cold_caches
 
 from bi_compile.measure import models, process
 
@@ -72,8 +73,8 @@ def run(name: str, dtype: str, how: str, ranks: int, root: Path, **more: Any) ->
     bind = (
         {} if ranks == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[r % len(cores)]) for r in range(ranks))}
     )
-    caches = {"VLLM_CACHE_ROOT": str(root / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor")}
-    return process.run_module("bi_compile.measure.requests", plan, 540, VLLM_LOGGING_LEVEL="INFO", **bind, **caches)
+    environment = {"VLLM_LOGGING_LEVEL": "INFO", **bind, **cold_caches(root)}
+    return process.run_module("bi_compile.measure.requests", plan, 540, **environment)
 
 
 def _cases(chosen: list[str]) -> Iterator[tuple[str, str, str]]:

@@ -313,11 +313,13 @@ def main(arguments: list[str]) -> None:
         chosen = [way for way in WAYS if way.name in arguments[2:]]
         print("RESULT", json.dumps(run(chosen, Path(arguments[1]))), flush=True)
         return
+    from engines import cold_caches
+
     from bi_compile.measure import process
 
     with tempfile.TemporaryDirectory() as folder:
         for ways in _engines(arguments):
-            caches = {"VLLM_CACHE_ROOT": f"{folder}/cache", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+            caches = cold_caches(Path(folder))
             try:
                 done = process.python([__file__, "--here", folder, *(w.name for w in ways)], 540, **caches).stdout
             except subprocess.TimeoutExpired:

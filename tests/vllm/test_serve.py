@@ -15,6 +15,7 @@ from typing import Any
 
 import openai
 import pytest
+from engines import cold_caches
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -55,7 +56,7 @@ def server(served: Path, port: int, tmp_path: Path) -> Iterator[str]:
         "--compilation-config", json.dumps({"custom_passes": ["bi_ascend"]}),
     ]  # fmt: skip
     env = {**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    env |= {"PYTHONPATH": str(info.parent), "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    env |= {"PYTHONPATH": str(info.parent), **cold_caches(tmp_path)}
     log = tmp_path / "log"
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env) as process:
         try:

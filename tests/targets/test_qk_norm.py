@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from bi_compile import Options, Pipeline, ops
-from bi_compile.rewrite.qk_norm import join_norms
+from bi_compile.targets.qk_norm import join_norms
 
 X = torch.randn(5, 9 * 16, dtype=torch.bfloat16)
 Q, K = torch.randn(2, 16, dtype=torch.bfloat16)

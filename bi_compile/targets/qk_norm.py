@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ops import OPERATORS
-from .fx_utils import fake_mode_of
 
 _VIEWS = {
     torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.slice.Tensor,
@@ -50,7 +50,7 @@ def _fits(node: Any) -> bool:
         return False
     base, value = _base(x).meta.get("val"), x.meta.get("val")
     return (
-        isinstance(base, Tensor)
+        isinstance(base, FakeTensor)
         and isinstance(value, Tensor)
         and base.dim() == 2
         and value.dim() == 3
@@ -88,7 +88,7 @@ def _join(graph: fx.Graph, base: fx.Node, q: Any, k: Any, order: dict[fx.Node, i
     args = (base, q.args[1], k.args[1], _heads(q), _heads(k), q.args[2])
     with graph.inserting_before(first):
         both = graph.call_function(OPERATORS["qk_norm"], args)
-        with fake_mode_of(graph):
+        with base.meta["val"].fake_mode:
             both.meta = {**first.meta, "val": OPERATORS["qk_norm"](*fx.map_arg(args, lambda n: n.meta["val"]))}
         parts = [graph.call_function(operator.getitem, (both, i)) for i in range(2)]
     for part, i, norm in zip(parts, range(2), (q, k), strict=True):
