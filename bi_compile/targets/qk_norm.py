@@ -83,7 +83,10 @@ def _heads(node: Any) -> int:
 def _join(graph: fx.Graph, base: fx.Node, q: Any, k: Any, order: dict[fx.Node, int]) -> bool:
     """Put `qk_norm` where the first of the two stands, if the other's weight can be known there."""
     first, last = sorted((q, k), key=order.__getitem__)
-    if not _move_before(first, last.args[1], order):
+    between = itertools.takewhile(
+        lambda node: node is not last, itertools.dropwhile(lambda node: node is not first, graph.nodes)
+    )
+    if any(_writes(node) for node in between) or not _move_before(first, last.args[1], order):
         return False
     args = (base, q.args[1], k.args[1], _heads(q), _heads(k), q.args[2])
     with graph.inserting_before(first):
@@ -98,6 +101,11 @@ def _join(graph: fx.Graph, base: fx.Node, q: Any, k: Any, order: dict[fx.Node, i
             graph.erase_node(user)
         graph.erase_node(norm)
     return True
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node may write into one of its arguments."""
+    return node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
 
 def _move_before(first: fx.Node, node: fx.Node, order: dict[fx.Node, int]) -> bool:

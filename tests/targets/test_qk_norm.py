@@ -90,8 +90,26 @@ def _a_weight_of_the_other(x: Tensor, q: Tensor, k: Tensor) -> Any:
     return a, ops.rms_norm(heads[:, 4:7], a[0, 0] * k, 1e-6)[0]
 
 
+def _written_between(x: Tensor, q: Tensor, k: Tensor) -> Any:
+    row = x.mul(2)
+    heads = row.view(-1, 9, 16)
+    a = ops.rms_norm(heads[:, :4], q, 1e-6)[0]
+    row.add_(1)
+    return a, ops.rms_norm(heads[:, 4:7], k, 1e-6)[0]
+
+
 @pytest.mark.parametrize(
-    "f", [_the_statistic, _two_products, _a_gap, _two_eps, _two_dtypes, _no_weight, _a_weight_of_the_other]
+    "f",
+    [
+        _written_between,
+        _the_statistic,
+        _two_products,
+        _a_gap,
+        _two_eps,
+        _two_dtypes,
+        _no_weight,
+        _a_weight_of_the_other,
+    ],
 )
 def test_others_stay(f: Callable[..., Any]) -> None:
     graph = traced(f, X, Q, K)
