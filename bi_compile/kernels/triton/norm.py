@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bi_compile import ops
-from bi_compile.ops.declare import COMPOSITE
 
 from .launch import ALIGNMENT, aligned, as_head_rows, as_rows, cdiv, launch, row_stride, rows_meta, target
 from .reduce import divide, load_rows, program_rows, row_mean, row_var, store_each, store_rows
@@ -199,7 +198,8 @@ def qk_norm(
     # other rows are read by other threads, in another order than a norm's alone
     even = length % ALIGNMENT == 0 and row_stride(x) % ALIGNMENT == 0
     if not meta.pop("WHOLE") or not even:
-        return COMPOSITE["qk_norm"](qkv, q_weight, k_weight, q_heads, k_heads, eps)
+        q, k = qkv[:, : (q_heads + k_heads) * length].unflatten(1, (-1, length)).split([q_heads, k_heads], 1)
+        return rms_norm(q, q_weight, eps)[0], rms_norm(k, k_weight, eps)[0]
     launch(
         _qk_norm, cdiv(count, meta["BLOCK_R"]), qkv, x, _param_or_none(q_weight), _param_or_none(k_weight), *outs, row_stride(x), count, length,
         Q_HEADS=q_heads, K_HEADS=k_heads, EPS=eps, ROUND=target(qkv) != "npu", **meta,

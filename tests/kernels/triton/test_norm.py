@@ -48,12 +48,13 @@ def test_heads_are_normalised_where_they_lie(heads: int, length: int, dtype: tor
 
 @pytest.mark.parametrize("heads", [(2, 1), (16, 8), (3, 3)])
 @pytest.mark.parametrize("length", [7, 96, 128])
+@pytest.mark.parametrize("more", [0, 5])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_queries_and_keys_in_one_launch(heads: tuple[int, int], length: int, dtype: torch.dtype) -> None:
-    """The bits of two, at any number of tokens, with what lies behind them."""
-    qkv = draw(19, (sum(heads) + 2) * length + 5, dtype=dtype)
+def test_queries_and_keys_in_one_launch(heads: tuple[int, int], length: int, dtype: torch.dtype, more: int) -> None:
+    """The bits of two, at any number of tokens, with what lies behind them; in two launches where a norm alone would read otherwise."""
+    qkv = draw(19, (sum(heads) + 2) * length + more, dtype=dtype)
     weights = [draw(length, dtype=dtype, seed=i) for i in (1, 2)]
-    first, second, _ = qkv.split([heads[0] * length, heads[1] * length, 2 * length + 5], 1)
+    first, second, _ = qkv.split([heads[0] * length, heads[1] * length, 2 * length + more], 1)
     parts = [x.unflatten(1, (-1, length)) for x in (first, second)]
     for ws in (weights, [w.float() for w in weights]):
         want = [call("rms_norm", x, w, 1e-6)[0] for x, w in zip(parts, ws, strict=True)]
