@@ -7,25 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from support import traced_rows
+from torch import Tensor
 
 from bi_compile import Options, Pipeline, ops
 from bi_compile.targets.qk_norm import join_norms
 
 X = torch.randn(5, 9 * 16, dtype=torch.bfloat16)
 Q, K = torch.randn(2, 16, dtype=torch.bfloat16)
-
-
-def traced(f: Callable[..., Any], x: Tensor, *weights: Tensor) -> fx.GraphModule:
-    """With any number of rows."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    rows = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    fakes = mode.from_tensor(x, symbolic_context=rows), *map(mode.from_tensor, weights)
-    with mode:
-        return make_fx(f, tracing_mode="real")(*fakes)
 
 
 def norms(x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +31,7 @@ def first_the_keys(x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("f", [norms, first_the_keys])
 @pytest.mark.parametrize("rows", [5, 2, 1])
 def test_neighbours_are_joined(f: Callable[..., Any], rows: int) -> None:
-    graph = traced(f, X, Q, K)
+    graph = traced_rows(f, X, Q, K)
     assert join_norms(graph.graph) == 1
     graph.graph.lint()
     graph.recompile()
@@ -112,7 +101,7 @@ def _written_between(x: Tensor, q: Tensor, k: Tensor) -> Any:
     ],
 )
 def test_others_stay(f: Callable[..., Any]) -> None:
-    graph = traced(f, X, Q, K)
+    graph = traced_rows(f, X, Q, K)
     assert join_norms(graph.graph) == 0
     assert sum(str(n.target) == "bi_compile.rms_norm.default" for n in graph.graph.nodes) == 2
 
@@ -120,7 +109,7 @@ def test_others_stay(f: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(("target", "joined"), [("cuda", 1), ("cpu", 0)])
 def test_the_pipeline_joins_what_its_passes_made(target: str, joined: int) -> None:
     """The norms of a graph are PyTorch's until the last pass is done."""
-    graph = traced(norms, X, Q, K).graph
+    graph = traced_rows(norms, X, Q, K).graph
     for node in graph.nodes:
         if node.target is torch.ops.bi_compile.rms_norm.default:
             x, weight, eps = node.args

@@ -46,10 +46,12 @@ Key key_of(Operator op, const at::Tensor& x, const Rows& r, int64_t dtypes, int6
           more, std::bit_cast<int64_t>(number)};
 }
 
-bool weight_fits(const std::optional<at::Tensor>& weight, const at::Tensor& x) {
-  return !weight || (weight->dim() == 1 && weight->size(0) == x.size(-1) && weight->is_contiguous() &&
-                     weight->device() == x.device() && weight->is_floating_point() && aligned(*weight));
+bool is_weight(const at::Tensor& weight, int64_t length, const at::Tensor& x) {
+  return weight.dim() == 1 && weight.size(0) == length && weight.is_contiguous() && weight.device() == x.device() &&
+         weight.is_floating_point() && aligned(weight);
 }
+
+bool weight_fits(const std::optional<at::Tensor>& weight, const at::Tensor& x) { return !weight || is_weight(*weight, x.size(-1), x); }
 
 std::vector<int64_t> statistic_sizes(const at::Tensor& x) {
   auto sizes = x.sizes().vec();
@@ -111,12 +113,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x,
 std::tuple<at::Tensor, at::Tensor> qk_norm(const at::Tensor& qkv, const at::Tensor& q_weight, const at::Tensor& k_weight, int64_t q_heads,
                                            int64_t k_heads, double eps) {
   std::vector<int64_t> learn;
-  const bool weights = q_weight.dim() == 1 && q_weight.is_contiguous() && k_weight.is_contiguous() && q_weight.sizes() == k_weight.sizes() &&
-                       q_weight.scalar_type() == k_weight.scalar_type() && q_weight.is_floating_point() &&
-                       q_weight.device() == qkv.device() && k_weight.device() == qkv.device() && aligned(q_weight) && aligned(k_weight);
+  const int64_t length = q_weight.numel();
+  const bool weights = is_weight(q_weight, length, qkv) && is_weight(k_weight, length, qkv) && q_weight.scalar_type() == k_weight.scalar_type();
   if (weights && narrow(qkv) && qkv.dim() == 2 && qkv.is_contiguous() && aligned(qkv) && qkv.numel() > 0 && q_heads > 0 && k_heads > 0 &&
-      multiple(q_weight.size(0)) && multiple(qkv.size(1)) && qkv.size(1) >= (q_heads + k_heads) * q_weight.size(0)) {
-    const int64_t tokens = qkv.size(0), length = q_weight.size(0), count = tokens * (q_heads + k_heads);
+      multiple(length) && multiple(qkv.size(1)) && qkv.size(1) >= (q_heads + k_heads) * length) {
+    const int64_t tokens = qkv.size(0), count = tokens * (q_heads + k_heads);
     const Key key{kQkNorm, qkv.get_device(), static_cast<int64_t>(qkv.scalar_type()), static_cast<int64_t>(q_weight.scalar_type()),
                   length, q_heads, k_heads, qkv.size(1), std::bit_cast<int64_t>(eps)};
     const auto* found = count <= INT32_MAX ? find(key) : nullptr;

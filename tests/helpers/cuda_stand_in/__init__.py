@@ -1,7 +1,7 @@
 """What bi_compile's C++ for CUDA launches, without a device.
 
 rows.cpp, launches.cpp and attention.cpp are compiled and called as they are, on tensors whose device is "cuda" and whose memory is the
-host's. In place of the driver stands driver.cpp, which writes a launch down; in place of Triton's compiler, `_compiled`, which compiles
+host's. In place of the driver stands driver.cpp, which writes a launch down; in place of Triton's compiler, `_compile`, which compiles
 nothing and tells apart what Triton compiles apart. So nothing is computed: what is shown is which kernel would run, on what.
 """
 
@@ -56,8 +56,8 @@ class _Compiled(NamedTuple):
 
 
 @functools.cache
-def load() -> None:
-    """Compile the C++ if need be, and give its operators what they call in Python."""
+def load() -> torch.library.Library:
+    """Compile the C++ if need be, and give its operators what they call in Python, for as long as the result is kept: here."""
     own = (str(HERE / name) for name in ("driver.cpp", "absent.cpp"))
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     dataclasses.replace(
@@ -71,8 +71,8 @@ def load() -> None:
     library = torch.library.Library("bi_compile_cuda", "IMPL")
     for name, function in launches.IMPLEMENTATIONS.items():
         library.impl(name, function, "CUDA")
-    load.library = library  # type: ignore[attr-defined]  # goes with it
     launches.give_tables()
+    return library
 
 
 def on_device(x: Tensor) -> Tensor:
