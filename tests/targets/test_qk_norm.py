@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import traced_rows
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from bi_compile import Options, Pipeline, ops
 from bi_compile.targets.qk_norm import join_norms
@@ -104,6 +105,16 @@ def test_others_stay(f: Callable[..., Any]) -> None:
     graph = traced_rows(f, X, Q, K)
     assert join_norms(graph.graph) == 0
     assert sum(str(n.target) == "bi_compile.rms_norm.default" for n in graph.graph.nodes) == 2
+
+
+@pytest.mark.parametrize("f", [norms, first_the_keys])
+def test_inductor_compiles_the_join(f: Callable[..., Any]) -> None:
+    joined = []
+    with inductor.patch(post_grad_custom_post_pass=lambda graph: joined.append(join_norms(graph))):
+        got = torch.compile(f, fullgraph=True)(X, Q, K)
+    assert joined == [1]
+    for g, want in zip(got, f(X, Q, K), strict=True):
+        assert torch.equal(g.view(torch.int16), want.view(torch.int16))
 
 
 @pytest.mark.parametrize(("target", "joined"), [("cuda", 1), ("cpu", 0)])
