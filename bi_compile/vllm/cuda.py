@@ -19,6 +19,7 @@ def before_config(vllm_config: Any) -> None:
     cuda_attention.before_config(vllm_config)
     cuda_experts.before_config(vllm_config)
 
+
 _MM = torch.ops.aten.mm.default
 
 

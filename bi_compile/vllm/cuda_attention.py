@@ -1,10 +1,10 @@
 """vLLM's attention on CUDA, which it calls between its graphs: bi_compile's kernel, or vLLM's own told one length for every batch.
 
 bi_compile's kernel (`ours`) stands in vLLM's Triton backend, TRITON_ATTN: keys in segments of fixed positions, which one program takes or
-several, so one request with a long context is divided and its bits stay (`ops.paged_attention`). The user asks for it by
-attention_config={"backend": "TRITON_ATTN"}; it is also what an engine gets where FlashAttention 3 would be refused. What that kernel has
-not (a soft-cap, sinks, ALiBi, quantised keys) goes to vLLM's own Triton kernel, `pinned`; which of the two a layer gets follows the
-layer, never the batch. Otherwise vLLM's choice stands, FlashAttention 3, `pinned`: faster at prompts and at many requests.
+several, so one request with a long context is divided and its bits stay (`ops.paged_attention`). An engine gets it where it generates faster
+than FlashAttention 3 in one part, or where that would be refused (`_ours_is_better`), unless the user names a backend in attention_config.
+What that kernel has not (a soft-cap, sinks, ALiBi, quantised keys) goes to vLLM's own Triton kernel, `pinned`; which of the two a layer gets
+follows the layer, never the batch. Otherwise vLLM's choice stands, FlashAttention 3, `pinned`.
 
 How vLLM's kernels add up follows the longest query and the longest sequence of the batch, which others may bring. FlashAttention 3
 (hopper/heuristics.h, tile_size.h and flash_api.cpp of vllm-project/flash-attention): `num_splits`, in how many parts the keys are
@@ -42,6 +42,8 @@ LONGEST = 2**20
 """The number of queries and of keys that a request is said to have at most."""
 PAGE = 64
 """Keys in a page, vLLM's block_size, for `ours` unless the user says another number."""
+LARGEST_HEAD = 128
+"""Elements of a head up to which `ours` was measured beside FlashAttention 3."""
 TRITON = "vllm.v1.attention.backends.triton_attn"
 #: module of a backend of vLLM's attention -> what it calls, by keyword
 PINNED = {
@@ -157,7 +159,7 @@ def attention_pinned() -> Iterator[None]:
 
 
 def before_config(vllm_config: Any) -> None:
-    """Settings that cut the keys are refused; the Triton backend where FlashAttention 3 would be, unless the user names one."""
+    """Settings that cut the keys are refused; the Triton backend where its kernel is the better one, unless the user names a backend."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model is not None and not model.disable_cascade_attn:
         raise HostError(
@@ -173,19 +175,26 @@ def before_config(vllm_config: Any) -> None:
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    attention, triton = vllm_config.attention_config, AttentionBackendEnum.TRITON_ATTN
-    if attention.backend is None and _flash_is_refused(model) and model.get_head_size() >= 32:
+    attention, triton, cache = vllm_config.attention_config, AttentionBackendEnum.TRITON_ATTN, vllm_config.cache_config
+    if attention.backend is None and _ours_is_better(model, cache):
         attention.backend = triton
-    cache = vllm_config.cache_config
     if attention.backend is triton and not cache.user_specified_block_size and not model.is_hybrid:
         # pages that hold the keys of a tile: half the time of pages of 16
         cache.block_size, cache.user_specified_block_size = PAGE, True
 
 
-def _flash_is_refused(model: Any) -> bool:
-    """Whether the model has a window, or the device no FlashAttention 3."""
-    device = current_platform.get_device_capability()
-    return model.get_sliding_window() is not None or (device is not None and device.major != 9)
+def _ours_is_better(model: Any, cache: Any) -> bool:
+    """Whether FlashAttention 3 would be refused (a window, another device than Hopper), or the model is one that `ours` serves and generates
+    faster with it: 16 bits, heads of up to 128 elements, no soft-cap, keys kept as they are. vLLM's Triton backend has heads from 32 on."""
+    device, size = current_platform.get_device_capability(), model.get_head_size()
+    refused = model.get_sliding_window() is not None or (device is not None and device.major != 9)
+    served = (
+        size <= LARGEST_HEAD
+        and model.dtype in (torch.bfloat16, torch.float16)
+        and cache.cache_dtype in ("auto", "bfloat16", "float16")
+        and not getattr(model.hf_text_config, "attn_logit_softcapping", None)
+    )
+    return size >= 32 and (refused or served)
 
 
 def check_model(vllm_config: Any) -> None:

@@ -82,42 +82,42 @@ def test_settings_that_cut_the_keys_are_refused(cascade: bool, ranks: int, words
         cuda.before_config(config)
 
 
-def chosen(
-    backend: Any = None, size: int = 64, window: int | None = None, mla: bool = False, page: int | None = None
-) -> Any:
+def chosen(backend: Any = None, page: int | None = None, keys: str = "auto", **model: Any) -> Any:
     """The name of the backend that an engine gets, and how many keys a page has."""
-    model = SimpleNamespace(
-        disable_cascade_attn=True,
-        use_mla=mla,
-        is_hybrid=False,
-        get_head_size=lambda: size,
-        get_sliding_window=lambda: window,
-    )
+    asked = {"size": 64, "window": None, "use_mla": False, "dtype": torch.bfloat16, "cap": None, **model}
     config = SimpleNamespace(
-        model_config=model, parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        model_config=SimpleNamespace(
+            disable_cascade_attn=True, is_hybrid=False, get_head_size=lambda: asked["size"], get_sliding_window=lambda: asked["window"],
+            hf_text_config=SimpleNamespace(attn_logit_softcapping=asked["cap"]), **asked,
+        ),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         attention_config=SimpleNamespace(backend=backend),
-        cache_config=SimpleNamespace(block_size=page or 16, user_specified_block_size=page is not None),
+        cache_config=SimpleNamespace(block_size=page or 16, user_specified_block_size=page is not None, cache_dtype=keys),
     )  # fmt: skip
     cuda.before_config(config)
     return getattr(config.attention_config.backend, "name", None), config.cache_config.block_size
 
 
-def test_vllms_choice_stands_but_where_it_would_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_kernel_is_chosen_where_it_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum as Backend
 
     def capability(major: int) -> None:
         of = SimpleNamespace(get_device_capability=lambda: SimpleNamespace(major=major))
         monkeypatch.setattr(cuda, "current_platform", of)
 
+    ours, vllms = ("TRITON_ATTN", 64), (None, 16)
     capability(9)
-    assert chosen() == (None, 16)
-    assert chosen(window=99) == ("TRITON_ATTN", 64)
-    assert chosen(window=99, page=32) == ("TRITON_ATTN", 32)
-    assert chosen(Backend.TRITON_ATTN) == ("TRITON_ATTN", 64)
-    assert chosen(Backend.FLASH_ATTN, window=99) == ("FLASH_ATTN", 16)  # refused once the model is loaded
-    assert chosen(window=99, size=16) == chosen(window=99, mla=True) == (None, 16)  # vLLM's Triton backend has neither
+    assert chosen() == chosen(size=128, dtype=torch.float16, keys="bfloat16") == chosen(Backend.TRITON_ATTN) == ours
+    for other in ({"size": 192}, {"dtype": torch.float32}, {"keys": "fp8"}, {"cap": 50.0}):
+        assert chosen(**other) == vllms, other
+        assert chosen(**other, window=99) == ours, "FlashAttention 3 with a window would be refused"
+    assert chosen(page=32) == ("TRITON_ATTN", 32)
+    assert chosen(Backend.FLASH_ATTN) == chosen(Backend.FLASH_ATTN, window=99) == ("FLASH_ATTN", 16)
+    assert (
+        chosen(size=16) == chosen(window=99, size=16) == chosen(use_mla=True) == vllms
+    )  # vLLM's Triton backend has neither
     capability(8)
-    assert chosen() == ("TRITON_ATTN", 64)
+    assert chosen(size=192) == ours
 
 
 def asked(dtype: torch.dtype = torch.bfloat16, **more: Any) -> dict[str, Any]:
