@@ -70,7 +70,7 @@ def decode_steps() -> None:
         axis.axhline(1, color=GREY, lw=0.8, ls=":")
         axis.set_xscale("log", base=2)
         axis.set_xticks(batches, map(str, batches))
-        axis.set_ylim(0, 1.1)
+        axis.set_ylim(0, 1.3)
         axis.set_title(model, fontsize=11)
         axis.set_xlabel("batch")
     axes[0].set_ylabel("Inductor's time / ours")
