@@ -44,7 +44,7 @@ test-here: $(READY)
 
 # apart from the others: Triton's interpreter is chosen when Triton is imported
 test-triton: $(READY)
-	$(BIN)/python -m pytest -n 2 tests/kernels/triton
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/triton
 
 test-ascend: $(STAND_INS)
 	$(RUN_ASCEND) -m pytest -n 2 --dist loadgroup tests/ascend

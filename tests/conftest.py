@@ -1,6 +1,7 @@
 """Every test starts from the same seed, without graphs that another one compiled, and with PyTorch's own operators.
 
-Engines run one at a time: each asks for most of the memory (`xdist_group("engine")`).
+Two engines run at a time, one of each group (`xdist_group("engine")`, `xdist_group("second engine")`): a worker has one core, and
+they take most of the time.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from bi_compile.measure.models import smollm2
 from bi_compile.measure.process import run_module
 
 
-@pytest.mark.xdist_group("engine")
+@pytest.mark.xdist_group("second engine")
 def test_a_real_model_gives_real_words_the_same_in_company(tmp_path: Path) -> None:
     """`make demo` itself shows that they differ without the pass, and says so if they do not."""
     asked = list(QUESTIONS[1:6])

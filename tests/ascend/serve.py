@@ -110,6 +110,7 @@ def in_a_fork(name: str, job: dict[str, Any], run: Callable[[str, dict[str, Any]
 def main(
     jobs: dict[str, dict[str, Any]], run: Callable[..., Any] = serve, perturb: bool = True, at_a_time: int = 2
 ) -> None:
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))  # a test's worker keeps to one core
     emulated_npu.before_vllm()
     emulated_npu.install(perturb=perturb)
     import vllm  # noqa: F401

@@ -15,7 +15,7 @@ from bi_compile.table import Table
 from bi_compile.targets import get_target
 from bi_compile.vllm.experts import wrong_routing
 
-pytestmark = pytest.mark.xdist_group("engine")
+pytestmark = pytest.mark.xdist_group("second engine")
 T, E, K, H = 70, 5, 3, 96
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from bi_compile import HostError
 
-pytestmark = pytest.mark.xdist_group("engine")
+pytestmark = pytest.mark.xdist_group("second engine")
 
 
 def test_one_rank_and_two_have_the_same_bits(tmp_path: Path) -> None:
