@@ -124,4 +124,4 @@ def compilation() -> Measured:
 
 BENCHES: dict[str, Benchmark] = {"product": product, "engine": engine, "compile": compilation}
 #: benchmark -> the modules that it needs beside this package's own requirements
-NEEDS = {"engine": ("vllm", "transformers"), "compile": ("transformers",)}
+NEEDS: dict[str, tuple[str, ...]] = {"engine": ("vllm", "transformers"), "compile": ("transformers",)}

@@ -1,7 +1,8 @@
-"""On a CUDA device: products, row operators, attention and whole decode steps, their bits checked, replayed from CUDA graphs."""
+"""On a CUDA device: products, row operators, attention and whole decode steps, their bits checked, replayed from CUDA graphs; and engines."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import statistics
 import time
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .measured import Benchmark, Measured, geometric_mean
+from .serving import engine
 
 #: model -> {product: (N, K)}
 PRODUCTS = {
@@ -46,11 +48,24 @@ def replay_times(functions: Sequence[Callable[[], Any]], rounds: int = 20) -> li
     return [statistics.median(turn[i][0].elapsed_time(turn[i][1]) for turn in events) for i in range(len(functions))]
 
 
+def _persistent() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """thinking-machines' invariant product, which vLLM's batch-invariant mode has too; None where neither is installed."""
+    for module in ("batch_invariant_ops", "vllm.model_executor.layers.batch_invariant"):
+        try:
+            found: Callable[[Tensor, Tensor], Tensor] = importlib.import_module(module).matmul_persistent
+        except (ImportError, AttributeError):
+            continue
+        return found
+    return None
+
+
 def product() -> Measured:
-    """x[M, K] @ w[N, K]^T in bfloat16: bi_compile::mm against torch.mm, weights from memory."""
+    """x[M, K] @ w[N, K]^T in bfloat16: bi_compile::mm against torch.mm and thinking-machines' product, weights from memory."""
     table = Measured(
-        "Product", ("model", "product", "M", "torch us", "bi_compile us", "ratio", "torch varies", "ours varies")
-    )
+        "Product",
+        ("model", "product", "M", "torch us", "bi_compile us", "ratio", "torch varies", "ours varies", "thinking-machines us"),
+    )  # fmt: skip
+    peer = _persistent()
     few: list[float] = []
     many: list[float] = []
     for model, shapes in PRODUCTS.items():
@@ -69,11 +84,16 @@ def product() -> Measured:
                     for w in itertools.islice(itertools.cycle(weights), calls):
                         f(x, w)
 
-                theirs, ours = (t / calls * 1e3 for t in replay_times([lambda: run(torch.mm), lambda: run(ops.mm)]))
+                functions: list[Any] = [torch.mm, ops.mm, *filter(None, [peer])]
+                theirs, ours, *third = (
+                    t / calls * 1e3
+                    for t in replay_times([lambda f=f, run=run: run(f) for f in functions])  # type: ignore[misc]
+                )
                 if model == "Qwen3-8B":
                     (few if m <= 256 else many).append(theirs / ours)
                 table.add_row(
-                    model, name, str(m), f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}", _yes(varies[torch.mm]), _yes(varies[ops.mm])
+                    model, name, str(m), f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}", _yes(varies[torch.mm]), _yes(varies[ops.mm]),
+                    f"{third[0]:.1f}" if third else "-",
                 )  # fmt: skip
     table.line = (
         f"Qwen3-8B: M <= 256 geometric mean {geometric_mean(few):.3f}, least {min(few):.2f}; "
@@ -344,4 +364,8 @@ def host() -> Measured:
     return table
 
 
-BENCHES: dict[str, Benchmark] = {"product": product, "rows": rows, "attention": attention, "host": host, "step": step}
+BENCHES: dict[str, Benchmark] = {
+    "product": product, "rows": rows, "attention": attention, "host": host, "step": step, "engine": engine,
+}  # fmt: skip
+#: benchmark -> the modules that it needs beside this package's own requirements
+NEEDS: dict[str, tuple[str, ...]] = {"engine": ("vllm", "transformers")}

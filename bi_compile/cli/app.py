@@ -63,11 +63,12 @@ def demo() -> None:
 def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="only these: product, engine, …")] = None,
     csv: Annotated[Path | None, typer.Option(metavar="DIR", help="also write each table to DIR/NAME.csv")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="DIR", help="also write each table to DIR/NAME.json")] = None,
 ) -> None:
     """Measure what invariance costs on this device, as ratios against peers in the same run."""
     from . import bench as benches
 
-    benches.show(names or [], csv, console())
+    benches.show(names or [], csv, json, console())
 
 
 @app.command()

@@ -11,9 +11,9 @@ from .. import bench
 from .console import table
 
 
-def show(names: Sequence[str], folder: Path | None, out: Console) -> None:
+def show(names: Sequence[str], csv: Path | None, json: Path | None, out: Console) -> None:
     """Run benchmarks and print each when it is done; see `bench.run`."""
-    for name, measured in bench.run(names, folder):
+    for name, measured in bench.run(names, csv, json):
         found = table(measured.title, *measured.columns, right=measured.columns[1:])
         for row in measured.rows:
             found.add_row(*row)

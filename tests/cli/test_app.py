@@ -304,9 +304,11 @@ def test_bench_writes_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     table = Measured("Products", ("M", "ratio"), [("1", "0.97")], "a mean")
     monkeypatch.setattr(cpu, "BENCHES", {"product": lambda: table})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = CliRunner().invoke(app, ["bench", "--csv", str(tmp_path / "new")])
+    done = CliRunner().invoke(app, ["bench", "--csv", str(tmp_path / "new"), "--json", str(tmp_path / "new")])
     assert done.exit_code == 0 and "product: a mean" in done.output
     assert (tmp_path / "new" / "product.csv").read_text().split() == ["M,ratio", "1,0.97"]
+    read = json.loads((tmp_path / "new" / "product.json").read_text())
+    assert (read["rows"], read["line"], read["torch"]) == ([["1", "0.97"]], "a mean", torch.__version__)
     for arguments, said in (
         (["prodct"], "unknown benchmark prodct (did you mean 'product'?): known here are product"),
         (["--csv", "/dev/null/a"], "cannot be written"),

@@ -1,0 +1,68 @@
+"""How fast a vLLM engine serves, and whether its bits follow the batch.
+
+    python -m bi_compile.measure.serving '{"model": "DIR", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
+
+Prints one line `RESULT {json}`: "differ", of 16 requests how many have other logprobs among 112 than alone; "seconds", for each of the "cases"
+the time of each round; "start", the seconds until the engine stands; "peak", the most GiB of a GPU that PyTorch held at once, keys and values
+included. A case is a number of requests, the tokens of each prompt, and the tokens that each asks for. With "turns" each time waits for its
+turn (see `process.take_turns`). "environment" is set before vLLM is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from .process import wait_for_turn
+from .requests import bits, engine, greedy, prompts
+
+CASES: dict[str, tuple[int, int, int]] = {
+    **{f"{n} at once": (n, 256, 128) for n in (1, 16, 64, 256)},
+    **{f"{n} prompts of 256": (n, 256, 1) for n in (16, 64)},
+    "one prompt of 2048": (1, 2048, 1),
+}
+#: keys of a plan that are not vLLM's
+PLAN: dict[str, Any] = {"cases": CASES, "rounds": 20, "turns": False, "environment": {}}
+
+
+def run(plan: dict[str, Any]) -> dict[str, Any]:
+    """Run a plan: keys of `PLAN`, the rest goes to `vllm.LLM`."""
+    own = {**PLAN, **{k: v for k, v in plan.items() if k in PLAN}}
+    os.environ.update(own["environment"])
+    import torch
+    from vllm import SamplingParams
+
+    began = time.perf_counter()
+    usual = {"max_model_len": 4096, "max_num_seqs": 256, "max_num_batched_tokens": 8192}
+    llm = engine({**usual, **{k: v for k, v in plan.items() if k not in PLAN}})
+    result: dict[str, Any] = {"start": time.perf_counter() - began}
+
+    asked, few = prompts({"requests": 112, "prompt": [10, 400], "seed": 0}), greedy(32)
+    alone = [llm.generate([p], few, use_tqdm=False)[0].outputs[0] for p in asked[:16]]
+    together = [output.outputs[0] for output in llm.generate(asked, few, use_tqdm=False)]
+    result["differ"] = sum(bits(a) != bits(b) for a, b in zip(alone, together, strict=False))
+
+    def answer(requests: int, prompt: int, tokens: int) -> None:
+        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        given = prompts({"requests": requests, "prompt": [prompt, prompt], "seed": 1})
+        if own["turns"]:
+            wait_for_turn()
+        start = time.perf_counter()
+        llm.generate(given, sampling, use_tqdm=False)
+        seconds.append(time.perf_counter() - start)
+
+    result["seconds"] = {}
+    for _ in range(own["rounds"] + 1):
+        for name, case in own["cases"].items():
+            seconds = result["seconds"].setdefault(name, [])
+            answer(*case)
+    result["seconds"] = {name: found[1:] for name, found in result["seconds"].items()}  # the first round warms up
+    result["peak"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    return result
+
+
+if __name__ == "__main__":
+    print("RESULT", json.dumps(run(json.loads(sys.argv[1]))), flush=True)
