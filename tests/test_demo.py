@@ -22,12 +22,12 @@ def test_a_real_model_gives_real_words_the_same_in_company(tmp_path: Path) -> No
         "dtype": "bfloat16",
         "max_model_len": 128,
         "questions": asked,
-        "batches": [5],
-        "tokens": 8,
+        "batches": [2, 5],
+        "tokens": 10,
         "compilation_config": {"custom_passes": ["bi_ascend"]},
     }
     result, _ = run_module("bi_compile.measure.requests", plan)
-    assert [(batch["logprobs"], batch["tokens"]) for batch in result["batches"].values()] == [(0, 0)]
+    assert [(batch["logprobs"], batch["tokens"]) for batch in result["batches"].values()] == [(0, 0)] * 2
     alone, together = result["texts"]
     assert alone == together
     assert alone[QUESTIONS.index("What is photosynthesis?") - 1].startswith("Photosynthesis is")

@@ -76,8 +76,18 @@ def test_quantised_experts_are_not_known() -> None:
     assert judge(Call(torch.ops._C.fused_experts_cpu.default, (), {}, complete=False), known)[0] is Verdict.UNPROVEN
 
 
+def test_a_mixture_on_two_ranks(tmp_path: Path) -> None:
+    """GLM-4's, which is DeepSeek-V3's with ordinary attention: sigmoid, groups, a correcting bias, a shared expert."""
+    result, said = mixtures.run("glm4-moe", "bfloat16", "two ranks", tmp_path, requests=8, batches=[8], tokens=4)
+    assert mixtures.differing(result) == {"8": 0}, result
+    (line,) = (text for text in said.splitlines() if "TP0" in text and " bi_compile: " in text)
+    replaced = line.partition("replaced ")[2].partition("; left none")[0]
+    assert "_C.cpu_fused_moe.default" in replaced, line
+    # without AVX-512 vLLM's ranks add up through gloo
+    assert any(f"{name}.default" in replaced for name in ("_C.shm_allreduce", "_c10d_functional.all_reduce")), line
+
+
 def test_a_mixture_on_two_ranks_that_nothing_compiles(tmp_path: Path) -> None:
-    """Compiled, one is in test_ranks.py."""
     result, said = mixtures.run(
         "qwen3-moe", "bfloat16", "two ranks, eager", tmp_path, requests=8, batches=[8], tokens=4
     )
