@@ -7,8 +7,10 @@ import importlib.util
 import os
 import sys
 import types
+from typing import Any
 
 import torch
+from torch import fx
 
 #: what stands here is no place in a user's program
 _OURS_AND_TORCHS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
@@ -37,3 +39,9 @@ def triton_files() -> tuple[str, ...]:
     """The folder of Triton's package; nothing where it is not installed."""
     spec = importlib.util.find_spec("triton")
     return tuple(p + os.sep for p in (spec.submodule_search_locations or ())) if spec else ()
+
+
+def inherited(node: fx.Node) -> dict[str, Any]:
+    """What a node that stands in another's place has of its `meta`: whence it comes, and nothing of its value or its arguments."""
+    of_the_value = ("val", "tensor_meta", "example_value", "eager_input_vals")
+    return {k: v for k, v in node.meta.items() if k not in of_the_value}

@@ -38,18 +38,13 @@ def write_csv(measured: Measured, path: Path) -> None:
 
 
 def write_json(measured: Measured, path: Path) -> None:
-    """Title, columns, rows and the sentence, and on which device with which PyTorch they were measured."""
+    """Title, columns, rows and the sentence, and what they hold for."""
     import torch
 
-    cuda = torch.cuda.is_available()
-    device = (
-        torch.cuda.get_device_name()
-        if cuda
-        else f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
-    path.write_text(
-        json.dumps({**dataclasses.asdict(measured), "device": device, "torch": torch.__version__}, indent=1)
-    )
+    from ..audit.measured import machine
+
+    here = machine("cuda" if torch.cuda.is_available() else "cpu")
+    path.write_text(json.dumps({**dataclasses.asdict(measured), **here}, indent=1))
 
 
 def interleaved(functions: list[Callable[[], Any]], seconds: float = 0.4, turns: int = 5) -> list[float]:

@@ -18,7 +18,8 @@ from ..errors import MeasureError
 from .bisect import Bisection, Span, Step, compare
 from .bits import Difference
 from .record import Call, Recorder, interpreting
-from .verify_vllm import PLAN, Requests, batches, check, in_a_process, main, settled, start
+from .requests import settled
+from .verify_vllm import PLAN, Requests, batches, check, in_a_process, main, start
 
 #: nothing that was compiled earlier, and no step that is prepared beside another
 ENVIRONMENT = {"VLLM_DISABLE_COMPILE_CACHE": "1", "VLLM_USE_AOT_COMPILE": "0"}

@@ -39,6 +39,11 @@ PLAN: dict[str, Any] = {
 }
 
 
+def settled(plan: dict[str, Any], known: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of a plan that are ours, with `known` as their defaults, and those that are vLLM's."""
+    return {**known, **{k: v for k, v in plan.items() if k in known}}, {k: v for k, v in plan.items() if k not in known}
+
+
 def engine(settings: dict[str, Any]) -> Any:
     """A `vllm.LLM` for comparisons; `settings` are its arguments, and come before the ones that stand here."""
     from vllm import LLM
@@ -85,9 +90,8 @@ def equal_before(alone: Sequence[Any], together: Sequence[Any]) -> int | None:
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan: keys of `PLAN`, the rest goes to `vllm.LLM`."""
-    own = {**PLAN, **{k: v for k, v in plan.items() if k in PLAN}}
+    own, settings = settled(plan, PLAN)
     chat = bool(own["questions"])
-    settings = {k: v for k, v in plan.items() if k not in PLAN}
     llm = engine({"skip_tokenizer_init": False, **settings} if chat else settings)
     sampling = greedy(own["tokens"], text=chat)
     asked = [[{"role": "user", "content": q}] for q in own["questions"]] or prompts(own)

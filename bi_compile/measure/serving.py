@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from .process import wait_for_turn
-from .requests import bits, engine, greedy, prompts
+from .requests import bits, engine, greedy, prompts, settled
 
 CASES: dict[str, tuple[int, int, int]] = {
     **{f"{n} at once": (n, 256, 128) for n in (1, 16, 64, 256)},
@@ -30,14 +30,13 @@ PLAN: dict[str, Any] = {"cases": CASES, "rounds": 20, "turns": False, "environme
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan: keys of `PLAN`, the rest goes to `vllm.LLM`."""
-    own = {**PLAN, **{k: v for k, v in plan.items() if k in PLAN}}
+    own, settings = settled(plan, PLAN)
     os.environ.update(own["environment"])
     import torch
     from vllm import SamplingParams
 
     began = time.perf_counter()
-    usual = {"max_model_len": 4096, "max_num_seqs": 256, "max_num_batched_tokens": 8192}
-    llm = engine({**usual, **{k: v for k, v in plan.items() if k not in PLAN}})
+    llm = engine({"max_model_len": 4096, "max_num_seqs": 256, "max_num_batched_tokens": 8192, **settings})
     result: dict[str, Any] = {"start": time.perf_counter() - began}
 
     asked, few = prompts({"requests": 112, "prompt": [10, 400], "seed": 0}), greedy(32)
@@ -45,21 +44,22 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     together = [output.outputs[0] for output in llm.generate(asked, few, use_tqdm=False)]
     result["differ"] = sum(bits(a) != bits(b) for a, b in zip(alone, together, strict=False))
 
-    def answer(requests: int, prompt: int, tokens: int) -> None:
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        given = prompts({"requests": requests, "prompt": [prompt, prompt], "seed": 1})
-        if own["turns"]:
-            wait_for_turn()
-        start = time.perf_counter()
-        llm.generate(given, sampling, use_tqdm=False)
-        seconds.append(time.perf_counter() - start)
-
-    result["seconds"] = {}
+    given = {
+        name: (
+            prompts({"requests": requests, "prompt": [prompt, prompt], "seed": 1}),
+            SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False),
+        )
+        for name, (requests, prompt, tokens) in own["cases"].items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in given}
     for _ in range(own["rounds"] + 1):
-        for name, case in own["cases"].items():
-            seconds = result["seconds"].setdefault(name, [])
-            answer(*case)
-    result["seconds"] = {name: found[1:] for name, found in result["seconds"].items()}  # the first round warms up
+        for name, (asked, sampling) in given.items():
+            if own["turns"]:
+                wait_for_turn()
+            start = time.perf_counter()
+            llm.generate(asked, sampling, use_tqdm=False)
+            seconds[name].append(time.perf_counter() - start)
+    result["seconds"] = {name: found[1:] for name, found in seconds.items()}  # the first round warms up
     result["peak"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     return result
 

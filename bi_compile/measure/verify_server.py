@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..errors import MeasureError
-from .verify_vllm import PLAN, Requests, compare, settled
+from .requests import settled
+from .verify_vllm import PLAN, Requests, compare
 
 _TIMEOUT = 600.0
 """Seconds for one answer."""

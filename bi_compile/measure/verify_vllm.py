@@ -111,11 +111,6 @@ def in_a_process(module: str, plan: dict[str, Any], **environment: str) -> dict[
     return result
 
 
-def settled(plan: dict[str, Any], known: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The keys of a plan that are ours, with `known` as their defaults, and those that are vLLM's."""
-    return {**known, **{k: v for k, v in plan.items() if k in known}}, {k: v for k, v in plan.items() if k not in known}
-
-
 def start(settings: dict[str, Any]) -> Any:
     """The engine. Raises MeasureError: it reuses prefixes."""
     llm = requests.engine(settings)
@@ -219,7 +214,7 @@ def batches(own: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
     """Run a plan in this process. Raises MeasureError."""
-    own, settings = settled(plan, PLAN)
+    own, settings = requests.settled(plan, PLAN)
     if any(isinstance(p, str) for p in own["prompts"] or ()):
         settings = {"skip_tokenizer_init": False, **settings}
     return compare(Requests(start(settings), own), own, time.monotonic())

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import RewriteError
 from ..table import Entry, Replacement, Table
+from ..user_code import inherited
 from .fx_utils import fake_mode_of, source_line, value_of, values_of
 
 Decompositions = dict[OpOverload, Callable[..., Any]]
@@ -189,8 +190,7 @@ def _operator(node: fx.Node) -> str:
 
 
 def _inherited(node: fx.Node, entry: Entry) -> dict[str, Any]:
-    meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "example_value", "eager_input_vals")}
-    return {**meta, "bi_compile": {"replaced": _operator(node), "pass": entry.pass_name, "node": node.name}}
+    return {**inherited(node), "bi_compile": {"replaced": _operator(node), "pass": entry.pass_name, "node": node.name}}
 
 
 def _run_fake(node: fx.Node, mode: FakeTensorMode) -> Any:

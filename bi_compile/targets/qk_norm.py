@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..ops import OPERATORS
+from ..user_code import inherited
 
 _VIEWS = {
     torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.slice.Tensor,
@@ -92,20 +93,15 @@ def _join(graph: fx.Graph, base: fx.Node, q: Any, k: Any, order: dict[fx.Node, i
     with graph.inserting_before(first):
         both = graph.call_function(OPERATORS["qk_norm"], args)
         with base.meta["val"].fake_mode:
-            both.meta = _meta_of(first, OPERATORS["qk_norm"](*fx.map_arg(args, lambda n: n.meta["val"])))
+            both.meta = {**inherited(first), "val": OPERATORS["qk_norm"](*fx.map_arg(args, lambda n: n.meta["val"]))}
         parts = [graph.call_function(operator.getitem, (both, i)) for i in range(2)]
     for part, i, norm in zip(parts, range(2), (q, k), strict=True):
-        part.meta = _meta_of(norm, both.meta["val"][i])
+        part.meta = {**inherited(norm), "val": both.meta["val"][i]}
         for user in list(norm.users):
             user.replace_all_uses_with(part)
             graph.erase_node(user)
         graph.erase_node(norm)
     return True
-
-
-def _meta_of(norm: fx.Node, value: Any) -> dict[str, Any]:
-    """What is known of the norm, but for its arguments (eager_input_vals, by which Inductor lays out an operator's), with another value."""
-    return {**{k: v for k, v in norm.meta.items() if k != "eager_input_vals"}, "val": value}
 
 
 def _writes(node: fx.Node) -> bool:

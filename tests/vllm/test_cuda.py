@@ -113,9 +113,8 @@ def test_our_kernel_is_chosen_where_it_is_better(monkeypatch: pytest.MonkeyPatch
         assert chosen(**other, window=99) == ours, "FlashAttention 3 with a window would be refused"
     assert chosen(page=32) == ("TRITON_ATTN", 32)
     assert chosen(Backend.FLASH_ATTN) == chosen(Backend.FLASH_ATTN, window=99) == ("FLASH_ATTN", 16)
-    assert (
-        chosen(size=16) == chosen(window=99, size=16) == chosen(use_mla=True) == vllms
-    )  # vLLM's Triton backend has neither
+    # vLLM's Triton backend has neither
+    assert chosen(size=16) == chosen(window=99, size=16) == chosen(use_mla=True) == vllms
     capability(8)
     assert chosen(size=192) == ours
 
