@@ -210,9 +210,9 @@ def build() -> None:
     this command and for the host. The kernels for CUDA are built if PyTorch finds a CUDA device; Triton's need no compiler."""
     import torch
 
-    from ..kernels.cpu import EXTENSION
+    from ..kernels import calls, cpu
 
-    extensions = [EXTENSION]
+    extensions = [cpu.EXTENSION, calls.EXTENSION]
     if torch.cuda.is_available():
         from ..kernels.cuda.build import EXTENSION as CUDA_EXTENSION  # needs Triton
 

@@ -95,17 +95,18 @@ def kernels() -> Iterator[Line]:
         else:
             yield Line(OK, f"kernels: {device}", "built and loaded" if device == "cpu" else "loaded")
             if device == "cuda":
-                yield from native_kernels()
+                from ..kernels import cuda
+
+                yield from _for_speed(cuda.state())
+    from ..kernels import calls
+
+    yield from _for_speed([calls.state()])
 
 
-def native_kernels() -> Iterator[Line]:
-    """CUDA's native kernels, and the proofs that admit them."""
-    from ..kernels import cuda
-
-    for good, what, found in cuda.state():
-        yield Line(
-            OK if good else NOTE, what, found, "" if good else "only for speed: the bits are the same without them"
-        )
+def _for_speed(found: Iterable[tuple[bool, str, str]]) -> Iterator[Line]:
+    """What is compiled for speed alone: CUDA's native kernels, with the proofs that admit them, and calls of operators."""
+    for good, what, said in found:
+        yield Line(OK if good else NOTE, what, said, "" if good else "only for speed: the bits are the same without it")
 
 
 def plugins() -> Iterator[Line]:

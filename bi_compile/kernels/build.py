@@ -46,6 +46,10 @@ class Extension:
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
         return Path(root) / self.name()
 
+    def path(self) -> Path:
+        """The library, once it is built."""
+        return self.build_folder() / f"{self.name()}.so"
+
     def is_built(self) -> bool:
         """Whether a process finished building it, so that loading it needs no compiler."""
         return (self.build_folder() / "finished").exists()
@@ -66,7 +70,7 @@ class Extension:
                     self._compile(target)
                     finished.touch()
                     return
-        torch.ops.load_library(str(target / f"{self.name()}.so"))
+        torch.ops.load_library(str(self.path()))
 
     def _compile(self, target: Path) -> None:
         from torch.utils import (

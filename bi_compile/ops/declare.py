@@ -71,6 +71,7 @@ def _load(key: str, module: str) -> torch.library.Library:
     except BaseException:
         library._destroy()
         raise
+    importlib.import_module("bi_compile.kernels.calls").shorten(OPERATORS.values())
     return library
 
 
