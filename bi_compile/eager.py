@@ -8,6 +8,9 @@ A device's library may register an operator for itself that PyTorch composes of 
 some 40 more), and what its own kernel calls never comes past the dispatcher. Such an operator, unless it is in the table, is
 taken apart as PyTorch takes it apart, and the parts meet the table (`EagerFallback.apart`).
 
+A product is replaced by an operator with the same arguments, so the dispatcher is told to call that at once (`kernels.calls`): a kernel
+in Python costs the host 4 us a call.
+
 It holds for every thread of the process. Our kernels are put in at the first use and stay, because the dispatcher must not
 lose a kernel that another thread is in; each looks up what is installed at the moment, and calls PyTorch's own where nothing
 is. So a fallback may be installed and removed at any time, in any order, from any thread.
@@ -29,9 +32,10 @@ from torch._ops import OpOverload
 
 from .audit.spec import ALLOWED, Call, Knowledge, judge
 from .errors import AuditError, OptionError
-from .ops import KERNELS, load_kernels
+from .kernels import calls
+from .ops import KERNELS, OPERATORS, load_kernels
 from .options import Options
-from .passes import PASSES
+from .passes import PASSES, Matmul
 from .resolve import resolve
 from .table import Entry, Replacement, Table
 from .targets import for_device
@@ -124,6 +128,14 @@ _kernels: set[tuple[OpOverload, str]] = set()
 _libraries: dict[str, torch.library.Library] = {}
 
 
+#: operators that `Matmul` replaces by one of ours with the same arguments
+_SAME_ARGUMENTS: dict[OpOverload, OpOverload] = {
+    getattr(torch.ops.aten, name).default: OPERATORS[name] for name in ("mm", "addmm", "bmm", "baddbmm")
+}
+#: (operator, device) -> what switches its redirection to that (`calls.redirect`)
+_switches: dict[tuple[OpOverload, str], int] = {}
+
+
 class _Active(threading.local):
     def __init__(self) -> None:
         self.operators: set[int] = set()
@@ -192,9 +204,8 @@ class EagerFallback:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Put it back for the length of a with-block; costs no more than that the process knows it."""
-        global _installed
         with _lock:
-            _installed = (*_installed, self)
+            _exchange((*_installed, self))
         try:
             yield
         finally:
@@ -202,9 +213,8 @@ class EagerFallback:
 
     def remove(self) -> None:
         """Give the operators back. Removing twice does nothing; the order of removal does not matter."""
-        global _installed
         with _lock:
-            _installed = tuple(f for f in _installed if f is not self)
+            _exchange(tuple(f for f in _installed if f is not self))
 
     def refuse(self, op: OpOverload, args: Any, why: str) -> None:
         """Raise AuditError, or say it once, that `op` varies; not so for integers, nor in a backward pass."""
@@ -218,6 +228,15 @@ class EagerFallback:
             self._warned.add(op)
             log.warning("bi_compile: %s", message)
             warnings.warn(f"bi_compile: {message}", stacklevel=2)
+
+
+def _exchange(fallbacks: tuple[EagerFallback, ...]) -> None:
+    """These are installed now. Where the newest that replaces an operator does it by one with the same arguments, it is redirected."""
+    global _installed
+    _installed = fallbacks
+    for (op, device), which in _switches.items():
+        found = _replacement(fallbacks, op, device)
+        calls.switch(which, found is not None and any(found[0] is entry for entry in Matmul.entries))
 
 
 def exact(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -270,14 +289,18 @@ def _put_in(op: OpOverload, device: str, autograd: bool = False, sparse: str = "
         return
     original = torch.library.get_kernel(op, key)
     _register(op, key, (_sparse_kernel if sparse else _autograd_kernel if autograd else _kernel)(op, device, original))
+    which = None if autograd or sparse or op not in _SAME_ARGUMENTS else calls.redirect(op, key, _SAME_ARGUMENTS[op])
+    if which is not None:
+        _switches[op, device] = which
 
 
 def _put_in_linear() -> None:
     """The same for linear, under the key of operators that PyTorch composes of others: on every device without one of its own."""
     key = "CompositeImplicitAutograd"
     if (_LINEAR, key) not in _kernels:
-        # get_kernel takes a device's key, and finds the composed kernel by it
-        _register(_LINEAR, key, _linear_kernel(torch.library.get_kernel(_LINEAR, "CPU")))
+        with calls.linear():
+            # get_kernel takes a device's key, and finds the composed kernel by it
+            _register(_LINEAR, key, _linear_kernel(torch.library.get_kernel(_LINEAR, "CPU")))
 
 
 def _register(op: OpOverload, key: str, kernel: Callable[..., Any]) -> None:
@@ -444,10 +467,9 @@ def install(options: Options | None = None, device: str = "cpu") -> EagerFallbac
     Raises:
         OptionError, TableError, RuntimeError: as `resolve`, `Table` and `load_kernels` do; then nothing is installed.
     """
-    global _installed
     fallback = prepare(options or Options(), device)
     with _lock:
-        _installed = (*_installed, fallback)
+        _exchange((*_installed, fallback))
     return fallback
 
 
@@ -473,13 +495,18 @@ def prepare(options: Options, device: str) -> EagerFallback:
 def held(*fallbacks: EagerFallback) -> Iterator[None]:
     """Install prepared fallbacks for this thread alone, and those that it may `hold` within the block."""
     before = _active.fallbacks
-    _active.fallbacks = (*before, *fallbacks)
+    _hold((*before, *fallbacks))
     try:
         yield
     finally:
-        _active.fallbacks = before
+        _hold(before)
 
 
 def hold(fallback: EagerFallback) -> None:
     """One more for the `held` that this thread is in."""
-    _active.fallbacks = (*_active.fallbacks, fallback)
+    _hold((*_active.fallbacks, fallback))
+
+
+def _hold(fallbacks: tuple[EagerFallback, ...]) -> None:
+    _active.fallbacks = fallbacks
+    calls.own(bool(fallbacks))

@@ -176,6 +176,50 @@ def test_a_replacement_may_call_what_it_replaces(monkeypatch: pytest.MonkeyPatch
         )
 
 
+def test_products_need_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of floating numbers is handed on by the dispatcher, where the newest fallback replaces it as the table does; for this
+    thread alone, and for what is not floating, the kernel in Python decides."""
+    asked: list[str] = []
+    plain = eager._replacement
+
+    def watched(fallbacks: Any, op: Any, device: str) -> Any:
+        asked.append(str(op))
+        return plain(fallbacks, op, device)
+
+    def products() -> list[Tensor]:
+        asked.clear()
+        batch, bias = NATIVE.view(17, 1, 600), rand(40, seed=2)
+        out = [
+            NATIVE @ OTHER,
+            torch.addmm(bias, NATIVE, OTHER, beta=0.5, alpha=2),
+            torch.bmm(batch, OTHER.expand(17, -1, -1)),
+        ]
+        return [*out, torch.baddbmm(bias, batch, OTHER.expand(17, -1, -1), alpha=3), F.linear(NATIVE, OTHER.t(), bias)]
+
+    monkeypatch.setattr(eager, "_replacement", watched)
+    with invariant():
+        found = products()
+        assert not asked and replaced()
+        integers = torch.ones(2, 2, dtype=torch.int64)
+        assert (integers @ integers).tolist() == [[2, 2], [2, 2]] and asked == ["aten.mm.default"]
+        with invariant(Options(passes=("softmax",))):  # replaces no product
+            assert same_bits(products(), found) and not asked
+        with monkeypatch.context() as other:
+            other.setattr(eager, "resolve", lambda options: dataclasses.replace(resolve(options), passes=(Counted,)))
+            with invariant():
+                assert not same_bits(products(), found) and "aten.mm.default" in asked
+        assert same_bits(products(), found) and not asked
+    assert not same_bits(products(), found) and not replaced()
+    with eager.held(eager.prepare(Options(), "cpu")):
+        assert same_bits(products(), found) and "aten.mm.default" in asked
+        seen: list[bool] = []
+        thread = threading.Thread(target=lambda: seen.append(replaced()))
+        thread.start()
+        thread.join()
+        assert seen == [False]
+    assert not replaced()
+
+
 def test_an_error_within_a_replacement_leaves_the_operator_replaced() -> None:
     with invariant():
         for _ in range(2):

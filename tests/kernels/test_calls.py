@@ -179,8 +179,17 @@ def test_without_a_compiler_it_says_so_and_goes_on(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(calls, "_why_not", "")
+    monkeypatch.setattr(calls, "_library", calls._library.__wrapped__)
     calls.shorten([OPS.mm.default])
     assert "'no-such-compiler' is not on the PATH" in caplog.text
     good, what, found = calls.state()
     assert not good and what == "calls of operators" and "no-such-compiler" in found
+    assert calls.redirect(torch.ops.aten.mm.default, "CPU", OPS.mm.default) is None
+    with calls.linear():
+        calls.own(False)
     assert torch.equal(OPS.mm.default(X, W), general(OPS.mm.default)(X, W))
+
+
+def test_operators_with_other_arguments_are_no_redirection() -> None:
+    with pytest.raises(RuntimeError, match="aten::mm and bi_compile::addmm differ in their arguments"):
+        calls.redirect(torch.ops.aten.mm.default, "CPU", OPS.addmm.default)

@@ -1,16 +1,20 @@
-"""A call of our operators from Python without PyTorch's general way to one (`call.cpp`): some 1.5 us less of the host's time.
+"""Shorter ways to operators, for the host's time alone; without them every call arrives as well, the way that PyTorch has.
 
-An OpOverload hands its arguments to a function of PyTorch's that serves every operator, by pybind11 and TorchScript's interpreter. `shorten`
-puts one before it that knows the operator's schema and calls the dispatcher at once; compiled code, the eager fallback and
-`bi_compile.ops` all come by it.
+- `shorten` (`call.cpp`): an OpOverload hands its arguments to a function of PyTorch's that serves every operator, by pybind11 and
+  TorchScript's interpreter. One is put before it that knows the operator's schema and calls the dispatcher at once. Compiled code, the
+  eager fallback and `bi_compile.ops` all come by it.
+- `redirect` and `linear` (`redirect.cpp`): where the eager fallback replaces an operator by one of ours with the same arguments, the
+  dispatcher calls that, and not a kernel in Python that does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import logging
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch._ops import OpOverload
@@ -30,33 +34,84 @@ def _headers() -> list[Path]:
 EXTENSION = Extension(
     "bi_compile_calls",
     Path(__file__).parent,
-    ("call.cpp",),
+    ("call.cpp", "redirect.cpp"),
     ("-O2", "-std=c++20"),
     depends_on=lambda: sysconfig.get_config_var("SOABI") or "",
     include_folders=_headers,
 )
 _why_not = ""
-"""Why the general way stays, where it does."""
+"""Why there is none of it, where it cannot be compiled."""
 
 
-def shorten(operators: Iterable[OpOverload]) -> None:
-    """Call these operators the short way from now on, those of them whose arguments and results it takes."""
+@functools.cache
+def _library() -> ctypes.PyDLL | None:
     global _why_not
     try:
         EXTENSION.load()
     except (RuntimeError, OSError) as error:
         _why_not = " ".join(str(error).split())[-600:]
         log.warning(
-            "bi_compile: operators are called PyTorch's general way, with the same bits and some 1.5 us more of the host's time a call: %s",
+            "bi_compile: operators are called PyTorch's general way, with the same bits and 1 to 5 us more of the host's time a call: %s",
             _why_not,
-        )
-        return
+        )  # fmt: skip
+        return None
     library = ctypes.PyDLL(str(EXTENSION.path()))
-    library.bi_compile_call.restype = ctypes.py_object
-    library.bi_compile_call.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    text, pointer, anything = ctypes.c_char_p, ctypes.c_void_p, ctypes.py_object
+    for name, returns, arguments in (
+        ("call", anything, (anything, text)),
+        ("redirect", anything, (text, text, text)),
+        ("composed_linear", anything, ()),
+        ("linear", anything, (pointer,)),
+        ("switch", None, (pointer, ctypes.c_bool)),
+        ("own", None, (ctypes.c_bool,)),
+    ):
+        function = getattr(library, f"bi_compile_{name}")
+        function.restype, function.argtypes = returns, arguments
+    return library
+
+
+def shorten(operators: Iterable[OpOverload]) -> None:
+    """Call these operators the short way from now on, those of them whose arguments and results it takes."""
+    library = _library()
+    if library is None:
+        return
     for op in operators:
         if not is_short(op):
             op._op = library.bi_compile_call(op._op, op._schema.name.encode()) or op._op
+
+
+def redirect(op: OpOverload, key: str, to: OpOverload) -> int | None:
+    """Let the dispatcher call `to`, which has the same arguments, for `op` under a dispatch key whenever the switch that is returned is on
+    (`switch`) and an argument is floating; else the kernel that is there now. None where it cannot be compiled."""
+    library = _library()
+    return (
+        None
+        if library is None
+        else library.bi_compile_redirect(op._schema.name.encode(), key.encode(), to._schema.name.encode())
+    )
+
+
+def switch(which: int, on: bool) -> None:
+    library = _library()
+    assert library is not None
+    library.bi_compile_switch(which, on)
+
+
+def own(has: bool) -> None:
+    """Say of this thread whether it has fallbacks of its own: then no redirect holds for it."""
+    library = _library()
+    if library is not None:
+        library.bi_compile_own(has)
+
+
+@contextlib.contextmanager
+def linear() -> Iterator[None]:
+    """aten::linear is given a kernel in Python in the block, which it need not go to without a bias or for a matrix."""
+    library = _library()
+    composed = None if library is None else library.bi_compile_composed_linear()
+    yield
+    if library is not None:
+        library.bi_compile_linear(composed)
 
 
 def is_short(op: OpOverload) -> bool:

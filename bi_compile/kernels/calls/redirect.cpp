@@ -1,0 +1,96 @@
+// Kernels of PyTorch's dispatcher, for the eager fallback, that spare a call the way through its kernel in Python.
+#include <ATen/core/boxing/KernelFunction.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+#include <torch/csrc/Exceptions.h>
+
+#include <atomic>
+#include <memory>
+
+namespace {
+
+// Whether this thread has fallbacks of its own, which only Python knows.
+thread_local bool own = false;
+
+bool exact(const torch::jit::Stack& stack, size_t count) {
+  for (const auto& given : torch::jit::last(stack, count))
+    if (given.isTensor() && (given.toTensor().is_floating_point() || given.toTensor().is_complex())) return false;
+  return true;
+}
+
+// While it is on: an operator with the same arguments in place of this one, for floating numbers. Else the kernel in Python.
+struct Redirect final : c10::OperatorKernel {
+  c10::SafeKernelFunction python;
+  c10::OperatorHandle to;
+  size_t count;
+  std::atomic<bool> on = false;
+
+  Redirect(c10::SafeKernelFunction before, c10::OperatorHandle target)
+      : python(std::move(before)), to(std::move(target)), count(to.schema().arguments().size()) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    if (on && !own && !exact(*stack, count)) return to.callBoxed(stack);
+    python.callBoxed(op, keys, stack);
+  }
+};
+
+// linear without a bias, or of a matrix, as PyTorch composes it. Else the kernel in Python.
+struct Linear final : c10::OperatorKernel {
+  c10::SafeKernelFunction composed, python;
+
+  Linear(c10::SafeKernelFunction before, c10::SafeKernelFunction now) : composed(std::move(before)), python(std::move(now)) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    const auto given = torch::jit::last(*stack, 3);
+    const bool plain = given[2].isNone() || given[0].toTensor().dim() <= 2;
+    (plain ? composed : python).callBoxed(op, keys, stack);
+  }
+};
+
+// It stays for the life of the process, like the kernel in Python below it.
+template <class Kernel>
+Kernel* put_in(const c10::OperatorHandle& op, c10::DispatchKey key, std::unique_ptr<Kernel> kernel) {
+  Kernel* const found = kernel.get();
+  new c10::RegistrationHandleRAII(c10::Dispatcher::singleton().registerImpl(
+      op.operator_name(), key, c10::KernelFunction::makeFromBoxedFunctor(std::move(kernel)), std::nullopt, nullptr, "bi_compile"));
+  return found;
+}
+
+c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
+
+}  // namespace
+
+extern "C" {
+#define BI_COMPILE_EXPORT __attribute__((visibility("default")))
+
+// Calls of `name` under the dispatch key go to the operator `target` while the switch that is returned is on.
+BI_COMPILE_EXPORT PyObject* bi_compile_redirect(const char* name, const char* key, const char* target) {
+  HANDLE_TH_ERRORS
+  const auto op = find(name), to = find(target);
+  TORCH_CHECK(op.schema().arguments().size() == to.schema().arguments().size(), name, " and ", target, " differ in their arguments");
+  const auto dispatch_key = c10::parseDispatchKey(key);
+  auto* kernel = put_in(op, dispatch_key, std::make_unique<Redirect>(op.getComputedKernelForDispatchKey(dispatch_key), to));
+  return PyLong_FromVoidPtr(&kernel->on);
+  END_HANDLE_TH_ERRORS
+}
+
+// What linear is composed of, for `bi_compile_linear`; called before there is a kernel in Python.
+BI_COMPILE_EXPORT PyObject* bi_compile_composed_linear() {
+  HANDLE_TH_ERRORS
+  return PyLong_FromVoidPtr(new c10::SafeKernelFunction(find("aten::linear").getComputedKernelForDispatchKey(c10::DispatchKey::CPU)));
+  END_HANDLE_TH_ERRORS
+}
+
+BI_COMPILE_EXPORT PyObject* bi_compile_linear(void* composed) {
+  HANDLE_TH_ERRORS
+  const auto op = find("aten::linear");
+  put_in(op, c10::DispatchKey::CompositeImplicitAutograd,
+         std::make_unique<Linear>(*static_cast<c10::SafeKernelFunction*>(composed), op.getComputedKernelForDispatchKey(c10::DispatchKey::CPU)));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+BI_COMPILE_EXPORT void bi_compile_switch(void* switch_, bool on) { *static_cast<std::atomic<bool>*>(switch_) = on; }
+
+BI_COMPILE_EXPORT void bi_compile_own(bool has) { own = has; }
+}
