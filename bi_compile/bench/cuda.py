@@ -7,6 +7,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -313,25 +314,32 @@ CALLS = 200
 """Calls between two waits for the device: fewer than its queue holds, so that the host never waits for it."""
 
 
-def host_times(functions: Sequence[Callable[[], Any]], rounds: int = 15) -> list[list[float]]:
-    """Microseconds of the host for one call of each function, the mean of CALLS calls, round by round, ascending; they take turns.
+def host_times(
+    functions: Sequence[tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]], rounds: int = 15
+) -> list[list[float]]:
+    """Microseconds of the host for one call of each function within its context, the mean of CALLS calls, round by round, ascending; they
+    take turns.
 
     torch.utils.benchmark.Timer would wait for the device before it reads the clock. The first round warms up and is not counted."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 1):
-        for f, found in zip(functions, times, strict=True):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                f()
-            found.append((time.perf_counter() - start) / CALLS * 1e6)
+        for (f, context), found in zip(functions, times, strict=True):
+            with context():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(CALLS):
+                    f()
+                found.append((time.perf_counter() - start) / CALLS * 1e6)
     torch.cuda.synchronize()
     return [sorted(found[1:]) for found in times]
 
 
 def host() -> Measured:
-    """What a call costs the host: 4 rows of 1024 in bfloat16, eager; the bits against the Triton kernels'."""
+    """What a call costs the host: 4 rows of 1024 in bfloat16; ours by itself, as compiled code calls it, and PyTorch's where the eager fallback
+    replaces it. The bits against the Triton kernels'."""
+    from .. import eager
     from ..kernels.triton import IMPLEMENTATIONS
+    from ..options import Options
 
     torch.manual_seed(0)
     x, residual, rows = (torch.randn(n, 1024, device="cuda", dtype=torch.bfloat16) for n in (4, 4, 1024))
@@ -345,21 +353,25 @@ def host() -> Measured:
         "softmax": ((x, -1), lambda: torch.softmax(x, -1)),
         "sum": ((x, [-1]), lambda: torch.sum(x, -1)),
     }  # fmt: skip
-    table = Measured("Host time", ("operator", "torch us", "bi_compile us", "least", "most", "ratio", "bits"))
+    table = Measured(
+        "Host time", ("operator", "torch us", "bi_compile us", "least", "most", "ratio", "eager fallback us", "bits")
+    )
+    fallback = eager.prepare(Options(), "cuda")
     with torch.inference_mode():
-        calls: list[Callable[[], Any]] = []
+        calls: list[tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]] = []
         same = []
         for name, (args, plain) in cases.items():
             ours = getattr(ops, name)
             got, want = ours(*args), IMPLEMENTATIONS[name](*args)
             pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
             same.append(all(torch.equal(g, w) for g, w in pairs))
-            calls += [plain, lambda f=ours, a=args: f(*a)]  # type: ignore[misc]
+            calls += [(plain, nullcontext), (lambda f=ours, a=args: f(*a), nullcontext), (plain, fallback.installed)]  # type: ignore[misc]
         times = host_times(calls)
-    for name, equal, theirs, mine in zip(cases, same, times[::2], times[1::2], strict=True):
+    for name, equal, theirs, mine, replaced in zip(cases, same, times[::3], times[1::3], times[2::3], strict=True):
         median, other = statistics.median(mine), statistics.median(theirs)
         table.add_row(
-            name, f"{other:.1f}", f"{median:.1f}", f"{mine[0]:.1f}", f"{mine[-1]:.1f}", f"{other / median:.2f}", "equal" if equal else "DIFFER"
+            name, f"{other:.1f}", f"{median:.1f}", f"{mine[0]:.1f}", f"{mine[-1]:.1f}", f"{other / median:.2f}",
+            f"{statistics.median(replaced):.1f}", "equal" if equal else "DIFFER",
         )  # fmt: skip
     return table
 
