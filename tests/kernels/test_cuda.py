@@ -67,11 +67,12 @@ def stand_in_proof(
 
     monkeypatch.setattr(proof, "reference", one_part)
     monkeypatch.setattr(proof, "HIGHEST", 20)
+    monkeypatch.setattr(proof, "CACHE", 2**14)  # few weights to draw
     problem = proof.Problem(48, 64, dtype, torch.device("cpu"), form != 1, form)
     return proof.prove(problem, HEIGHTS, StandIn(offered))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("form", range(len(proof.FORMS)))
 def test_the_proof_admits_the_order_and_refuses_another(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, form: int
@@ -85,6 +86,15 @@ def test_where_nothing_passes_the_triton_kernel_stays(monkeypatch: pytest.Monkey
         assert choice.algorithm == "" and choice.what == "the Triton kernel" and len(choice.refused) == 3
     # 10: the library refuses to run it
     assert all(c.algorithm == "" for c in stand_in_proof(monkeypatch, [10], torch.bfloat16))
+
+
+def test_one_row_may_run_what_serves_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        StandIn, "algorithms", lambda self, a, b, bias: [torch.tensor([2 if len(a) == 1 else 1], dtype=torch.uint8)]
+    )
+    first, second, *_ = stand_in_proof(monkeypatch, [], torch.float32)
+    assert (first.what, first.refused) == ("K in 1 part(s)", ["K in 2 part(s)"])
+    assert (second.what, second.refused) == ("K in 1 part(s)", [])
 
 
 def test_ranges_hold_every_height_once_and_each_is_compared_at_its_ends() -> None:
@@ -178,7 +188,7 @@ def test_planted_algorithms_are_refused(library: type[proof.CuBlasLt]) -> None:
 
 
 @cuda
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(1024, 3072), (4096, 1024), (1000, 1352)], ids=str)
 def test_a_product_has_the_triton_kernels_bits(shape: tuple[int, int], dtype: torch.dtype) -> None:
     n, k = shape

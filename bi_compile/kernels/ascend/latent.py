@@ -64,13 +64,13 @@ def _latent_key(
 @triton.jit(do_not_specialize=["M"])
 def _product_transposed(
     a, b, out, M, N, K, stride_az, stride_am, stride_ak, stride_bz, stride_bk, stride_bn, stride_out,
-    CHAINED: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE_M: tl.constexpr,
 ):  # fmt: skip
     """out[m, batch] = a[batch, m] @ b[batch]: `matmul.product_tile`; the rows of out are stride_out apart."""
     batch, offs_m, offs_n, acc = product_tile(
         a, b, M, N, K, stride_az, stride_am, stride_ak, stride_bz, stride_bk, stride_bn,
-        CHAINED, A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE_M,
+        A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE_M,
     )  # fmt: skip
     out_ptrs = out + batch * N + offs_m[:, None] * stride_out + offs_n[None, :]
     tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
@@ -105,7 +105,7 @@ def bmm_transposed(a: Tensor, b: Tensor) -> Tensor:
     size, tile = a.element_size(), choose(PRODUCT[target(a)][a.element_size()], m)
     launch(
         _product_transposed, batches * cdiv(m, tile.height) * cdiv(n, tile.width), a, a, b, out, m, n, a.shape[2],
-        *a.stride(), *b.stride(), batches * n, CHAINED=size == 2 or target(a) == "npu",
+        *a.stride(), *b.stride(), batches * n,
         A_TRANSPOSED=loads_transposed(a), B_TRANSPOSED=loads_transposed(b), INDEX=index_type(a, b, out),
         BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size], GROUP_SIZE_M=GROUP_SIZE_M,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -66,27 +66,28 @@ size_t range_of(int64_t m) {
 }
 
 Key key_of(const at::Tensor& a, const Operands& o) {
-  const auto half = a.scalar_type() == at::kHalf;
-  return {o.n, o.k, (static_cast<int64_t>(a.get_device()) << 8) | (o.form << 2) | (half << 1) | o.by_column};
+  const auto type = static_cast<int64_t>(a.scalar_type());
+  return {o.n, o.k, (static_cast<int64_t>(a.get_device()) << 16) | (type << 8) | (o.form << 1) | o.by_column};
 }
 
-// The distance of `rows` contiguous runs of `length`, or 0 where they cannot be read in 16-byte words.
-int64_t apart(int64_t rows, int64_t length, int64_t stride, int64_t unit) {
-  const auto distance = rows > 1 ? stride : (length + 7) / 8 * 8;
-  return (unit == 1 || length == 1) && distance >= length && distance % 8 == 0 ? distance : 0;
+// The distance of `rows` contiguous runs of `length`, or 0 where they cannot be read in words of 16 bytes, `word` elements.
+int64_t apart(int64_t rows, int64_t length, int64_t stride, int64_t unit, int64_t word) {
+  const auto distance = rows > 1 ? stride : (length + word - 1) / word * word;
+  return (unit == 1 || length == 1) && distance >= length && distance % word == 0 ? distance : 0;
 }
 
 bool readable(const at::Tensor& a, const at::Tensor& b, const at::Tensor* bias, Operands& o) {
   if (a.dim() != 2 || b.dim() != 2) return false;
   const auto type = a.scalar_type();
-  if ((type != at::kBFloat16 && type != at::kHalf) || b.scalar_type() != type || b.device() != a.device()) return false;
+  if ((type != at::kBFloat16 && type != at::kHalf && type != at::kFloat) || b.scalar_type() != type || b.device() != a.device()) return false;
   o.m = a.size(0), o.k = a.size(1), o.n = b.size(1);
   if (b.size(0) != o.k || o.m == 0 || o.n < 2 || o.k < 2 || o.n > INT32_MAX || o.k > INT32_MAX) return false;
   if (o.n * o.k < kSmallest || o.m > INT32_MAX / o.n || !aligned(a) || !aligned(b)) return false;
-  o.lda = apart(o.m, o.k, a.stride(0), a.stride(1));
-  o.ldb = apart(o.n, o.k, b.stride(1), b.stride(0));
+  const auto word = 16 / static_cast<int64_t>(a.element_size());
+  o.lda = apart(o.m, o.k, a.stride(0), a.stride(1), word);
+  o.ldb = apart(o.n, o.k, b.stride(1), b.stride(0), word);
   o.by_column = o.ldb != 0;
-  if (!o.by_column) o.ldb = apart(o.k, o.n, b.stride(0), b.stride(1));
+  if (!o.by_column) o.ldb = apart(o.k, o.n, b.stride(0), b.stride(1), word);
   if (o.lda == 0 || o.ldb == 0) return false;
   o.form = kPlain;
   o.ldc = o.n;
@@ -99,7 +100,7 @@ bool readable(const at::Tensor& a, const at::Tensor& b, const at::Tensor* bias, 
     return true;
   }
   o.form = kAddend;
-  o.ldc = apart(o.m, o.n, bias->stride(0), 1);
+  o.ldc = apart(o.m, o.n, bias->stride(0), 1, word);
   return bias->size(0) == o.m && o.ldc != 0;
 }
 
@@ -113,7 +114,8 @@ struct Problem {
   cublasLtMatrixLayoutOpaque_t b, a, c, d;
 
   Problem(const Operands& o, at::ScalarType dtype, const void* bias) {
-    const auto type = dtype == at::kHalf ? CUDA_R_16F : CUDA_R_16BF;
+    const auto type = dtype == at::kFloat ? CUDA_R_32F : dtype == at::kHalf ? CUDA_R_16F : CUDA_R_16BF;
+    // of float32: float32 products, no TF32
     check(cublasLtMatmulDescInit(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescInit");
     if (o.by_column) set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
     if (o.form == kBias) {

@@ -40,14 +40,13 @@ def _load_operand(ptrs, offs_r, end_r, offs_c, end_c, TRANSPOSED: tl.constexpr):
 @triton.jit
 def _sum_over_k(
     a, b, offs_m, M, offs_n, N, K, stride_am, stride_ak, stride_bk, stride_bn,
-    CHAINED: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """a[offs_m] @ b[:, offs_n], K in blocks of BLOCK_K, ascending, in one float32 accumulator per element.
 
-    If CHAINED, a block's products are added to the accumulator one after the other (or as the matrix unit does it); if
-    not, to a sum of their own, which is then added to the accumulator: less error, as float32 needs it. Ragged blocks
-    are filled with zeros. A_TRANSPOSED, B_TRANSPOSED: the operand's tile is loaded with its dimensions swapped, in the order
+    A block's products are added to the accumulator one after the other, of 16 bits as the matrix unit does it. Ragged blocks are filled with
+    zeros. A_TRANSPOSED, B_TRANSPOSED: the operand's tile is loaded with its dimensions swapped, in the order
     in which memory has it, and transposed on the chip.
     """
     offs_k = tl.arange(0, BLOCK_K).to(INDEX)
@@ -57,12 +56,7 @@ def _sum_over_k(
     for k0 in range(0, K, BLOCK_K):
         a_block = _load_operand(a_ptrs, offs_m, M, offs_k, K - k0, A_TRANSPOSED)
         b_block = _load_operand(b_ptrs, offs_k, K - k0, offs_n, N, B_TRANSPOSED)
-        if CHAINED:
-            acc = tl.dot(a_block, b_block, acc, input_precision="ieee")
-        else:
-            part = tl.dot(a_block, b_block, input_precision="ieee")
-            # not acc + part, which the compiler turns into tl.dot(a_block, b_block, acc)
-            acc = tl.fma(part, tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32), acc)
+        acc = tl.dot(a_block, b_block, acc, input_precision="ieee")
         a_ptrs += BLOCK_K * stride_ak
         b_ptrs += BLOCK_K * stride_bk
     return acc
@@ -71,7 +65,7 @@ def _sum_over_k(
 @triton.jit
 def product_tile(
     a, b, M, N, K, stride_az, stride_am, stride_ak, stride_bz, stride_bk, stride_bn,
-    CHAINED: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE_M: tl.constexpr,
 ):  # fmt: skip
     """Batch, rows and columns of this program's tile of a @ b, and its sums: `_sum_over_k`."""
@@ -80,7 +74,7 @@ def product_tile(
     offs_n = (n0 + tl.arange(0, BLOCK_N)).to(INDEX)
     acc = _sum_over_k(
         a + batch * stride_az, b + batch * stride_bz, offs_m, M, offs_n, N, K, stride_am, stride_ak, stride_bk, stride_bn,
-        CHAINED, A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+        A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     return batch, offs_m, offs_n, acc
 
@@ -89,14 +83,14 @@ def product_tile(
 def _product(
     a, b, bias, out, M, N, K,
     stride_az, stride_am, stride_ak, stride_bz, stride_bk, stride_bn, stride_biasz, stride_biasm, stride_biasn, alpha, beta,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, CHAINED: tl.constexpr,
+    SCALED: tl.constexpr, BIASED: tl.constexpr,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE_M: tl.constexpr,
 ):  # fmt: skip
     """out = alpha * (a @ b) + beta * bias: `product_tile`, then `store_output`."""
     batch, offs_m, offs_n, acc = product_tile(
         a, b, M, N, K, stride_az, stride_am, stride_ak, stride_bz, stride_bk, stride_bn,
-        CHAINED, A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE_M,
+        A_TRANSPOSED, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_SIZE_M,
     )  # fmt: skip
     store_output(
         acc, bias, out, batch, offs_m, offs_n, M, N, stride_biasz, stride_biasm, stride_biasn, alpha, beta,
@@ -137,7 +131,7 @@ def _group_tile(offs, groups, M, N, COUNTS: tl.constexpr, BLOCK_M: tl.constexpr,
 def _grouped(
     a, b, bias, offs, out, groups, M, N, K,
     stride_am, stride_ak, stride_bz, stride_bk, stride_bn, stride_biasz, stride_biasn,
-    COUNTS: tl.constexpr, BIASED: tl.constexpr, CHAINED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
+    COUNTS: tl.constexpr, BIASED: tl.constexpr, B_TRANSPOSED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = a @ b[g] + bias[g] for the rows of each group g: `_sum_over_k`, then `store_output`; 0 behind the last group. A tile
@@ -148,7 +142,7 @@ def _grouped(
     offs_n = (n0 + tl.arange(0, BLOCK_N)).to(INDEX)
     acc = _sum_over_k(
         a, b + group * stride_bz, offs_m, end, offs_n, N, tl.where(real, K, 0), stride_am, stride_ak, stride_bk, stride_bn,
-        CHAINED, False, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
+        False, B_TRANSPOSED, INDEX, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if BIASED:
         addend = tl.load(
@@ -229,7 +223,7 @@ def product(
     launch(
         _product, programs, a, a, b, bias, out, m, n, a.shape[2],
         *a.stride(), *b.stride(), *((0, 0, 0) if bias is None else bias.stride()), float(alpha), float(beta),
-        SCALED=alpha != 1, BIASED=bias is not None, CHAINED=size == 2 or target(a) == "npu",
+        SCALED=alpha != 1, BIASED=bias is not None,
         A_TRANSPOSED=loads_transposed(a), B_TRANSPOSED=loads_transposed(b), INDEX=index_type(a, b, bias, out),
         BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size], GROUP_SIZE_M=GROUP_SIZE_M,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -299,7 +293,7 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, *
     launch(
         _grouped, programs, a, a, b, bias, offs.contiguous(), out, b.shape[0], m, n, a.shape[1],
         *a.stride(), *b.stride(), *((0, 0) if bias is None else bias.stride()), COUNTS=counts,
-        BIASED=bias is not None, CHAINED=size == 2 or target(a) == "npu", B_TRANSPOSED=loads_transposed(b),
+        BIASED=bias is not None, B_TRANSPOSED=loads_transposed(b),
         INDEX=index_type(a, b, bias, out), BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_K=PRODUCT_K[target(a)][size],
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
