@@ -62,9 +62,12 @@ def table(found: dict[str, dict[str, Any]]) -> Measured:
             case, "tok/s" if tokens > 1 else "ms", *(f"{requests * tokens / t if tokens > 1 else t * 1e3:.1f}" for t in times),
             f"{ratio:.3f}", f"{low:.2f} to {high:.2f}", f"{min(theirs[case]) / min(ours[case]):.2f}", f"{times[1] / times[2]:.2f}",
         )  # fmt: skip
+    costs = (
+        f"{name} {one['differ']}, {one['start']:.0f}, " + (f"{one['peak']:.1f}" if one["peak"] else "-")
+        for name, one in found.items()
+    )
     measured.line = (
         f"by the number of requests geometric mean {geometric_mean(served):.3f}, least {min(served):.2f}; {known} of {len(ours)} ratios are "
-        "known to 3 %; of 16 requests differ among 112, start s, GiB at most: "
-        + "; ".join(f"{name} {one['differ']}, {one['start']:.0f}, {one['peak']:.1f}" for name, one in found.items())
+        f"known to 3 %; of 16 requests differ among 112, start s, GiB at most: {'; '.join(costs)}"
     )
     return measured

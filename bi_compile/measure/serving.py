@@ -3,8 +3,8 @@
     python -m bi_compile.measure.serving '{"model": "DIR", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
 
 Prints one line `RESULT {json}`: "differ", of 16 requests how many have other logprobs among 112 than alone; "seconds", for each of the "cases"
-the time of each round; "start", the seconds until the engine stands; "peak", the most GiB of a GPU that PyTorch held at once, keys and values
-included. A case is a number of requests, the tokens of each prompt, and the tokens that each asks for. With "turns" each time waits for its
+the time of each round; "start", the seconds until the engine stands; "peak", the most GiB of a GPU that PyTorch in this process held at once, keys and
+values included (null: it held none). A case is a number of requests, the tokens of each prompt, and the tokens that each asks for. With "turns" each time waits for its
 turn (see `process.take_turns`). "environment" is set before vLLM is imported.
 """
 
@@ -60,7 +60,8 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
             llm.generate(asked, sampling, use_tqdm=False)
             seconds[name].append(time.perf_counter() - start)
     result["seconds"] = {name: found[1:] for name, found in seconds.items()}  # the first round warms up
-    result["peak"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    # with several ranks the workers are other processes
+    result["peak"] = torch.cuda.max_memory_allocated() / 2**30 or None
     return result
 
 
