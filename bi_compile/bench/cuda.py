@@ -131,6 +131,7 @@ def rows() -> Measured:
             "add_rms_norm": (lambda x, y: ops.add_rms_norm(x, y, w, 1e-6), lambda x, y: _add_rms_norm(x, y, w), 4),
             "softmax": (lambda x, y: ops.softmax(x, -1), lambda x, y: torch.softmax(x, -1), 2),
             "sum": (lambda x, y: ops.sum(x, [-1], False), lambda x, y: x.sum(-1), 1),
+            "cumsum": (lambda x, y: ops.cumsum(x, -1), lambda x, y: x.cumsum(-1), 2),
         }
         outs = [torch.empty_like(x) for x in xs]
         for name, (ours, plain, moved) in cases.items():

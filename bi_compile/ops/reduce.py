@@ -78,5 +78,6 @@ def log_softmax(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Ten
 
 @operator("cumsum(Tensor x, int dim, *, ScalarType? dtype=None) -> Tensor", batch=Along("dim"))
 def cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Running sum along `dim`, element after element in ascending order, accumulated in float32 or wider, each result rounded once."""
+    """Running sum along `dim`, accumulated in float32 or wider, each result rounded once. The order of the sums depends on the length of `dim`,
+    the dtype and the device; on a CPU and on Ascend they are taken element after element."""
     return x.new_empty(x.shape, dtype=_float("cumsum", x, dtype))

@@ -127,9 +127,7 @@ def row_kernels() -> Iterator[Configuration]:
         )
     for dtype in DTYPES:
         x = empty(64, 100, dtype=dtype)
-        yield Configuration(
-            "cumsum", dtype, f"{tiles.SCAN_ROWS['npu']} rows", "", lambda x=x: IMPLEMENTATIONS["cumsum"](x, 1)
-        )
+        yield Configuration("cumsum", dtype, f"{tiles.SCAN_ROWS} rows", "", lambda x=x: IMPLEMENTATIONS["cumsum"](x, 1))
 
 
 def attention() -> Iterator[Configuration]:

@@ -240,7 +240,7 @@ def _store_softmax(
 
 @triton.jit(do_not_specialize=["R"])
 def _cumsum(x, out, stride_r, stride_c, R, C, BLOCK_R: tl.constexpr, ACC: tl.constexpr):
-    """Running sum of each row, one element after the other in ascending order; one thread for each row."""
+    """On Ascend: running sum of each row, one element after the other in ascending order; one lane for each row."""
     rows = program_rows(BLOCK_R)
     x_ptrs = x + rows * stride_r
     out_ptrs = out + rows * C
@@ -250,6 +250,20 @@ def _cumsum(x, out, stride_r, stride_c, R, C, BLOCK_R: tl.constexpr, ACC: tl.con
         tl.store(out_ptrs, total.to(out.dtype.element_ty), mask=rows < R)
         x_ptrs += stride_c
         out_ptrs += 1
+
+
+@triton.jit(do_not_specialize=["R"])
+def _cumsum_in_blocks(
+    x, out, stride, R, C, WHOLE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
+):
+    """Running sum of each row: `tl.cumsum` of each block of BLOCK_C columns, to which the result before the block is added."""
+    rows = program_rows(BLOCK_R)
+    last = tl.arange(0, BLOCK_C) == BLOCK_C - 1
+    before = tl.zeros((BLOCK_R,), ACC)
+    for start in range(0, BLOCK_C if WHOLE else C, BLOCK_C):
+        value = tl.cumsum(load_rows(x, stride, rows, start, R, C, 0.0, BLOCK_C, ACC), 1) + before[:, None]
+        store_rows(out, value, rows, start, R, C, BLOCK_C)
+        before = tl.sum(tl.where(last[None, :], value, 0.0), 1)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -335,7 +349,10 @@ def _fill_softmax(log: bool) -> Callable[[Tensor, Tensor], None]:
 
 def _fill_cumsum(x: Tensor, out: Tensor) -> None:
     x = _cast(x, out.dtype)
-    height = SCAN_ROWS[target(x)]
+    if target(x) != "npu":
+        _launch_rows(_cumsum_in_blocks, as_rows(x, x.shape[1]), [out], out.dtype)
+        return
+    height = SCAN_ROWS
     launch(
         _cumsum, cdiv(x.shape[0], height), x, x, out, *x.stride(), *x.shape,
         BLOCK_R=height, ACC=accumulator(out.dtype), num_warps=1,
@@ -353,7 +370,7 @@ def log_softmax(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Ten
 
 
 def cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """See `bi_compile.ops.cumsum`; the order of the sum: `_cumsum`."""
+    """See `bi_compile.ops.cumsum`; the order of the sum: `_cumsum_in_blocks`, on Ascend `_cumsum`."""
     return _along(x, dim, ops.cumsum.meta(x, dim, dtype=dtype), _fill_cumsum)
 
 
