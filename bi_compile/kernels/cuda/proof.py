@@ -45,6 +45,8 @@ ELEMENTS = 2**28
 """Elements of the largest result that a proof computes: ranges whose heights would need more stay with the Triton kernel."""
 OFFERED, COMPARED = 8, 3
 """Algorithms that the heuristic is asked for, and of the fastest how many are compared."""
+TURNS = 7
+"""Times that each is taken; their median counts."""
 FEW = 64
 """Up to this height the Triton kernel is timed too: inside a CUDA graph, where the host does not count, it may be faster."""
 MOST = 256
@@ -96,7 +98,7 @@ class Library(Protocol):
     def algorithms(self, a: Tensor, b: Tensor, bias: Tensor | None) -> list[Tensor]: ...
     def describe(self, algorithm: Tensor) -> str: ...
     def run(self, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, algorithm: Tensor) -> bool: ...
-    def microseconds(self, calls: Sequence[Callable[[], object]]) -> float: ...
+    def microseconds(self, candidates: Sequence[Sequence[Callable[[], object]]]) -> list[float]: ...
 
 
 class CuBlasLt:
@@ -112,25 +114,33 @@ class CuBlasLt:
     def run(self, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, algorithm: Tensor) -> bool:
         return bool(torch.ops.bi_compile_cuda.run_algorithm(out, a, b, bias, algorithm, None))
 
-    def microseconds(self, calls: Sequence[Callable[[], object]]) -> float:
-        """The median time of one call, from replays of a CUDA graph that holds them all."""
+    def microseconds(self, candidates: Sequence[Sequence[Callable[[], object]]]) -> list[float]:
+        """The median time of one call of each candidate, from CUDA graphs that hold its calls and take turns: the clock of a device under
+        load falls, so what is timed first would look faster than it is."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        graphs = []
         with torch.cuda.stream(stream):
-            calls[0]()
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")
-            for call in calls:
-                call()
-            graph.capture_end()
-            graph.replay()
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
-            events[0].record()
-            for event in events[1:]:
+            for calls in candidates:
+                calls[0]()
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(capture_error_mode="thread_local")
+                for call in calls:
+                    call()
+                graph.capture_end()
                 graph.replay()
-                event.record()
+                graphs.append(graph)
+            turns = [[torch.cuda.Event(enable_timing=True) for _ in range(len(graphs) + 1)] for _ in range(TURNS)]
+            for events in turns:
+                events[0].record()
+                for graph, event in zip(graphs, events[1:], strict=True):
+                    graph.replay()
+                    event.record()
         stream.synchronize()
-        return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) * 1e3 / len(calls)
+        return [
+            statistics.median(events[i].elapsed_time(events[i + 1]) for events in turns) * 1e3 / len(calls)
+            for i, calls in enumerate(candidates)
+        ]
 
 
 def reference(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
@@ -238,22 +248,26 @@ def _timed(problem: Problem, choices: list[Choice], library: Library) -> list[li
         m = tried[-1]
         weights = (bs * 8)[: max(8, copies)] if m <= 1024 else bs[:2]
         # for one row alone the heuristic may offer nothing but sums that threads share out; what serves two rows serves one
-        fastest: dict[bytes, tuple[float, Tensor]] = {}
+        offered: dict[bytes, Tensor] = {}
         for height in (m, 2) if m == 1 else (m,):
-            timed = []
             for algorithm in library.algorithms(a[:height], bs[0], _rows(bias, height)):
                 if library.run(out[:m], a[:m], bs[0], _rows(bias, m), algorithm):
-                    calls = [
-                        functools.partial(library.run, out[:m], a[:m], b, _rows(bias, m), algorithm) for b in weights
-                    ]
-                    timed.append((library.microseconds(calls), algorithm))
-            for us, algorithm in sorted(timed, key=lambda pair: pair[0])[:COMPARED]:
-                fastest.setdefault(algorithm.numpy().tobytes(), (us, algorithm))
-        if m <= FEW and fastest:
-            choice.triton_us = library.microseconds(
-                [functools.partial(reference, out[:m], a[:m], b, _rows(bias, m)) for b in weights]
-            )
-        found.append(sorted(fastest.values(), key=lambda pair: pair[0]))
+                    offered.setdefault(algorithm.numpy().tobytes(), algorithm)
+        if not offered:
+            found.append([])
+            continue
+
+        def calls(
+            run: Callable[..., object], *more: Any, m: int = m, weights: list[Tensor] = weights
+        ) -> list[Callable[[], object]]:
+            return [functools.partial(run, out[:m], a[:m], b, _rows(bias, m), *more) for b in weights]
+
+        candidates = [calls(library.run, algorithm) for algorithm in offered.values()]
+        times = library.microseconds(candidates + ([calls(reference)] if m <= FEW else []))
+        if m <= FEW:
+            choice.triton_us = times.pop()
+        timed = sorted(zip(times, offered.values(), strict=True), key=lambda pair: pair[0])
+        found.append(timed if m == 1 else timed[:COMPARED])
     return found
 
 
