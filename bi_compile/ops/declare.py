@@ -2,7 +2,7 @@
 
 The function under `@operator(schema, batch=…)` is the operator's fake implementation: it gets fake tensors, checks them and
 returns empty tensors of the right size, dtype and strides. Its docstring is the operator's documentation. `batch` says how
-the batch flows through it (see `batch`). What the decorator returns calls the operator through the dispatcher.
+the batch flows through it (see `batch`). What the decorator returns is the operator, an OpOverload.
 
 The implementations live in `bi_compile.kernels`, one for each device, and are loaded at the first call on that device:
 importing this package compiles nothing.
@@ -10,7 +10,6 @@ importing this package compiles nothing.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import threading
 from collections.abc import Callable
@@ -99,7 +98,7 @@ def composite(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class Operator(Protocol):
-    """What `@operator` makes of a function: a call of the operator."""
+    """What `@operator` makes of a function: the operator."""
 
     meta: Callable[..., Any]
     """The fake implementation by itself: checks the arguments (of any device) and returns empty results like them."""
@@ -120,12 +119,7 @@ def operator(schema: str, *, batch: Batch) -> Callable[[Callable[..., Any]], Ope
         _register_first_call(name)
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         OPERATORS[name], BATCH[name] = op, batch
-
-        @functools.wraps(fake)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return op(*args, **kwargs)
-
-        call.meta = fake  # type: ignore[attr-defined]
-        return call  # type: ignore[return-value]
+        op.meta, op.__doc__ = fake, fake.__doc__
+        return op
 
     return declare

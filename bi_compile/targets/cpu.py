@@ -16,6 +16,9 @@ TARGET = Target(
         "vllm.unified_kv_cache_update.default": "copies keys and values into their slots",
         "_C.onednn_scaled_mm.default": "sums of int8 are exact in int32, and the scales, zero points and bias come after the sum, each element by "
         "itself (vLLM csrc/cpu/dnnl_kernels.cpp); measured (vLLM 0.32): rows equal alone and among others",
+        "_C.int8_scaled_mm_with_quant.default": "the same with AMX: each token is quantised by a scale of its own, sums of int8 are exact in int32, and "
+        "the scales and the bias come after the sum, each element by itself (vLLM csrc/cpu/sgl-kernels/gemm_int8.cpp); measured (vLLM 0.32): "
+        "rows of 7 weights, alone and among up to 300, equal",
         **dict.fromkeys(
             ("_C.dynamic_scaled_int8_quant.default", "_C.static_scaled_int8_quant.default"),
             "each token has a scale of its own, or all the same one (vLLM csrc/cpu/dnnl_kernels.cpp); measured (vLLM 0.32): rows equal alone and "

@@ -179,7 +179,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(calls, "_why_not", "")
-    monkeypatch.setattr(calls, "_library", calls._library.__wrapped__)
+    monkeypatch.setattr(calls, "_library", calls._load)
     calls.shorten([OPS.mm.default])
     assert "'no-such-compiler' is not on the PATH" in caplog.text
     good, what, found = calls.state()

@@ -43,8 +43,7 @@ _why_not = ""
 """Why there is none of it, where it cannot be compiled."""
 
 
-@functools.cache
-def _library() -> ctypes.PyDLL | None:
+def _load() -> ctypes.PyDLL | None:
     global _why_not
     try:
         EXTENSION.load()
@@ -68,6 +67,9 @@ def _library() -> ctypes.PyDLL | None:
         function = getattr(library, f"bi_compile_{name}")
         function.restype, function.argtypes = returns, arguments
     return library
+
+
+_library = functools.cache(_load)
 
 
 def shorten(operators: Iterable[OpOverload]) -> None:
