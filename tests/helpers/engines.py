@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,20 @@ def python(arguments: list[str], **environment: str) -> subprocess.CompletedProc
     return process.python(arguments, 540, VLLM_LOGGING_LEVEL="INFO", **environment)
 
 
+@functools.cache
+def _known_of_the_processor() -> Path:
+    """A cache of Inductor's with the small programs alone by which it finds out what the processor can: it compiles them for 5 to 15 s."""
+    folder = tempfile.mkdtemp(prefix="bi_compile_processor_")
+    program = "from torch._inductor import cpu_vec_isa; cpu_vec_isa.valid_vec_isa_list()"
+    process.python(["-c", program], TORCHINDUCTOR_CACHE_DIR=folder).check_returncode()
+    return Path(folder)
+
+
 def cold_caches(folder: Path) -> dict[str, str]:
-    """The environment of an engine that finds nothing compiled. What vLLM knows of the classes of models, which takes it ten seconds to find
-    out, is shared."""
+    """The environment of an engine that finds no graph compiled. What Inductor knows of the processor, and vLLM of the classes of models, which
+    takes it ten seconds to find out, is shared."""
+    if not (folder / "inductor").exists():
+        shutil.copytree(_known_of_the_processor(), folder / "inductor")
     known = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm" / "modelinfos"
     here = folder / "vllm" / known.name
     known.mkdir(parents=True, exist_ok=True)
