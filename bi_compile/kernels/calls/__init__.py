@@ -86,14 +86,13 @@ def redirect(op: OpOverload, key: str, to: OpOverload) -> int | None:
     """Let the dispatcher call `to`, which has the same arguments, for `op` under a dispatch key whenever the switch that is returned is on
     (`switch`) and an argument is floating; else the kernel that is there now. None where it cannot be compiled."""
     library = _library()
-    return (
-        None
-        if library is None
-        else library.bi_compile_redirect(op._schema.name.encode(), key.encode(), to._schema.name.encode())
-    )
+    if library is None:
+        return None
+    return library.bi_compile_redirect(op._schema.name.encode(), key.encode(), to._schema.name.encode())
 
 
 def switch(which: int, on: bool) -> None:
+    """Switch a redirection, for every thread."""
     library = _library()
     assert library is not None
     library.bi_compile_switch(which, on)
