@@ -132,6 +132,7 @@ _libraries: dict[str, torch.library.Library] = {}
 _SAME_ARGUMENTS: dict[OpOverload, OpOverload] = {
     getattr(torch.ops.aten, name).default: OPERATORS[name] for name in ("mm", "addmm", "bmm", "baddbmm")
 }
+_REDIRECTED = frozenset(map(id, _SAME_ARGUMENTS))
 #: (operator, device) -> what switches its redirection to that (`calls.redirect`)
 _switches: dict[tuple[OpOverload, str], int] = {}
 
@@ -239,6 +240,11 @@ def _exchange(fallbacks: tuple[EagerFallback, ...]) -> None:
         calls.switch(which, found is not None and any(found[0] is entry for entry in Matmul.entries))
 
 
+def _decide_here() -> None:
+    """A redirection does not hold for a thread with fallbacks of its own, nor within a product's replacement, to which it is the native one."""
+    calls.own(bool(_active.fallbacks) or not _active.operators.isdisjoint(_REDIRECTED))
+
+
 def exact(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operator of `REFUSED` comes out the same in every order: of integers, or where it is told not to add up."""
     leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -289,7 +295,10 @@ def _put_in(op: OpOverload, device: str, autograd: bool = False, sparse: str = "
         return
     original = torch.library.get_kernel(op, key)
     _register(op, key, (_sparse_kernel if sparse else _autograd_kernel if autograd else _kernel)(op, device, original))
-    which = None if autograd or sparse or op not in _SAME_ARGUMENTS else calls.redirect(op, key, _SAME_ARGUMENTS[op])
+    if autograd or sparse or op not in _SAME_ARGUMENTS:
+        return
+    with _overriding():
+        which = calls.redirect(op, key, _SAME_ARGUMENTS[op])
     if which is not None:
         _switches[op, device] = which
 
@@ -298,7 +307,7 @@ def _put_in_linear() -> None:
     """The same for linear, under the key of operators that PyTorch composes of others: on every device without one of its own."""
     key = "CompositeImplicitAutograd"
     if (_LINEAR, key) not in _kernels:
-        with calls.linear():
+        with _overriding(), calls.linear():
             # get_kernel takes a device's key, and finds the composed kernel by it
             _register(_LINEAR, key, _linear_kernel(torch.library.get_kernel(_LINEAR, "CPU")))
 
@@ -306,15 +315,23 @@ def _put_in_linear() -> None:
 def _register(op: OpOverload, key: str, kernel: Callable[..., Any]) -> None:
     if op.namespace not in _libraries:
         _libraries[op.namespace] = torch.library.Library(op.namespace, "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
+    with _overriding():
         name = op.name().partition("::")[2]
         _libraries[op.namespace].impl(name, kernel, key, with_keyset=True, allow_override=True)
     _kernels.add((op, key))
 
 
+@contextlib.contextmanager
+def _overriding() -> Iterator[None]:
+    """PyTorch warns of what is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="[\\s\\S]*Overriding a previously registered kernel")
+        yield
+
+
 def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
     as_tensors, me = _numbers_as_tensors(op), id(op)
+    redirected = op in _SAME_ARGUMENTS
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         mine = _active.fallbacks
@@ -325,10 +342,14 @@ def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
             found = _replacement(fallbacks, op, device) if me not in inside else None
             if found is not None and not found[0].stays(*args, **kwargs):
                 inside.add(me)
+                if redirected:
+                    _decide_here()
                 try:
                     return found[1](*args, **kwargs)
                 finally:
                     inside.discard(me)
+                    if redirected:
+                        _decide_here()
             if found is None and me not in inside and any(f.device == device and op in f.apart for f in fallbacks):
                 return op.decompose(*args, **kwargs)
             if found is None and not inside:
@@ -509,4 +530,4 @@ def hold(fallback: EagerFallback) -> None:
 
 def _hold(fallbacks: tuple[EagerFallback, ...]) -> None:
     _active.fallbacks = fallbacks
-    calls.own(bool(fallbacks))
+    _decide_here()

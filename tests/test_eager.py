@@ -228,8 +228,30 @@ def test_an_error_within_a_replacement_leaves_the_operator_replaced() -> None:
         assert replaced()
 
 
+def test_a_replacement_calls_the_native_product_whoever_installs_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = eager.prepare(Options(), "cpu")
+    before = native()[0]
+
+    class Installs(Pass):
+        name = "installs"
+
+        @replaces(torch.ops.aten.mm.default, why="a test", source="a test")
+        def mm(self: Tensor, mat2: Tensor) -> Tensor:
+            with other.installed(), eager.held():
+                return torch.mm(self, mat2)
+
+    monkeypatch.setattr(eager, "resolve", lambda options: dataclasses.replace(resolve(options), passes=(Installs,)))
+    with invariant():
+        assert same_bits(NATIVE @ OTHER, before)
+    with other.installed():
+        assert replaced()
+
+
 def test_installing_warns_of_nothing() -> None:
-    program = "import bi_compile, warnings; warnings.simplefilter('error'); bi_compile.install(); print('quiet')"
+    program = (
+        "import bi_compile, torch, warnings; torch.set_warn_always(True); warnings.simplefilter('error'); bi_compile.install(); "
+        "print('quiet')"
+    )
     assert python(program).strip() == "quiet"
 
 

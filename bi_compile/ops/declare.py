@@ -11,6 +11,7 @@ importing this package compiles nothing.
 from __future__ import annotations
 
 import importlib
+import inspect
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -119,7 +120,7 @@ def operator(schema: str, *, batch: Batch) -> Callable[[Callable[..., Any]], Ope
         _register_first_call(name)
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         OPERATORS[name], BATCH[name] = op, batch
-        op.meta, op.__doc__ = fake, fake.__doc__
+        op.meta, op.__doc__, op.__signature__ = fake, fake.__doc__, inspect.signature(fake)
         return op
 
     return declare

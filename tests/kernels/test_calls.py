@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -179,7 +181,8 @@ def test_without_a_compiler_it_says_so_and_goes_on(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(calls, "_why_not", "")
-    monkeypatch.setattr(calls, "_library", calls._load)
+    monkeypatch.setattr(calls, "_tried", False)
+    monkeypatch.setattr(calls, "_found", None)
     calls.shorten([OPS.mm.default])
     assert "'no-such-compiler' is not on the PATH" in caplog.text
     good, what, found = calls.state()
@@ -188,6 +191,24 @@ def test_without_a_compiler_it_says_so_and_goes_on(
     with calls.linear():
         calls.own(False)
     assert torch.equal(OPS.mm.default(X, W), general(OPS.mm.default)(X, W))
+
+
+def test_warnings_of_cpp_go_where_they_go(recwarn: pytest.WarningsRecorder) -> None:
+    """Not to Python, where a filter could make an error of them, or bury the error that the call ends with."""
+    batch, bad = torch.randn(5, 3, 8), torch.randn(7, 4)
+    for way in (general(OPS.addmm.default), OPS.addmm.default):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = torch.vmap(lambda x, way=way: way(BIAS, x, W))(batch)  # warns: there is no rule for a batch
+            with pytest.raises(RuntimeError, match="cannot multiply"):
+                torch.vmap(lambda x, way=way: way(BIAS, x, bad, beta=True))(batch)
+        assert torch.equal(out, torch.stack([OPS.addmm.default(BIAS, x, W) for x in batch]))
+    assert not recwarn.list
+
+
+def test_an_operator_can_be_read_about() -> None:
+    assert list(inspect.signature(ops.addmm).parameters) == ["bias", "a", "b", "beta", "alpha"]
+    assert "the sums of `mm`" in (ops.addmm.__doc__ or "")
 
 
 def test_operators_with_other_arguments_are_no_redirection() -> None:

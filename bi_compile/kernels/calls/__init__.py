@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import logging
 import sysconfig
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -69,7 +69,16 @@ def _load() -> ctypes.PyDLL | None:
     return library
 
 
-_library = functools.cache(_load)
+_lock = threading.Lock()
+_tried, _found = False, None
+
+
+def _library() -> ctypes.PyDLL | None:
+    global _tried, _found
+    with _lock:
+        if not _tried:
+            _tried, _found = True, _load()
+        return _found
 
 
 def shorten(operators: Iterable[OpOverload]) -> None:
@@ -99,10 +108,9 @@ def switch(which: int, on: bool) -> None:
 
 
 def own(has: bool) -> None:
-    """Say of this thread whether it has fallbacks of its own: then no redirect holds for it."""
-    library = _library()
-    if library is not None:
-        library.bi_compile_own(has)
+    """Say of this thread whether its kernels in Python decide: then no redirection holds for it. Where nothing is loaded there is none."""
+    if _found is not None:
+        _found.bi_compile_own(has)
 
 
 @contextlib.contextmanager

@@ -154,21 +154,27 @@ struct Released {
   ~Released() { PyEval_RestoreThread(thread); }
 };
 
+// As the general way, it leaves C++ warnings where they go: PyTorch's HANDLE_TH_ERRORS would make Python's of them.
 PyObject* run(PyObject* self, PyObject* const* args, size_t flags, PyObject* names) {
-  HANDLE_TH_ERRORS
   const auto& call = *reinterpret_cast<Call*>(self);
-  std::array<PyObject*, kMost> given{};
-  bool plain = !at::impl::torch_function_mode_enabled() && place(call, args, PyVectorcall_NARGS(flags), names, given);
-  torch::jit::Stack stack;
-  stack.reserve(kMost);
-  for (size_t i = 0; plain && i < call.arguments->size(); ++i) plain = push((*call.arguments)[i], given[i], stack);
-  if (!plain) return PyObject_Vectorcall(call.general, args, flags, names);
-  {
-    const Released released;
-    call.op->callBoxed(stack);
+  try {
+    std::array<PyObject*, kMost> given{};
+    torch::jit::Stack stack;
+    stack.reserve(kMost);
+    bool plain = !at::impl::torch_function_mode_enabled() && place(call, args, PyVectorcall_NARGS(flags), names, given);
+    for (size_t i = 0; plain && i < call.arguments->size(); ++i) plain = push((*call.arguments)[i], given[i], stack);
+    if (plain) {
+      {
+        const Released released;
+        call.op->callBoxed(stack);
+      }
+      return results(stack);
+    }
+  } catch (const std::exception&) {
+    torch::translate_exception_to_python(std::current_exception());
+    return nullptr;
   }
-  return results(stack);
-  END_HANDLE_TH_ERRORS
+  return PyObject_Vectorcall(call.general, args, flags, names);
 }
 
 void destroy(PyObject* self) {
