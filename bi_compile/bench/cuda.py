@@ -66,37 +66,38 @@ def product() -> Measured:
         "Product",
         ("model", "dtype", "product", "M", "torch us", "bi_compile us", "ratio", "torch varies", "ours varies", "thinking-machines us"),
     )  # fmt: skip
+    peer = _persistent()
     few: list[float] = []
     many: list[float] = []
-    for dtype, models in ((torch.bfloat16, PRODUCTS), (torch.float32, {"Qwen3-0.6B": PRODUCTS["Qwen3-0.6B"]})):
-        peers = [p for p in [_persistent()] if p is not None and dtype == torch.bfloat16]
-        for model, shapes in models.items():
-            for name, (n, k) in shapes.items():
-                torch.manual_seed(0)
-                copies = 3 * CACHE // (dtype.itemsize * n * k) + 1
-                weights = [torch.randn(n, k, device="cuda", dtype=dtype).t() for _ in range(copies)]
-                every = torch.randn(max(ROWS), k, device="cuda", dtype=dtype)
-                alone = {f: f(every[:1], weights[0]) for f in (torch.mm, ops.mm)}
-                for m in ROWS:
-                    x = every[:m]
-                    varies = {f: not torch.equal(f(x, weights[0])[:1], alone[f]) for f in (torch.mm, ops.mm)}
-                    calls = max(copies, 8) if m <= 1024 else 2
+    for model, dtype in (*((model, torch.bfloat16) for model in PRODUCTS), ("Qwen3-0.6B", torch.float32)):
+        functions: list[Any] = [torch.mm, ops.mm]
+        if peer is not None and dtype == torch.bfloat16:
+            functions.append(peer)
+        for name, (n, k) in PRODUCTS[model].items():
+            torch.manual_seed(0)
+            copies = 3 * CACHE // (dtype.itemsize * n * k) + 1
+            weights = [torch.randn(n, k, device="cuda", dtype=dtype).t() for _ in range(copies)]
+            every = torch.randn(max(ROWS), k, device="cuda", dtype=dtype)
+            alone = {f: f(every[:1], weights[0]) for f in (torch.mm, ops.mm)}
+            for m in ROWS:
+                x = every[:m]
+                varies = {f: not torch.equal(f(x, weights[0])[:1], alone[f]) for f in (torch.mm, ops.mm)}
+                calls = max(copies, 8) if m <= 1024 else 2
 
-                    def run(f: Any, x: Tensor = x, weights: list[Tensor] = weights, calls: int = calls) -> None:
-                        for w in itertools.islice(itertools.cycle(weights), calls):
-                            f(x, w)
+                def run(f: Any, x: Tensor = x, weights: list[Tensor] = weights, calls: int = calls) -> None:
+                    for w in itertools.islice(itertools.cycle(weights), calls):
+                        f(x, w)
 
-                    functions: list[Any] = [torch.mm, ops.mm, *peers]
-                    theirs, ours, *third = (
-                        t / calls * 1e3
-                        for t in replay_times([lambda f=f, run=run: run(f) for f in functions])  # type: ignore[misc]
-                    )
-                    if model == "Qwen3-8B":
-                        (few if m <= 256 else many).append(theirs / ours)
-                    table.add_row(
-                        model, str(dtype).removeprefix("torch."), name, str(m), f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}",
-                        _yes(varies[torch.mm]), _yes(varies[ops.mm]), f"{third[0]:.1f}" if third else "-",
-                    )  # fmt: skip
+                theirs, ours, *third = (
+                    t / calls * 1e3
+                    for t in replay_times([lambda f=f, run=run: run(f) for f in functions])  # type: ignore[misc]
+                )
+                if model == "Qwen3-8B":
+                    (few if m <= 256 else many).append(theirs / ours)
+                table.add_row(
+                    model, str(dtype).removeprefix("torch."), name, str(m), f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.2f}",
+                    _yes(varies[torch.mm]), _yes(varies[ops.mm]), f"{third[0]:.1f}" if third else "-",
+                )  # fmt: skip
     table.line = (
         f"Qwen3-8B in bfloat16: M <= 256 geometric mean {geometric_mean(few):.3f}, least {min(few):.2f}; "
         f"M >= 512 {geometric_mean(many):.3f}, least {min(many):.2f}"

@@ -55,10 +55,7 @@ USED: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.rotary_embedding": ("_ROPE_DICT",),
     "vllm.model_executor.layers.activation": ("_ACTIVATION_REGISTRY", "_ACTIVATION_AND_MUL_REGISTRY"),
     "vllm.model_executor.layers.linear": ("RowParallelLinear", "UnquantizedLinearMethod"),
-    "vllm.model_executor.layers.vocab_parallel_embedding": (
-        "VocabParallelEmbedding",
-        "UnquantizedEmbeddingMethod.apply",
-    ),
+    "vllm.model_executor.layers.vocab_parallel_embedding": ("VocabParallelEmbedding",),
     "vllm.model_executor.layers.attention_layer_base": ("AttentionLayerBase",),
     "vllm.v1.attention.backends.flash_attn": ("flash_attn_varlen_func", "get_scheduler_metadata"),
     "vllm.v1.attention.backends.triton_attn": ("unified_attention", "triton_reshape_and_cache_flash"),

@@ -155,20 +155,20 @@ def test_an_operator_stays_itself() -> None:
 
 
 def test_nothing_is_kept() -> None:
-    x, dims, half = torch.randn(3, 8), [2**40 % 1], torch.float16
+    x, dims = torch.randn(3, 8), [0]
 
     def refused() -> None:
         with pytest.raises(RuntimeError):
             OPS.mm.default(x, x)
 
     for call in (
-        lambda: OPS.sum.default(x, dims, dtype=half),
+        lambda: OPS.sum.default(x, dims, dtype=torch.float16),
         lambda: OPS.add_rms_norm.default(x, x, None, 1e-6),
         refused,
     ):
         call()
         gc.collect()
-        before = [sys.getrefcount(o) for o in (x, dims, half, None)][:2]
+        before = [sys.getrefcount(o) for o in (x, dims)]
         for _ in range(100):
             call()
         gc.collect()

@@ -12,10 +12,8 @@ import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
 
-from bi_compile import HostError, eager
-from bi_compile.options import Options
+from bi_compile import HostError
 from bi_compile.vllm import cuda_attention as cuda
-from bi_compile.vllm.cuda import lm_head_called
 
 
 def calls(module: str, names: tuple[str, ...]) -> list[ast.Call]:
@@ -217,27 +215,3 @@ def test_other_attention_is_refused_with_its_place(made: Any, words: str) -> Non
     module, name, attributes = made
     with pytest.raises(HostError, match=rf"(?s)^model\.layers\.0\.attn .*{words}"):
         check(layer(module, name, **attributes))
-
-
-def test_lm_head_has_the_bits_of_linear_and_is_vllms_where_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod as Method
-
-    vllms: list[Any] = []
-
-    def plain(self: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
-        vllms.append(x.shape)
-        return torch.nn.functional.linear(x, layer.weight, bias)
-
-    monkeypatch.setattr(Method, "apply", plain)
-    method, layer = Method(), torch.nn.Linear(40, 70, dtype=torch.bfloat16)
-    x, fallback = torch.randn(5, 40, dtype=torch.bfloat16), eager.prepare(Options(), "cpu")
-    with torch.inference_mode(), lm_head_called():
-        method.apply(layer, x)
-        with eager.held(fallback):
-            got = method.apply(layer, x)
-            assert vllms == [x.shape]
-            assert torch.equal(got.view(torch.int16), torch.nn.functional.linear(x, layer.weight).view(torch.int16))
-            method.apply(layer, x, layer.bias)
-            method.apply(layer, x[None])
-    assert vllms[1:] == [x.shape, x[None].shape]
-    assert Method.apply is plain

@@ -352,10 +352,9 @@ def _fill_cumsum(x: Tensor, out: Tensor) -> None:
     if target(x) != "npu":
         _launch_rows(_cumsum_in_blocks, as_rows(x, x.shape[1]), [out], out.dtype)
         return
-    height = SCAN_ROWS
     launch(
-        _cumsum, cdiv(x.shape[0], height), x, x, out, *x.stride(), *x.shape,
-        BLOCK_R=height, ACC=accumulator(out.dtype), num_warps=1,
+        _cumsum, cdiv(x.shape[0], SCAN_ROWS), x, x, out, *x.stride(), *x.shape,
+        BLOCK_R=SCAN_ROWS, ACC=accumulator(out.dtype), num_warps=1,
     )  # fmt: skip
 
 
