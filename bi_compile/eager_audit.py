@@ -41,6 +41,7 @@ from .audit.spec import ALLOWED, Call, Knowledge, Verdict, judge
 from .errors import AuditError, OptionError
 from .options import Options, for_a_program
 from .passes import PASSES
+from .refused import REFUSED
 from .resolve import resolve
 from .table import Table
 from .targets import for_device
@@ -177,10 +178,10 @@ class Observer(TorchDispatchMode):
         for functional in _functional(call.target):
             found = judge(dataclasses.replace(call, target=functional), known)
         for packet in (call.target._schema.name, call.target._schema.name.removesuffix("_")):
-            if packet in eager.REFUSED and call.complete:
+            if packet in REFUSED and call.complete:
                 if eager.exact(call.target, call.args, dict(call.kwargs)):
                     return Verdict.ROW_LOCAL, "exact for these arguments in every order"
-                return Verdict.VARIANT, f"{eager.REFUSED[packet]}; {found[1]}"
+                return Verdict.VARIANT, f"{REFUSED[packet]}; {found[1]}"
         return found
 
     def device_of(self, call: Call) -> str:
@@ -321,7 +322,7 @@ def invariant(
         audit: judge every operator that this thread calls in the block (`judged`); `.seen` holds what it saw.
 
     Raises:
-        AuditError: an operator of `eager.REFUSED` is called; with `audit`, any that is not known to be invariant.
+        AuditError: an operator of `refused.REFUSED` is called; with `audit`, any that is not known to be invariant.
     """
     fallback = eager.install(None if options is None else for_a_program(options), device)
     try:
