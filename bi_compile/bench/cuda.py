@@ -338,8 +338,8 @@ def host_times(
 
 
 def host() -> Measured:
-    """What a call costs the host: 4 rows of 1024 in bfloat16; ours by itself, as compiled code calls it, and PyTorch's where the eager fallback
-    replaces it. The bits against the Triton kernels'."""
+    """What a call costs the host: 4 rows of 1024 in bfloat16, and 4 of 4096 by a weight that the device reads for longer than the host needs;
+    ours by itself, as compiled code calls it, and PyTorch's where the eager fallback replaces it. The bits against the Triton kernels'."""
     from .. import eager
     from ..kernels.triton import IMPLEMENTATIONS
     from ..options import Options
@@ -347,10 +347,15 @@ def host() -> Measured:
     torch.manual_seed(0)
     x, residual, rows = (torch.randn(n, 1024, device="cuda", dtype=torch.bfloat16) for n in (4, 4, 1024))
     w, weight = rows.t(), rows[0]
+    wide, large = (
+        torch.randn(4, 4096, device="cuda", dtype=x.dtype),
+        torch.randn(4096, 4096, device="cuda", dtype=x.dtype).t(),
+    )
     cases: dict[str, tuple[tuple[Any, ...], Callable[[], Any]]] = {
-        # name: (arguments, PyTorch's call)
+        # operator, and its weight where that is another: (arguments, PyTorch's call)
         "mm": ((x, w), lambda: torch.mm(x, w)),
         "addmm": ((weight, x, w), lambda: torch.addmm(weight, x, w)),
+        "mm, 4096 by 4096": ((wide, large), lambda: torch.mm(wide, large)),
         "rms_norm": ((x, weight, 1e-6), lambda: nn.functional.rms_norm(x, (1024,), weight, 1e-6)),
         "add_rms_norm": ((x, residual, weight, 1e-6), lambda: nn.functional.rms_norm(x + residual, (1024,), weight, 1e-6)),
         "softmax": ((x, -1), lambda: torch.softmax(x, -1)),
@@ -364,8 +369,9 @@ def host() -> Measured:
         calls: list[tuple[Callable[[], Any], Callable[[], AbstractContextManager[Any]]]] = []
         same = []
         for name, (args, plain) in cases.items():
-            ours = getattr(ops, name)
-            got, want = ours(*args), IMPLEMENTATIONS[name](*args)
+            operator = name.split(",")[0]
+            ours = getattr(ops, operator)
+            got, want = ours(*args), IMPLEMENTATIONS[operator](*args)
             pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
             same.append(all(torch.equal(g, w) for g, w in pairs))
             calls += [(plain, nullcontext), (lambda f=ours, a=args: f(*a), nullcontext), (plain, fallback.installed)]  # type: ignore[misc]

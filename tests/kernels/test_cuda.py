@@ -97,6 +97,26 @@ def test_one_row_may_run_what_serves_two(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (second.what, second.refused) == ("K in 1 part(s)", [])
 
 
+@pytest.mark.parametrize(
+    ("native", "triton", "where"),
+    [
+        (20.0, 19.0, proof.EVERYWHERE),
+        (20.0, 19.8, proof.OUTSIDE_GRAPHS),
+        (20.0, 20.1, proof.NOWHERE),
+        (5.0, 4.8, proof.EVERYWHERE),
+        (5.0, 10.0, proof.OUTSIDE_GRAPHS),
+        (5.0, 11.0, proof.NOWHERE),
+    ],
+)
+def test_the_faster_kernel_computes_a_product(
+    monkeypatch: pytest.MonkeyPatch, native: float, triton: float, where: int
+) -> None:
+    """Of device and host the slower decides; in a CUDA graph the device alone."""
+    monkeypatch.setattr(StandIn, "microseconds", lambda self, candidates: [*[native] * (len(candidates) - 1), triton])
+    for choice in stand_in_proof(monkeypatch, [1], torch.bfloat16):
+        assert (choice.what, choice.triton) == ("K in 1 part(s)", where)
+
+
 def test_ranges_hold_every_height_once_and_each_is_compared_at_its_ends() -> None:
     found = list(proof.ranges(HEIGHTS))
     assert found == [(1, 1), (2, 4), (5, 16), (17, None)]
@@ -243,6 +263,36 @@ def test_a_product_without_a_proof_inside_a_graph_is_the_triton_kernels() -> Non
         graph.replay()
         assert all_same(got, want)
         assert all_same(ops.mm(a, weight.t()), want)
+
+
+@cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_triton_kernels_products_are_launched_from_cpp(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as from Python, with other operands than those that a launch was learned from; Python is not asked again."""
+    ops.load_kernels("cuda")
+    monkeypatch.setattr(proof, "prove", lambda problem, heights, library: [])  # none is pinned
+    monkeypatch.setattr(proof, "read", lambda path: {})
+    torch.ops.bi_compile_cuda.forget_products()
+    for n, k in ((128, 1024), (1000, 1352), (1024, 768), (3, 40)):
+        for m in (1, 4, 17, 65, 130, 1000):
+            for seed in range(2):
+                weight, other, a = (
+                    draw(*s, dtype=dtype, seed=seed + i) for i, s in enumerate(((n, k), (k, n), (m, k)))
+                )
+                bias, addend = draw(n, dtype=dtype, seed=seed), draw(m, n, dtype=dtype, seed=seed)
+                for b in (weight.t(), other):
+                    want = triton("mm")(a, b), *(triton("addmm")(x, a, b) for x in (bias, addend))
+                    with monkeypatch.context() as without:
+                        if seed:
+                            without.setattr(launches, "matmul", None)
+                        got = ops.mm(a, b), *(ops.addmm(x, a, b) for x in (bias, addend))
+                    assert all_same(got, want), (m, n, k, b.stride())
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        got = ops.mm(a, b), *(ops.addmm(x, a, b) for x in (bias, addend))
+                    graph.replay()
+                    assert all_same(got, want), (m, n, k, b.stride())
+    torch.ops.bi_compile_cuda.forget_products()
 
 
 def layouts(rows: int, length: int, dtype: torch.dtype) -> list[Tensor]:

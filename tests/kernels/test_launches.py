@@ -49,6 +49,8 @@ def test_arguments_of_a_launch() -> None:
         do_not_specialize = ("R",)
 
     class Compiled:
+        metadata = None
+
         class src:
             signature = {
                 "x": "*bf16",
@@ -60,8 +62,8 @@ def test_arguments_of_a_launch() -> None:
             }
 
     x, out = torch.empty(3, 1), torch.empty(3)
-    launched = launches.Launched(Kernel, Compiled, (x, out, 16, 3, 1), {})
-    assert launches.arguments(launched, [x, out]) == ([0, 0, 2, 1], [0, 1, 16, 0], [8, 8, 4, 4])
+    launched = launches.Launched(Kernel, Compiled, 1, (x, out, 16, 3, 1), {})
+    assert launches.arguments(launched, [x, out]) == ([0, 0, 2, 1], [0, 1, 16, 0], [8, 8, 4, 4], [])
     with pytest.raises(ValueError, match="x is not what the operator was given"):
         launches.arguments(launched, [x.clone(), out])
 
@@ -147,6 +149,66 @@ def test_queries_and_keys() -> None:
             qkv, *weights,
         )  # fmt: skip
         assert second == (dtype != torch.float64), args[3:]
+
+
+# ---- products ----
+
+#: what a product may be, property by property
+PRODUCT: dict[str, list[Any]] = {
+    "m": [1, 2, 7, 16, 17, 33, 64, 65, 300, 5000],
+    "n": [1, 2, 128, 1000, 4096],
+    "k": [1, 8, 96, 1000, 1024],
+    "dtype": [torch.bfloat16, torch.bfloat16, torch.float16, torch.float32, torch.float64],
+    # how a and b lie: in rows, in columns, with elements between the rows, from the first element that is not aligned
+    "a": ["rows", "rows", "columns", "gaps", "unaligned"],
+    "b": ["columns", "columns", "rows", "gaps", "unaligned"],
+    "bias": [None, None, "n", "m n", "1 n", "m 1", "1", "gaps", "unaligned"],
+    "beta": [1, 1, 1, 1.0, 0.5, 0],
+    "alpha": [1, 1, 1, 2],
+}
+
+
+def lying(how: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    if how == "columns":
+        return device.on_device(torch.empty(columns, rows, dtype=dtype)).t()
+    if how == "gaps":
+        return device.on_device(torch.empty(rows, columns + 16, dtype=dtype)[:, :columns])
+    line = torch.empty(rows * columns + 8, dtype=dtype)
+    begin = how == "unaligned"
+    return device.on_device(line[begin : rows * columns + begin].view(rows, columns))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_products(seed: int) -> None:
+    """Each differs from the one before in one property."""
+    draw = random.Random(seed)
+    of = {name: draw.choice(values) for name, values in PRODUCT.items()}
+    native = 0
+    for _ in range(1500):
+        changed = draw.choice(list(PRODUCT))
+        of[changed] = draw.choice(PRODUCT[changed])
+        m, n, k, dtype = of["m"], of["n"], of["k"], of["dtype"]
+        a, b = lying(of["a"], m, k, dtype), lying(of["b"], k, n, dtype)
+        shape = {"n": (1, n), "1 n": (1, n), "m 1": (m, 1), "1": (1, 1)}.get(of["bias"], (m, n))
+        if of["bias"] is None or dtype == torch.float64:  # its epilogue is PyTorch's, which is not here
+            bias = None
+        else:
+            bias = lying(of["bias"], *shape, dtype)
+        if bias is not None and of["bias"] in ("n", "1"):
+            bias = bias[0]
+        name, args, options = (
+            ("mm", (a, b), {}) if bias is None else ("addmm", (bias, a, b), {"beta": of["beta"], "alpha": of["alpha"]})
+        )
+        second = compare(
+            lambda: kernels.IMPLEMENTATIONS[name](*args, **options),
+            lambda: getattr(torch.ops.bi_compile, name)(*args, **options),
+            a, b, bias, capturing=draw.random() < 0.2,
+        )  # fmt: skip
+        plain = bias is None or of["beta"] == of["alpha"] == 1
+        aligned = all(x is None or x.data_ptr() % 16 == 0 for x in (a, b, bias))
+        assert second == (dtype != torch.float64 and plain and aligned), of
+        native += second
+    assert native > 300
 
 
 # ---- attention of a server's step ----

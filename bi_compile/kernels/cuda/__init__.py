@@ -1,8 +1,9 @@
 """The kernels for CUDA: Triton's, and native ones in C++ where they are proven to have the same order.
 
-- mm and addmm run in cuBLASLt, by algorithms whose bits were compared with the Triton kernel's (`proof`, `product.cpp`).
-- rms_norm, add_rms_norm, qk_norm, softmax, log_softmax, sum, mean and a server's attention (`fill_paged`) launch Triton's own kernels from C++
-  (`launches`, `rows.cpp`, `attention.cpp`).
+- mm and addmm run in cuBLASLt, by algorithms whose bits were compared with the Triton kernel's (`proof`, `product.cpp`), where that is
+  faster than the Triton kernel.
+- Else they, and rms_norm, add_rms_norm, qk_norm, softmax, log_softmax, sum, mean and a server's attention (`fill_paged`), launch Triton's
+  own kernels from C++ (`launches`, `triton_product.cpp`, `rows.cpp`, `attention.cpp`).
 - moe_gate and moe_combine are computed as they are defined, by other operators.
 - The other operators, and what the C++ cannot take, run in `bi_compile.kernels.triton`: the same order, so the same bits.
 
@@ -53,8 +54,6 @@ def _load_native() -> None:
 
     functions: dict[str, Callable[..., Any]] = {
         "prove": proof.prove_and_pin,
-        "triton_mm": triton.IMPLEMENTATIONS["mm"],
-        "triton_addmm": triton.IMPLEMENTATIONS["addmm"],
         **launches.IMPLEMENTATIONS,
     }
     _library = torch.library.Library("bi_compile_cuda", "IMPL")

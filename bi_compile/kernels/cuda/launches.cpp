@@ -17,10 +17,12 @@ struct KeyHash {
   }
 };
 
-// What an argument of the kernel is: one of `slots` (a pointer), one of `numbers`, or a constant.
-enum Kind : int64_t { kSlot = 0, kNumber = 1, kConstant = 2 };
+// What an argument of the kernel is: one of `slots` (a pointer), one of `numbers`, a constant, or one of the launch's maps.
+enum Kind : int64_t { kSlot = 0, kNumber = 1, kConstant = 2, kMap = 3 };
 
-constexpr size_t kMostArguments = 64;
+constexpr size_t kMostArguments = 64, kMostMaps = 2;
+// Some 20 MB. What is not learned is launched from Python, as a first call is.
+constexpr size_t kMostLaunches = 1 << 15;
 std::shared_mutex table_lock;
 std::unordered_map<Key, Launch, KeyHash> table;
 
@@ -32,15 +34,35 @@ void* driver(const char* name) {
   return found;
 }
 
-// Calls with this key launch `function` from now on. sizes: bytes of each argument. What the binary takes behind them are
-// Triton's scratch pointers, which are null. Raises where the binary does not take these.
-void learn(const std::vector<int64_t>& key, int64_t function, int64_t threads, int64_t shared, int64_t rows_per_program,
-           const std::vector<int64_t>& kinds, const std::vector<int64_t>& values, const std::vector<int64_t>& sizes) {
+// The tensor map of a matrix [rows, columns] of 16-bit elements, as Triton encodes a descriptor's.
+struct Matrix {
+  int64_t slot, address, type, swizzle, rows, columns, stride, box_rows, box_columns;
+};
+
+CUtensorMap map_of(const Matrix& x) {
+  static const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(driver("cuTensorMapEncodeTiled"));
+  CUtensorMap map{};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(x.columns), static_cast<cuuint64_t>(x.rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(2 * x.stride)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(x.box_columns), static_cast<cuuint32_t>(x.box_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  const auto status = encode(&map, static_cast<CUtensorMapDataType>(x.type), 2, reinterpret_cast<void*>(x.address), sizes, strides, box,
+                             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(x.swizzle),
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  TORCH_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed with CUDA driver error ", int(status));
+  return map;
+}
+
+// Calls with this key launch `function` from now on. sizes: bytes of each argument; maps: each a `Matrix`. What the binary takes behind
+// them are Triton's scratch pointers, which are null. Raises where the binary does not take these.
+void learn(const std::vector<int64_t>& key, int64_t function, int64_t threads, int64_t shared, int64_t programs, int64_t rows_per_program,
+           const std::vector<int64_t>& kinds, const std::vector<int64_t>& values, const std::vector<int64_t>& sizes,
+           const std::vector<std::vector<int64_t>>& maps) {
   static const auto parameter = reinterpret_cast<decltype(&cuFuncGetParamInfo)>(driver("cuFuncGetParamInfo"));
   Key as{};
-  TORCH_CHECK(key.size() <= as.size() && kinds.size() == values.size() && kinds.size() == sizes.size() && rows_per_program > 0);
+  TORCH_CHECK(key.size() <= as.size() && kinds.size() == values.size() && kinds.size() == sizes.size() && rows_per_program > 0 && maps.size() <= kMostMaps);
   std::copy(key.begin(), key.end(), as.begin());
-  Launch it{reinterpret_cast<CUfunction>(function), static_cast<unsigned>(threads), static_cast<unsigned>(shared), rows_per_program, {}};
+  Launch it{reinterpret_cast<CUfunction>(function), static_cast<unsigned>(threads), static_cast<unsigned>(shared), programs, rows_per_program, {}, {}};
   size_t offset = 0, size = 0;
   for (size_t i = 0; parameter(it.function, i, &offset, &size) == CUDA_SUCCESS; ++i) {
     TORCH_CHECK(i < kMostArguments, "a kernel with more than ", kMostArguments, " arguments");
@@ -49,8 +71,12 @@ void learn(const std::vector<int64_t>& key, int64_t function, int64_t threads, i
     it.arguments.emplace_back(known ? kinds[i] : static_cast<int64_t>(kConstant), known ? values[i] : 0);
   }
   TORCH_CHECK(it.arguments.size() >= kinds.size(), "the kernel takes ", it.arguments.size(), " arguments, not ", kinds.size());
+  for (const auto& m : maps) {
+    TORCH_CHECK(m.size() == 9, "a map is described by 9 numbers");
+    it.maps.emplace_back(map_of({m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8]}), m[0]);
+  }
   std::unique_lock lock(table_lock);
-  table.try_emplace(as, std::move(it));
+  if (table.size() < kMostLaunches) table.try_emplace(as, std::move(it));
 }
 
 }  // namespace
@@ -65,12 +91,19 @@ void launch(const Launch& it, int64_t programs, std::initializer_list<const void
   static const auto run = reinterpret_cast<decltype(&cuLaunchKernel)>(driver("cuLaunchKernel"));
   std::array<uint64_t, kMostArguments> values;
   std::array<void*, kMostArguments> pointers;
+  std::array<CUtensorMap, kMostMaps> maps;
+  for (size_t i = 0; i < it.maps.size(); ++i) {
+    static const auto replace = reinterpret_cast<decltype(&cuTensorMapReplaceAddress)>(driver("cuTensorMapReplaceAddress"));
+    maps[i] = it.maps[i].first;
+    const auto status = replace(&maps[i], const_cast<void*>(slots.begin()[it.maps[i].second]));
+    TORCH_CHECK(status == CUDA_SUCCESS, "cuTensorMapReplaceAddress failed with CUDA driver error ", int(status));
+  }
   for (size_t i = 0; i < it.arguments.size(); ++i) {
     const auto [kind, value] = it.arguments[i];
     values[i] = kind == kSlot     ? reinterpret_cast<uint64_t>(slots.begin()[value])
                 : kind == kNumber ? static_cast<uint64_t>(numbers.begin()[value])
                                   : static_cast<uint64_t>(value);
-    pointers[i] = &values[i];
+    pointers[i] = kind == kMap ? static_cast<void*>(&maps[value]) : &values[i];
   }
   const auto status = run(it.function, static_cast<unsigned>(programs), 1, 1, it.threads, 1, 1, it.shared,
                           c10::cuda::getCurrentCUDAStream(), pointers.data(), nullptr);
@@ -80,6 +113,8 @@ void launch(const Launch& it, int64_t programs, std::initializer_list<const void
 }  // namespace bi_compile
 
 TORCH_LIBRARY_FRAGMENT(bi_compile_cuda, m) {
-  m.def("learn(int[] key, int function, int threads, int shared, int rows_per_program, int[] kinds, int[] values, int[] sizes) -> ()",
-        &bi_compile::learn);
+  m.def(
+      "learn(int[] key, int function, int threads, int shared, int programs, int rows_per_program, int[] kinds, int[] values, "
+      "int[] sizes, int[][] maps) -> ()",
+      &bi_compile::learn);
 }

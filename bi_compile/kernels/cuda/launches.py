@@ -1,33 +1,47 @@
-"""What a function in Triton launched, told to the C++ operators of `rows.cpp` and `attention.cpp`, which launch it from then on.
+"""What a function in Triton launched, told to the C++ operators in this folder, which launch it from then on.
 
 A Triton kernel is compiled for dtypes, alignment and strides; of what it is given, pointers and the numbers for which it is not
 specialized alone change with the batch. So the kernel that one call has compiled is the one for every call of the same layout, and C++
-can launch its binary: the same kernel, so the same bits.
+can launch its binary: the same kernel, so the same bits. A product's tile follows its rows, so each number of rows is a call of its own.
 """
 
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..triton import norm, paged_attention, reduce
+from ..triton import matmul, norm, paged_attention, reduce
 from ..triton.launch import Launched, watching
 from ..triton.running_softmax import ends_of_segments
 from ..triton.tiles import ATTENTION, ATTENTION_HEAD, FEW, MANY
 
 log = logging.getLogger("bi_compile")
-SLOT, NUMBER, CONSTANT = range(3)
+SLOT, NUMBER, CONSTANT, MAP = range(4)
 #: numbers in a `Key` in launches.h
 KEY = 24
-_SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u32": 4, "u64": 8}
+_SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u32": 4, "u64": 8, "fp32": 4}
+#: bytes of a CUtensorMap
+_MAP = 128
+#: of CUtensorMapDataType
+_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 
 
-def arguments(launched: Launched, slots: Sequence[Tensor | None]) -> tuple[list[int], list[int], list[int]]:
-    """Kind, value and bytes of each argument of the compiled kernel, as `learn` in launches.cpp takes them.
+class Arguments(NamedTuple):
+    """What `learn` in launches.cpp takes: of each argument of the compiled kernel its kind, value and bytes, and the maps."""
+
+    kinds: list[int]
+    values: list[int]
+    sizes: list[int]
+    maps: list[list[int]]
+
+
+def arguments(launched: Launched, slots: Sequence[Tensor | None]) -> Arguments:
+    """What the kernel was given.
 
     slots: the tensors that C++ will pass, in the order of the kernel's first arguments. Its numbers are the kernel's `do_not_specialize`.
 
@@ -35,22 +49,51 @@ def arguments(launched: Launched, slots: Sequence[Tensor | None]) -> tuple[list[
         ValueError: the kernel was given another tensor, a copy, or has an argument of a type that is not known here.
     """
     found: list[tuple[int, int, int]] = []
+    maps: list[list[int]] = []
+    described = iter(getattr(launched.compiled.metadata, "tensordesc_meta", None) or ())
     for index, (name, given) in enumerate(zip(launched.kernel.arg_names, launched.args, strict=False)):
         kind = str(launched.compiled.src.signature[name])
         if kind == "constexpr":  # compiled in
             continue
-        if kind.startswith("*"):
+        descriptor = kind.startswith("tensordesc")
+        if descriptor or kind.startswith("*"):
             slot = slots[index] if index < len(slots) else None
-            if slot is None or given.data_ptr() != slot.data_ptr():
+            if slot is None or (given.base if descriptor else given).data_ptr() != slot.data_ptr():
                 raise ValueError(f"{name} is not what the operator was given")
+        if descriptor:
+            found += [
+                (MAP, len(maps), _MAP),
+                *((CONSTANT, n, 4) for n in given.shape),
+                *((CONSTANT, n, 8) for n in given.strides),
+            ]
+            maps.append(_map(name, index, given, next(described, None)))
+        elif kind.startswith("*"):
             found.append((SLOT, index, 8))
         elif kind not in _SIZES:
             raise ValueError(f"{name} has Triton's type {kind}")
         elif name in launched.kernel.do_not_specialize:
             found.append((NUMBER, launched.kernel.do_not_specialize.index(name), _SIZES[kind]))
+        elif kind == "fp32":
+            found.append((CONSTANT, *struct.unpack("<i", struct.pack("<f", given)), 4))
         else:
             found.append((CONSTANT, int(given), _SIZES[kind]))
-    return [f[0] for f in found], [f[1] for f in found], [f[2] for f in found]
+    return Arguments([f[0] for f in found], [f[1] for f in found], [f[2] for f in found], maps)
+
+
+def _map(name: str, slot: int, descriptor: Any, plan: Any) -> list[int]:
+    """A `Matrix` of launches.cpp: how Triton encodes a descriptor. plan: what its compiler says of it; None where it takes it apart."""
+    kind = _MAP_TYPES.get(descriptor.base.dtype)
+    if plan is None or kind is None or len(descriptor.shape) != 2 or descriptor.padding != "zero" or plan["fp4_padded"]:
+        raise ValueError(f"{name} is a descriptor that is not encoded here")
+    return [
+        slot,
+        descriptor.base.data_ptr(),
+        kind,
+        plan["swizzle"],
+        *descriptor.shape,
+        descriptor.strides[0],
+        *plan["block_size"],
+    ]
 
 
 def _learn(key: Sequence[int], launched: Launched, slots: Sequence[Tensor | None], rows: int) -> None:
@@ -59,17 +102,38 @@ def _learn(key: Sequence[int], launched: Launched, slots: Sequence[Tensor | None
     if plan.num_ctas != 1 or plan.launch_cooperative_grid or plan.launch_pdl or plan.global_scratch_size:
         return
     try:
-        kinds, values, sizes = arguments(launched, slots)
+        given = arguments(launched, slots)
     except ValueError as error:
         log.debug("bi_compile: %s keeps its launch in Python: %s", launched.kernel.__name__, error)
         return
     function = launched.compiled.function
-    torch.ops.bi_compile_cuda.learn(list(key), function, 32 * plan.num_warps, plan.shared, rows, kinds, values, sizes)
+    torch.ops.bi_compile_cuda.learn(
+        list(key), function, 32 * plan.num_warps, plan.shared, launched.programs, rows, *given
+    )
 
 
 def _learn_rows(key: Sequence[int], seen: Sequence[Launched], slots: Sequence[Tensor | None]) -> None:
     if key and len(seen) == 1:
         _learn(key, seen[0], slots, seen[0].meta["BLOCK_R"])
+
+
+def _learn_product(key: Sequence[int], seen: Sequence[Launched], slots: Sequence[Tensor | None]) -> None:
+    if key and len(seen) == 1:
+        _learn(key, seen[0], slots, 1)
+
+
+def mm(a: Tensor, b: Tensor, key: Sequence[int]) -> Tensor:
+    with watching() as seen:
+        out = matmul.mm(a, b)
+    _learn_product(key, seen, [a, b, None, out])
+    return out
+
+
+def addmm(bias: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, key: Sequence[int]) -> Tensor:
+    with watching() as seen:
+        out = matmul.addmm(bias, a, b, beta=beta, alpha=alpha)
+    _learn_product(key, seen, [a, b, bias, out])
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, key: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -151,6 +215,8 @@ def give_tables() -> None:
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "triton_fill_paged": fill_paged,
+    "triton_mm": mm,
+    "triton_addmm": addmm,
     "triton_rms_norm": rms_norm,
     "triton_add_rms_norm": add_rms_norm,
     "triton_qk_norm": qk_norm,

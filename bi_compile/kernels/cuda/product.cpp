@@ -3,7 +3,7 @@
 // Nothing here chooses an algorithm. `proof.py` asks for those that neither split K nor use a workspace, compares their
 // bits with the Triton kernel's, times them, and pins one for each range of heights (`kHeights`). The height may decide
 // which of them runs, since all of them have one order.
-#include "common.h"
+#include "launches.h"
 
 // cuBLASLt's header includes CUDA's 16-bit types, whose headers need CUDA's C++ library, which pip does not install. No
 // function that is called here takes one, so a declaration serves.
@@ -41,25 +41,28 @@ struct Operands {
   bool operator==(const Operands&) const = default;
 };
 
-struct Key {
+struct Weight {
   int64_t n, k, kind;
-  bool operator==(const Key& o) const { return n == o.n && k == o.k && kind == o.kind; }
+  bool operator==(const Weight& o) const { return n == o.n && k == o.k && kind == o.kind; }
 };
 
-struct KeyHash {
-  size_t operator()(const Key& key) const {
+struct WeightHash {
+  size_t operator()(const Weight& key) const {
     return static_cast<size_t>(((key.n * 1000003) ^ key.k) * 1000003 ^ key.kind);
   }
 };
 
+// Where the Triton kernel computes a product that cuBLASLt may compute too.
+enum Triton : int64_t { kNowhere = 0, kOutsideGraphs = 1, kEverywhere = 2 };
+
 struct Pinned {
-  bool native = false;        // false: the Triton kernel, for want of a proof
-  bool triton_in_graph = false;  // the Triton kernel is faster where the host's time does not count
+  bool native = false;  // false: the Triton kernel, for want of a proof
+  Triton triton = kNowhere;
   cublasLtMatmulAlgo_t algo{};
 };
 
 std::shared_mutex table_lock;
-std::unordered_map<Key, std::array<Pinned, kRanges>, KeyHash> table;
+std::unordered_map<Weight, std::array<Pinned, kRanges>, WeightHash> table;
 
 size_t range_of(int64_t m) {
   size_t i = 0;
@@ -67,7 +70,7 @@ size_t range_of(int64_t m) {
   return i;
 }
 
-Key key_of(const at::Tensor& a, const Operands& o) {
+Weight key_of(const at::Tensor& a, const Operands& o) {
   const auto type = static_cast<int64_t>(a.scalar_type());
   return {o.n, o.k, (static_cast<int64_t>(a.get_device()) << 16) | (type << 8) | (o.form << 1) | o.by_column};
 }
@@ -150,7 +153,7 @@ Problem& problem_of(const Operands& o, at::ScalarType dtype, const void* bias) {
     Problem problem;
   };
   thread_local std::array<std::optional<Known>, 64> known;
-  const auto hash = KeyHash()({o.n, o.k, (o.m << 4) | (o.form << 1) | o.by_column});
+  const auto hash = WeightHash()({o.n, o.k, (o.m << 4) | (o.form << 1) | o.by_column});
   auto& it = known[hash * 0x9E3779B97F4A7C15u >> 58];  // sizes are multiples of a power of two, so the high bits
   if (it && it->dtype == dtype && it->operands == o) {
     if (o.form == kBias) it->problem.add(bias);
@@ -179,7 +182,7 @@ cublasStatus_t run(const at::Tensor& out, const at::Tensor& a, const at::Tensor&
                         c10::cuda::getCurrentCUDAStream(a.get_device()));
 }
 
-bool find(const Key& key, int64_t m, Pinned& found) {
+bool find(const Weight& key, int64_t m, Pinned& found) {
   std::shared_lock lock(table_lock);
   const auto it = table.find(key);
   if (it == table.end()) return false;
@@ -202,7 +205,7 @@ at::Tensor native(const at::Tensor& a, const at::Tensor& b, const at::Tensor* bi
     prove.call(a, b, o.form, o.by_column);
     if (!find(key, o.m, pinned)) return {};
   }
-  if (!pinned.native || (pinned.triton_in_graph && capturing())) return {};
+  if (!pinned.native || pinned.triton == kEverywhere || (pinned.triton == kOutsideGraphs && !capturing())) return {};
   auto out = empty(a, {o.m, o.n}, a.scalar_type());
   const auto status = run(out, a, b, bias, o, pinned.algo, nullptr, 0);
   if (status == CUBLAS_STATUS_SUCCESS) return out;
@@ -214,10 +217,7 @@ at::Tensor native(const at::Tensor& a, const at::Tensor& b, const at::Tensor* bi
 
 at::Tensor mm(const at::Tensor& a, const at::Tensor& b) {
   auto out = native(a, b, nullptr);
-  if (out.defined()) return out;
-  static const auto triton = python<at::Tensor(const at::Tensor&, const at::Tensor&)>("bi_compile_cuda::triton_mm");
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return triton.call(a, b);
+  return out.defined() ? out : triton_product(a, b);
 }
 
 at::Tensor addmm(const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Scalar& beta,
@@ -226,11 +226,7 @@ at::Tensor addmm(const at::Tensor& bias, const at::Tensor& a, const at::Tensor& 
     auto out = native(a, b, &bias);
     if (out.defined()) return out;
   }
-  static const auto triton =
-      python<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Scalar&, const at::Scalar&)>(
-          "bi_compile_cuda::triton_addmm");
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return triton.call(bias, a, b, beta, alpha);
+  return triton_product(a, b, &bias, beta, alpha);
 }
 
 // ---- for proof.py ----
@@ -309,16 +305,17 @@ bool run_algorithm(at::Tensor out, const at::Tensor& a, const at::Tensor& b, con
   return status == CUBLAS_STATUS_SUCCESS;
 }
 
-// Pin for products like this one: an algorithm (or an empty tensor: the Triton kernel) for each range of heights.
+// Pin for products like this one: an algorithm (or an empty tensor: the Triton kernel) for each range of heights, and where the Triton
+// kernel is taken all the same, a `Triton`.
 void pin(const at::Tensor& a, const at::Tensor& b, int64_t form, const std::vector<at::Tensor>& algos,
-         const std::vector<int64_t>& triton_in_graph) {
-  TORCH_CHECK(algos.size() == kRanges && triton_in_graph.size() == kRanges, "one algorithm for each range of heights");
+         const std::vector<int64_t>& triton) {
+  TORCH_CHECK(algos.size() == kRanges && triton.size() == kRanges, "one algorithm for each range of heights");
   auto o = operands_of(a, b, std::nullopt);
   o.form = static_cast<Form>(form);
   std::array<Pinned, kRanges> row;
   for (size_t i = 0; i < kRanges; ++i) {
     row[i].native = algos[i].numel() != 0;
-    row[i].triton_in_graph = triton_in_graph[i] != 0;
+    row[i].triton = static_cast<Triton>(triton[i]);
     if (row[i].native) row[i].algo = algorithm(algos[i]);
   }
   std::unique_lock lock(table_lock);
@@ -345,13 +342,11 @@ int64_t driver_version() {
 TORCH_LIBRARY(bi_compile_cuda, m) {
   using namespace bi_compile;
   m.def("prove(Tensor a, Tensor b, int form, bool by_column) -> ()");
-  m.def("triton_mm(Tensor a, Tensor b) -> Tensor");
-  m.def("triton_addmm(Tensor bias, Tensor a, Tensor b, *, Scalar beta=1, Scalar alpha=1) -> Tensor");
   m.def("algorithms(Tensor a, Tensor b, Tensor? bias, int workspace, int count) -> Tensor", &algorithms);
   m.def("describe(Tensor algo) -> int[]", &describe);
   m.def("run_algorithm(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias, Tensor algo, Tensor? workspace) -> bool",
         &run_algorithm);
-  m.def("pin(Tensor a, Tensor b, int form, Tensor[] algos, int[] triton_in_graph) -> ()", &pin);
+  m.def("pin(Tensor a, Tensor b, int form, Tensor[] algos, int[] triton) -> ()", &pin);
   m.def("forget_products() -> ()", &forget);
   m.def("heights() -> int[]", &heights);
   m.def("library_version() -> int", &library_version);

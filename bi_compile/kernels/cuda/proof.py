@@ -9,8 +9,9 @@ kernel at the range's first, middle and last height, every element as bits, on t
 - cancelling: every product comes twice, once negated, in random places. The exact sum is zero, so what is left is the
   rounding error of the partial sums, which another order has otherwise.
 
-The fastest algorithm that passes is pinned for the range. Where none does, the Triton kernel stays. Proofs are kept on disk,
-apart for each device, driver, version of cuBLASLt and Triton and source of the kernels: what has another one is proven anew.
+The fastest algorithm that passes is pinned for the range. Where none does, the Triton kernel stays; for few rows it is timed too, and
+computes what it is faster at. Proofs are kept on disk, apart for each device, driver, version of cuBLASLt and Triton and source of the
+kernels: what has another one is proven anew.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ OFFERED, COMPARED = 8, 3
 TURNS = 7
 """Times that each is taken; their median counts."""
 FEW = 64
-"""Up to this height the Triton kernel is timed too: inside a CUDA graph, where the host does not count, it may be faster."""
+"""Up to this height the Triton kernel is timed too."""
+TRITON_HOST, CUBLASLT_HOST = 7.0, 10.5
+"""Microseconds that a call of either costs the host: an H200's, by `bi-compile bench host`. Outside a graph a product takes no less."""
+NOWHERE, OUTSIDE_GRAPHS, EVERYWHERE = range(3)
+"""Where the Triton kernel computes what cuBLASLt may compute too: `Triton` in product.cpp."""
 MOST = 256
 """Proofs that one process makes: a program whose N or K change all the time gets the Triton kernel after that many."""
 CACHE = 50 * 2**20
@@ -87,7 +92,7 @@ class Choice:
     what: str = "the Triton kernel"
     us: float = 0.0
     triton_us: float = 0.0
-    triton_in_graph: bool = False
+    triton: int = NOWHERE
     refused: list[str] = dataclasses.field(default_factory=list)
     """Algorithms whose bits differ."""
 
@@ -230,7 +235,10 @@ def prove(problem: Problem, heights: Sequence[int], library: Library) -> list[Ch
                 choice.what = library.describe(algorithm)
             elif not good:
                 choice.refused.append(library.describe(algorithm))
-        choice.triton_in_graph = 0 < choice.triton_us < 0.97 * choice.us
+        if 0 < choice.triton_us < 0.97 * choice.us:
+            choice.triton = EVERYWHERE
+        elif choice.triton_us and max(choice.triton_us, TRITON_HOST) < max(choice.us, CUBLASLT_HOST):
+            choice.triton = OUTSIDE_GRAPHS
     return choices
 
 
@@ -368,7 +376,7 @@ def prove_and_pin(a: Tensor, b: Tensor, form: int, by_column: bool) -> None:
                 keep(path, problem, choices)
     choices = choices or [Choice(low, high) for low, high in ranges(heights)]
     algorithms = [torch.frombuffer(bytearray.fromhex(c.algorithm), dtype=torch.uint8) if c.algorithm else torch.empty(0, dtype=torch.uint8) for c in choices]  # fmt: skip
-    torch.ops.bi_compile_cuda.pin(a, b, form, algorithms, [int(c.triton_in_graph) for c in choices])
+    torch.ops.bi_compile_cuda.pin(a, b, form, algorithms, [c.triton for c in choices])
 
 
 def _prove(problem: Problem, heights: Sequence[int]) -> list[Choice]:

@@ -130,10 +130,11 @@ def index_type(*tensors: Tensor | None) -> Any:
 
 
 class Launched(NamedTuple):
-    """One launch: the kernel, what was compiled for it, its arguments and its constants."""
+    """One launch: the kernel, what was compiled for it, how many programs, its arguments and its constants."""
 
     kernel: Any
     compiled: Any
+    programs: int
     args: tuple[Any, ...]
     meta: Mapping[str, Any]
 
@@ -163,4 +164,4 @@ def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **meta: Any) -> No
     with guard:
         compiled = kernel[(programs,)](*args, **meta)
     if getattr(_watched, "seen", None) is not None:
-        _watched.seen.append(Launched(kernel, compiled, args, meta))
+        _watched.seen.append(Launched(kernel, compiled, programs, args, meta))

@@ -1,6 +1,6 @@
 """What bi_compile's C++ for CUDA launches, without a device.
 
-rows.cpp, launches.cpp and attention.cpp are compiled and called as they are, on tensors whose device is "cuda" and whose memory is the
+rows.cpp, triton_product.cpp, launches.cpp and attention.cpp are compiled and called as they are, on tensors whose device is "cuda" and whose memory is the
 host's. In place of the driver stands driver.cpp, which writes a launch down; in place of Triton's compiler, `_compile`, which compiles
 nothing and tells apart what Triton compiles apart. So nothing is computed: what is shown is which kernel would run, on what.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,13 +21,19 @@ import torch
 import triton
 from torch import Tensor
 from triton.runtime import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bi_compile.kernels.cuda import launches
 from bi_compile.kernels.cuda.build import EXTENSION
+from bi_compile.kernels.triton import matmul_tma
 
 HERE = Path(__file__).parent
 #: Triton's scratch pointers, behind a kernel's own arguments
 SCRATCH = 2
+#: type of an argument -> numbers that driver.cpp writes down for it, where they are more than one
+WORDS = {"map": 16}
+#: what Triton's compiler makes up for a descriptor here
+SWIZZLE = 3
 
 
 class Launch(NamedTuple):
@@ -63,10 +70,10 @@ def load() -> torch.library.Library:
     dataclasses.replace(
         EXTENSION,
         prefix="bi_compile_cuda_stand_in",
-        sources=("rows.cpp", "launches.cpp", "attention.cpp", *own),
+        sources=("rows.cpp", "triton_product.cpp", "launches.cpp", "attention.cpp", *own),
         flags=("-O1", "-std=c++20"),
         ldflags=("-Wl,-soname,libcuda.so.1",),  # the name by which launches.cpp finds the driver
-        include_folders=lambda: [HERE, headers],
+        include_folders=lambda: [HERE, Path(launches.__file__).parent, headers],
     ).load()
     library = torch.library.Library("bi_compile_cuda", "IMPL")
     for name, function in launches.IMPLEMENTATIONS.items():
@@ -94,8 +101,16 @@ def watched(*given: Tensor | None, capturing: bool = False) -> Iterator[Seen]:
 
     def run(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **meta: Any) -> Any:
         compiled = _compile(kernel, args, meta)
-        passed = [a for a, kind in zip(args, compiled.src.signature.values(), strict=False) if kind != "constexpr"]
-        arguments = tuple(named(a.data_ptr()) if isinstance(a, Tensor) else a for a in passed)
+        arguments = tuple(
+            x
+            for a, kind in zip(args, compiled.src.signature.values(), strict=False)
+            if kind != "constexpr"
+            for x in (
+                _described(a, named)
+                if isinstance(a, TensorDescriptor)
+                else [named(a.data_ptr()) if isinstance(a, Tensor) else a]
+            )
+        )
         seen.python.append(
             Launch(compiled.what, grid[0], 32 * compiled.metadata.num_warps, compiled.metadata.shared, arguments)
         )
@@ -105,6 +120,7 @@ def watched(*given: Tensor | None, capturing: bool = False) -> Iterator[Seen]:
         patch.setattr(JITFunction, "run", run)
         patch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        patch.setattr(matmul_tma, "_hopper_multiprocessors", lambda device: 132)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
         torch.ops.cuda_stand_in.capture(capturing)
         yield seen
@@ -113,11 +129,23 @@ def watched(*given: Tensor | None, capturing: bool = False) -> Iterator[Seen]:
         (function, programs, threads, shared, count), raw = raw[:5], raw[5:]
         values, raw = raw[:count], raw[count:]
         compiled = _functions[function]
-        assert count == len(compiled.kinds) + SCRATCH and not any(values[-SCRATCH:]), "scratch that is not null"
-        arguments = tuple(
-            named(value) if kind.startswith("*") else value for kind, value in zip(compiled.kinds, values, strict=False)
-        )
-        seen.cpp.append(Launch(compiled.what, programs, threads, shared, arguments))
+        arguments: list[Any] = []
+        for kind in compiled.kinds:
+            here, values = values[: WORDS.get(kind, 1)], values[WORDS.get(kind, 1) :]
+            if kind == "fp32":
+                here = struct.unpack("<f", struct.pack("<i", *here))
+            arguments += [named(here[0]), *here[1:]] if kind.startswith("*") or kind == "map" else here
+        assert len(values) == SCRATCH and not any(values), "scratch that is not null"
+        seen.cpp.append(Launch(compiled.what, programs, threads, shared, tuple(arguments)))
+
+
+def _described(x: TensorDescriptor, named: Callable[[int], Any]) -> list[Any]:
+    """A tensor map as driver.cpp writes it down, and what Triton passes behind it."""
+    rows, columns = x.shape
+    kind = {torch.float16: 6, torch.bfloat16: 9}[x.base.dtype]
+    promotion = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+    numbers = [kind, 2, columns, rows, 2 * x.strides[0], *x.block_shape[::-1], 1, 1, 0, SWIZZLE, promotion, 0]
+    return [named(x.base.data_ptr()), *numbers, 0, 0, *x.shape, *x.strides]
 
 
 _compilations: dict[str, _Compiled] = {}
@@ -136,12 +164,22 @@ def _compile(kernel: Any, args: tuple[Any, ...], meta: Mapping[str, Any]) -> _Co
     signature |= dict.fromkeys(set(kernel.arg_names) - set(signature), "constexpr")
     what = f"{kernel.__name__} {signature} {special} {sorted((k, str(v)) for k, v in meta.items())}"
     if what not in _compilations:
-        kinds = tuple(kind for kind in signature.values() if kind != "constexpr")
-        sizes = [8 if kind.startswith("*") or kind == "i64" else 4 for kind in kinds]
+        kinds = tuple(
+            kind
+            for name, each in zip(signature, args, strict=False)
+            if signature[name] != "constexpr"
+            for kind in (
+                ["map", "i32", "i32", "i64", "i64"] if isinstance(each, TensorDescriptor) else [signature[name]]
+            )
+        )
+        sizes = [128 if kind == "map" else 8 if kind.startswith("*") or kind == "i64" else 4 for kind in kinds]
         function = torch.ops.cuda_stand_in.kernel([*sizes, *[8] * SCRATCH])
         plan = SimpleNamespace(
             num_ctas=1, launch_cooperative_grid=False, launch_pdl=False, global_scratch_size=0,
             num_warps=meta["num_warps"], shared=1000 + function,
+            tensordesc_meta=[
+                {"swizzle": SWIZZLE, "block_size": each.block_shape, "fp4_padded": False} for each in args if isinstance(each, TensorDescriptor)
+            ],
         )  # fmt: skip
         made = _Compiled(what, function, kinds, SimpleNamespace(signature=signature), plan)
         _compilations[what] = _functions[function] = made
@@ -152,6 +190,10 @@ def _type(arg: Any, plain: bool, unaligned: bool) -> tuple[str, Any]:
     """Triton's type of an argument, and what it is specialized for."""
     if arg is None:
         return "constexpr", None
+    if isinstance(arg, TensorDescriptor):
+        return f"tensordesc<{arg.base.dtype}{arg.block_shape}>", None
+    if isinstance(arg, float):
+        return "fp32", None
     if isinstance(arg, Tensor):
         return f"*{arg.dtype}", not unaligned and arg.data_ptr() % 16 == 0
     if not plain and arg == 1:

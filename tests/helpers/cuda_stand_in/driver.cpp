@@ -13,6 +13,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <c10/cuda/impl/CUDAGuardImpl.h>
 #include <cuda.h>
+#include <launches.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -25,7 +26,7 @@ const c10::Device kDevice(c10::DeviceType::CUDA, 0);
 bool capturing = false;
 // bytes of each argument of a kernel, whose handle is its place here + 1
 std::vector<std::vector<int64_t>> kernels;
-// kernel, programs, threads, bytes of shared memory, number of arguments, arguments; one launch behind the other
+// kernel, programs, threads, bytes of shared memory, number of arguments, arguments; one launch behind the other. A tensor map is 16 of them.
 std::vector<int64_t> launched;
 // where something was allocated last -> its bytes
 std::map<int64_t, int64_t> allocated;
@@ -73,6 +74,12 @@ std::vector<int64_t> launches() { return std::exchange(launched, {}); }
 int64_t bytes_at(int64_t pointer) { return allocated.count(pointer) ? allocated[pointer] : -1; }
 void capture(bool on) { capturing = on; }
 
+// In place of product.cpp, whose cuBLASLt is not here.
+at::Tensor mm(const at::Tensor& a, const at::Tensor& b) { return bi_compile::triton_product(a, b); }
+at::Tensor addmm(const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {
+  return bi_compile::triton_product(a, b, &bias, beta, alpha);
+}
+
 }  // namespace
 
 C10_REGISTER_GUARD_IMPL(CUDA, c10::cuda::impl::CUDAGuardImpl)
@@ -83,6 +90,11 @@ TORCH_LIBRARY(cuda_stand_in, m) {
   m.def("launches() -> int[]", &launches);
   m.def("bytes_at(int pointer) -> int", &bytes_at);
   m.def("capture(bool on) -> ()", &capture);
+}
+
+TORCH_LIBRARY_IMPL(bi_compile, CUDA, m) {
+  m.impl("mm", &mm);
+  m.impl("addmm", &addmm);
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
@@ -143,13 +155,29 @@ CUresult cuFuncGetParamInfo(CUfunction function, size_t index, size_t* offset, s
 CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned shared, CUstream,
                         void** arguments, void**) {
   const auto& sizes = kernels.at(reinterpret_cast<size_t>(function) - 1);
-  const auto count = static_cast<int64_t>(sizes.size());
-  launched.insert(launched.end(), {reinterpret_cast<int64_t>(function), x, threads, shared, count});
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t value = 0;
-    std::memcpy(&value, arguments[i], static_cast<size_t>(sizes[i]));
-    launched.push_back(sizes[i] == 4 ? static_cast<int32_t>(value) : value);
+  launched.insert(launched.end(), {reinterpret_cast<int64_t>(function), x, threads, shared, 0});
+  const auto count = launched.size() - 1;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    std::array<int64_t, 16> values{};
+    std::memcpy(values.data(), arguments[i], static_cast<size_t>(sizes[i]));
+    if (sizes[i] == 4) values[0] = static_cast<int32_t>(values[0]);
+    launched.insert(launched.end(), values.begin(), values.begin() + (sizes[i] == 128 ? 16 : 1));
   }
+  launched[count] = static_cast<int64_t>(launched.size() - count - 1);
+  return CUDA_SUCCESS;
+}
+
+// What it is given, in the order of `_map` in __init__.py.
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
+                                const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  *map = {{reinterpret_cast<cuuint64_t>(address), type, rank, sizes[0], sizes[1], strides[0], box[0], box[1], steps[0], steps[1],
+           interleave, swizzle, promotion, fill}};
+  return CUDA_SUCCESS;
+}
+
+CUresult cuTensorMapReplaceAddress(CUtensorMap* map, void* address) {
+  map->opaque[0] = reinterpret_cast<cuuint64_t>(address);
   return CUDA_SUCCESS;
 }
 }
