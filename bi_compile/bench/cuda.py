@@ -351,6 +351,8 @@ def host() -> Measured:
         torch.randn(4, 4096, device="cuda", dtype=x.dtype),
         torch.randn(4096, 4096, device="cuda", dtype=x.dtype).t(),
     )
+    heads = torch.randn(16, 4, 128, device="cuda", dtype=x.dtype)
+    query, keys = (torch.randn(1, h, n, 128, device="cuda", dtype=x.dtype) for h, n in ((16, 1), (8, 512)))
     cases: dict[str, tuple[tuple[Any, ...], Callable[[], Any]]] = {
         # operator, and its weight where that is another: (arguments, PyTorch's call)
         "mm": ((x, w), lambda: torch.mm(x, w)),
@@ -360,6 +362,11 @@ def host() -> Measured:
         "add_rms_norm": ((x, residual, weight, 1e-6), lambda: nn.functional.rms_norm(x + residual, (1024,), weight, 1e-6)),
         "softmax": ((x, -1), lambda: torch.softmax(x, -1)),
         "sum": ((x, [-1]), lambda: torch.sum(x, -1)),
+        "layer_norm": ((x, weight, None, 1e-6), lambda: nn.functional.layer_norm(x, (1024,), weight, None, 1e-6)),
+        "bmm": ((heads, heads.mT), lambda: torch.bmm(heads, heads.mT)),
+        "scaled_dot_product_attention": (
+            (query, keys, keys), lambda: nn.functional.scaled_dot_product_attention(query, keys, keys, enable_gqa=True)
+        ),
     }  # fmt: skip
     table = Measured(
         "Host time", ("operator", "torch us", "bi_compile us", "least", "most", "ratio", "eager fallback us", "bits")

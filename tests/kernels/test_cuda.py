@@ -10,7 +10,7 @@ import itertools
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ pytest.importorskip("triton")
 from bi_compile.kernels import cuda as kernels
 from bi_compile.kernels.cuda import launches, proof
 from bi_compile.kernels.cuda.build import EXTENSION
+from bi_compile.kernels.cuda.recorded import OPERATORS
+from bi_compile.kernels.triton.launch import watching
 
 CUDA = torch.cuda.is_available()
 cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
@@ -265,33 +267,75 @@ def test_a_product_without_a_proof_inside_a_graph_is_the_triton_kernels() -> Non
         assert all_same(ops.mm(a, weight.t()), want)
 
 
+def recorded(name: str, dtype: torch.dtype, seed: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments of an operator; the same but for their elements with another seed."""
+
+    def new(*shape: int) -> Tensor:
+        return draw(*shape, dtype=dtype, seed=seed + len(shape))
+
+    channels = new(96)
+    if name in ("mm", "addmm"):
+        for m, n, k in itertools.product((1, 4, 17, 65, 130, 1000), (128, 1000), (1352, 768)):
+            a, b = new(m, k), draw(n, k, dtype=dtype, seed=seed).t()
+            for each in (b, b.contiguous()):
+                for bias in (new(n), new(m, n)):
+                    yield ((a, each) if name == "mm" else (bias, a, each)), {}
+    elif name in ("bmm", "baddbmm"):
+        for b, m, k, n in itertools.product((1, 7), (1, 65), (96, 128), (40, 96)):
+            a = new(b, m, k)
+            for each in (new(b, k, n), new(b, n, k).mT, *([a.mT] if name == "bmm" else [])):
+                yield ((a, each), {}) if name == "bmm" else ((new(m, n), a, each), {"beta": 1 if m == 1 else 0.5})
+    elif name == "grouped_mm":
+        for counts, groups in ((True, 1), (False, 5)):
+            offs = torch.tensor([3, 5, 5, 9, 20][-groups:], dtype=torch.int32, device="cuda")
+            yield (new(24, 96), new(groups, 96, 40), offs, new(groups, 40)), {"counts": counts}
+    elif name == "scaled_dot_product_attention":
+        for length, keys in ((1, 1), (1, 3000), (70, 70), (200, 1500)):
+            q, k, v = (
+                new(2, 4, length, 64),
+                draw(2, 2, keys, 64, dtype=dtype, seed=seed),
+                draw(2, 2, keys, 64, dtype=dtype, seed=seed + 1),
+            )
+            yield (q, k, v, None, True), {}
+            yield (q, k, k, new(1, 1, length, keys), False), {"scale": 0.2}
+    else:
+        for rows in (1, 9):
+            x = new(rows, 64, 96)
+            more: dict[str, list[tuple[Any, ...]]] = {
+                "cumsum": [(-1,), (2,)],
+                "logsumexp": [([-1],), ([2], True)],
+                "var_mean": [([-1],), ([2], 0, True)],
+                "layer_norm": [(channels, None, 1e-5), (None, None, 1e-6)],
+                "group_norm": [(new(64), new(64), 4, 1e-5)],
+            }
+            for rest in more[name]:
+                yield (x, *rest), {}
+
+
 @cuda
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_triton_kernels_products_are_launched_from_cpp(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits as from Python, with other operands than those that a launch was learned from; Python is not asked again."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_recorded_operators(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as from Python, with other elements elsewhere than in the calls before; Python is not asked again, nor for a
+    graph."""
     ops.load_kernels("cuda")
-    monkeypatch.setattr(proof, "prove", lambda problem, heights, library: [])  # none is pinned
+    monkeypatch.setattr(proof, "_prove", lambda problem, heights: [])  # no product is cuBLASLt's
     monkeypatch.setattr(proof, "read", lambda path: {})
     torch.ops.bi_compile_cuda.forget_products()
-    for n, k in ((128, 1024), (1000, 1352), (1024, 768), (3, 40)):
-        for m in (1, 4, 17, 65, 130, 1000):
-            for seed in range(2):
-                weight, other, a = (
-                    draw(*s, dtype=dtype, seed=seed + i) for i, s in enumerate(((n, k), (k, n), (m, k)))
-                )
-                bias, addend = draw(n, dtype=dtype, seed=seed), draw(m, n, dtype=dtype, seed=seed)
-                for b in (weight.t(), other):
-                    want = triton("mm")(a, b), *(triton("addmm")(x, a, b) for x in (bias, addend))
-                    with monkeypatch.context() as without:
-                        if seed:
-                            without.setattr(launches, "matmul", None)
-                        got = ops.mm(a, b), *(ops.addmm(x, a, b) for x in (bias, addend))
-                    assert all_same(got, want), (m, n, k, b.stride())
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph):
-                        got = ops.mm(a, b), *(ops.addmm(x, a, b) for x in (bias, addend))
-                    graph.replay()
-                    assert all_same(got, want), (m, n, k, b.stride())
+    ours = getattr(ops, name)
+    for first, second in zip(recorded(name, dtype, 0), recorded(name, dtype, 10), strict=True):
+        for _ in range(2):
+            ours(*first[0], **first[1])
+        args, options = second
+        want = triton(name)(*args, **options)
+        with watching() as seen:
+            got = ours(*args, **options)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                again = ours(*args, **options)
+        assert not seen and all_same(got, want), [x.shape for x in args if isinstance(x, Tensor)]
+        graph.replay()
+        assert all_same(again, want)
     torch.ops.bi_compile_cuda.forget_products()
 
 

@@ -2,10 +2,11 @@
 
 - mm and addmm run in cuBLASLt, by algorithms whose bits were compared with the Triton kernel's (`proof`, `product.cpp`), where that is
   faster than the Triton kernel.
-- Else they, and rms_norm, add_rms_norm, qk_norm, softmax, log_softmax, sum, mean and a server's attention (`fill_paged`), launch Triton's
-  own kernels from C++ (`launches`, `triton_product.cpp`, `rows.cpp`, `attention.cpp`).
+- rms_norm, add_rms_norm, qk_norm, softmax, log_softmax, sum, mean and a server's attention (`fill_paged`) launch Triton's own kernels from
+  C++ (`launches`, `rows.cpp`, `attention.cpp`), for any number of rows.
+- The others, and mm and addmm else, launch them from C++ where a call like it was recorded (`recorded`, `recorded.cpp`).
 - moe_gate and moe_combine are computed as they are defined, by other operators.
-- The other operators, and what the C++ cannot take, run in `bi_compile.kernels.triton`: the same order, so the same bits.
+- What the C++ cannot take runs in `bi_compile.kernels.triton`: the same order, so the same bits.
 
 The C++ is compiled at the first call on a machine. Where that cannot be done the Triton kernels compute everything, which
 costs the host more time, and a warning says why.
@@ -21,23 +22,16 @@ from typing import Any
 import torch
 
 from .. import triton
-from . import build
+from . import build, recorded
 
 log = logging.getLogger("bi_compile")
 
 DISPATCH_KEY = "CUDA"
 NATIVE: tuple[str, ...] = (
-    "mm",
-    "addmm",
-    "rms_norm",
-    "add_rms_norm",
-    "qk_norm",
-    "softmax",
-    "log_softmax",
-    "sum",
-    "mean",
+    *("rms_norm", "add_rms_norm", "qk_norm", "softmax", "log_softmax", "sum", "mean"),
+    *recorded.OPERATORS,
 )
-"""The operators that `product.cpp` and `rows.cpp` implement."""
+"""The operators that `rows.cpp`, `product.cpp` and `recorded.cpp` implement."""
 _library: torch.library.Library | None = None
 _why_not = ""
 
@@ -56,7 +50,10 @@ def _load_native() -> None:
         "prove": proof.prove_and_pin,
         **launches.IMPLEMENTATIONS,
     }
-    _library = torch.library.Library("bi_compile_cuda", "IMPL")
+    _library = torch.library.Library("bi_compile_cuda", "FRAGMENT")
+    for name, schema, function in recorded.operators():
+        _library.define(schema)
+        functions[name] = function
     for name, function in functions.items():
         _library.impl(name, function, DISPATCH_KEY)
     launches.give_tables()

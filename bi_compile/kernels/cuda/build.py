@@ -48,7 +48,7 @@ def _folders_with_headers() -> list[Path]:
 EXTENSION = Extension(
     "bi_compile_cuda",
     Path(__file__).parent,
-    ("product.cpp", "triton_product.cpp", "rows.cpp", "launches.cpp", "attention.cpp"),
+    ("product.cpp", "rows.cpp", "launches.cpp", "attention.cpp", "recorded.cpp"),
     ("-O2", "-std=c++20"),
     depends_on=lambda: f"{torch.version.cuda} {platform.machine()}",
     # cuBLASLt and the runtime are those that libtorch_cuda has loaded

@@ -21,8 +21,6 @@ struct KeyHash {
 enum Kind : int64_t { kSlot = 0, kNumber = 1, kConstant = 2, kMap = 3 };
 
 constexpr size_t kMostArguments = 64, kMostMaps = 2;
-// Some 20 MB. What is not learned is launched from Python, as a first call is.
-constexpr size_t kMostLaunches = 1 << 15;
 std::shared_mutex table_lock;
 std::unordered_map<Key, Launch, KeyHash> table;
 
@@ -38,6 +36,7 @@ void* driver(const char* name) {
 struct Matrix {
   int64_t slot, address, type, swizzle, rows, columns, stride, box_rows, box_columns;
 };
+constexpr size_t kMatrix = 9;
 
 CUtensorMap map_of(const Matrix& x) {
   static const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(driver("cuTensorMapEncodeTiled"));
@@ -53,33 +52,43 @@ CUtensorMap map_of(const Matrix& x) {
   return map;
 }
 
-// Calls with this key launch `function` from now on. sizes: bytes of each argument; maps: each a `Matrix`. What the binary takes behind
-// them are Triton's scratch pointers, which are null. Raises where the binary does not take these.
-void learn(const std::vector<int64_t>& key, int64_t function, int64_t threads, int64_t shared, int64_t programs, int64_t rows_per_program,
-           const std::vector<int64_t>& kinds, const std::vector<int64_t>& values, const std::vector<int64_t>& sizes,
-           const std::vector<std::vector<int64_t>>& maps) {
-  static const auto parameter = reinterpret_cast<decltype(&cuFuncGetParamInfo)>(driver("cuFuncGetParamInfo"));
+// Calls with this key launch this from now on.
+void learn(const std::vector<int64_t>& key, int64_t rows_per_program, const std::vector<int64_t>& description) {
   Key as{};
-  TORCH_CHECK(key.size() <= as.size() && kinds.size() == values.size() && kinds.size() == sizes.size() && rows_per_program > 0 && maps.size() <= kMostMaps);
+  TORCH_CHECK(key.size() <= as.size() && rows_per_program > 0);
   std::copy(key.begin(), key.end(), as.begin());
-  Launch it{reinterpret_cast<CUfunction>(function), static_cast<unsigned>(threads), static_cast<unsigned>(shared), programs, rows_per_program, {}, {}};
-  size_t offset = 0, size = 0;
-  for (size_t i = 0; parameter(it.function, i, &offset, &size) == CUDA_SUCCESS; ++i) {
-    TORCH_CHECK(i < kMostArguments, "a kernel with more than ", kMostArguments, " arguments");
-    const bool known = i < kinds.size();
-    TORCH_CHECK(size == (known ? static_cast<size_t>(sizes[i]) : sizeof(void*)), "argument ", i, " of the kernel has ", size, " bytes");
-    it.arguments.emplace_back(known ? kinds[i] : static_cast<int64_t>(kConstant), known ? values[i] : 0);
-  }
-  TORCH_CHECK(it.arguments.size() >= kinds.size(), "the kernel takes ", it.arguments.size(), " arguments, not ", kinds.size());
-  for (const auto& m : maps) {
-    TORCH_CHECK(m.size() == 9, "a map is described by 9 numbers");
-    it.maps.emplace_back(map_of({m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8]}), m[0]);
-  }
+  auto it = launch_of(description);
+  it.rows_per_program = rows_per_program;
   std::unique_lock lock(table_lock);
-  if (table.size() < kMostLaunches) table.try_emplace(as, std::move(it));
+  table.try_emplace(as, std::move(it));
 }
 
 }  // namespace
+
+// function, threads, bytes of shared memory, programs, number of arguments; of each argument kind, value and bytes; of each map a
+// `Matrix`. What the binary takes behind its arguments are Triton's scratch pointers, which are null.
+Launch launch_of(at::IntArrayRef description) {
+  static const auto parameter = reinterpret_cast<decltype(&cuFuncGetParamInfo)>(driver("cuFuncGetParamInfo"));
+  TORCH_CHECK(description.size() >= 5);
+  Launch it{reinterpret_cast<CUfunction>(description[0]), static_cast<unsigned>(description[1]), static_cast<unsigned>(description[2]),
+            description[3], 0, {}, {}};
+  const auto given = description.slice(5, 3 * description[4]);
+  const auto maps = description.slice(5 + given.size());
+  size_t offset = 0, size = 0;
+  for (size_t i = 0; parameter(it.function, i, &offset, &size) == CUDA_SUCCESS; ++i) {
+    TORCH_CHECK(i < kMostArguments, "a kernel with more than ", kMostArguments, " arguments");
+    const bool known = 3 * i < given.size();
+    TORCH_CHECK(size == (known ? static_cast<size_t>(given[3 * i + 2]) : sizeof(void*)), "argument ", i, " of the kernel has ", size, " bytes");
+    it.arguments.emplace_back(known ? given[3 * i] : static_cast<int64_t>(kConstant), known ? given[3 * i + 1] : 0);
+  }
+  TORCH_CHECK(3 * it.arguments.size() >= given.size(), "the kernel takes ", it.arguments.size(), " arguments, not ", given.size() / 3);
+  TORCH_CHECK(maps.size() % kMatrix == 0 && maps.size() <= kMostMaps * kMatrix, "a kernel with more than ", kMostMaps, " descriptors");
+  for (size_t i = 0; i < maps.size(); i += kMatrix) {
+    const auto m = maps.slice(i, kMatrix);
+    it.maps.emplace_back(map_of({m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8]}), m[0]);
+  }
+  return it;
+}
 
 const Launch* find(const Key& key) {
   std::shared_lock lock(table_lock);
@@ -87,7 +96,7 @@ const Launch* find(const Key& key) {
   return it == table.end() ? nullptr : &it->second;  // none is removed
 }
 
-void launch(const Launch& it, int64_t programs, std::initializer_list<const void*> slots, std::initializer_list<int64_t> numbers) {
+void launch(const Launch& it, int64_t programs, at::ArrayRef<const void*> slots, at::IntArrayRef numbers) {
   static const auto run = reinterpret_cast<decltype(&cuLaunchKernel)>(driver("cuLaunchKernel"));
   std::array<uint64_t, kMostArguments> values;
   std::array<void*, kMostArguments> pointers;
@@ -95,13 +104,13 @@ void launch(const Launch& it, int64_t programs, std::initializer_list<const void
   for (size_t i = 0; i < it.maps.size(); ++i) {
     static const auto replace = reinterpret_cast<decltype(&cuTensorMapReplaceAddress)>(driver("cuTensorMapReplaceAddress"));
     maps[i] = it.maps[i].first;
-    const auto status = replace(&maps[i], const_cast<void*>(slots.begin()[it.maps[i].second]));
+    const auto status = replace(&maps[i], const_cast<void*>(slots[it.maps[i].second]));
     TORCH_CHECK(status == CUDA_SUCCESS, "cuTensorMapReplaceAddress failed with CUDA driver error ", int(status));
   }
   for (size_t i = 0; i < it.arguments.size(); ++i) {
     const auto [kind, value] = it.arguments[i];
-    values[i] = kind == kSlot     ? reinterpret_cast<uint64_t>(slots.begin()[value])
-                : kind == kNumber ? static_cast<uint64_t>(numbers.begin()[value])
+    values[i] = kind == kSlot     ? reinterpret_cast<uint64_t>(slots[value])
+                : kind == kNumber ? static_cast<uint64_t>(numbers[value])
                                   : static_cast<uint64_t>(value);
     pointers[i] = kind == kMap ? static_cast<void*>(&maps[value]) : &values[i];
   }
@@ -113,8 +122,5 @@ void launch(const Launch& it, int64_t programs, std::initializer_list<const void
 }  // namespace bi_compile
 
 TORCH_LIBRARY_FRAGMENT(bi_compile_cuda, m) {
-  m.def(
-      "learn(int[] key, int function, int threads, int shared, int programs, int rows_per_program, int[] kinds, int[] values, "
-      "int[] sizes, int[][] maps) -> ()",
-      &bi_compile::learn);
+  m.def("learn(int[] key, int rows_per_program, int[] description) -> ()", &bi_compile::learn);
 }

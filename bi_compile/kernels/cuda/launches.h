@@ -2,7 +2,6 @@
 //
 // The first call of each layout goes to a function in Python, which compiles and runs the kernel and tells `learn` what it launched.
 // Later calls launch the same binary with the same arguments but for pointers and the few numbers that follow the batch.
-// A product's call says its number of rows too: everything but its pointers is as it was.
 #pragma once
 
 #include "common.h"
@@ -10,19 +9,20 @@
 #include <cuda.h>
 
 #include <array>
-#include <initializer_list>
+#include <bit>
 #include <utility>
 
 namespace bi_compile {
 
 // The operator, and everything that decides what is compiled and what it is given as constants; zeros behind.
 using Key = std::array<int64_t, 24>;
-enum Operator : int64_t { kRmsNorm, kAddRmsNorm, kSoftmax, kLogSoftmax, kSum, kMean, kPagedAttention, kJoinParts, kQkNorm, kProduct };
+enum Operator : int64_t { kRmsNorm, kAddRmsNorm, kSoftmax, kLogSoftmax, kSum, kMean, kPagedAttention, kJoinParts, kQkNorm };
 
 struct Launch {
   CUfunction function = nullptr;
   unsigned threads = 0, shared = 0;
-  int64_t programs = 0, rows_per_program = 0;  // the programs are those of the call that it was learned from
+  int64_t programs = 0;  // in the call that it was learned from
+  int64_t rows_per_program = 0;
   std::vector<std::pair<int64_t, int64_t>> arguments;  // kind, value
   std::vector<std::pair<CUtensorMap, int64_t>> maps;  // a descriptor but for its address, which is this slot's
 };
@@ -32,11 +32,10 @@ inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rou
 // What `learn` was told for the key, or null. It stays where it is.
 const Launch* find(const Key& key);
 
-// slots, numbers: what arguments of the kinds kSlot and kNumber are taken from.
-void launch(const Launch& it, int64_t programs, std::initializer_list<const void*> slots, std::initializer_list<int64_t> numbers);
+// What `described` in launches.py says of a launch. Raises where the binary does not take such arguments.
+Launch launch_of(at::IntArrayRef description);
 
-// alpha * (a @ b) + beta * bias by the Triton kernel; a bias only where there is one.
-at::Tensor triton_product(const at::Tensor& a, const at::Tensor& b, const at::Tensor* bias = nullptr, const at::Scalar& beta = 1,
-                          const at::Scalar& alpha = 1);
+// slots, numbers: what arguments of the kinds kSlot and kNumber are taken from.
+void launch(const Launch& it, int64_t programs, at::ArrayRef<const void*> slots, at::IntArrayRef numbers);
 
 }  // namespace bi_compile

@@ -1,21 +1,22 @@
-"""What a function in Triton launched, told to the C++ operators in this folder, which launch it from then on.
+"""What a function in Triton launched, told to the C++ operators of `rows.cpp` and `attention.cpp`, which launch it from then on.
 
 A Triton kernel is compiled for dtypes, alignment and strides; of what it is given, pointers and the numbers for which it is not
 specialized alone change with the batch. So the kernel that one call has compiled is the one for every call of the same layout, and C++
-can launch its binary: the same kernel, so the same bits. A product's tile follows its rows, so each number of rows is a call of its own.
+can launch its binary: the same kernel, so the same bits.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..triton import matmul, norm, paged_attention, reduce
+from ..triton import norm, paged_attention, reduce
 from ..triton.launch import Launched, watching
 from ..triton.running_softmax import ends_of_segments
 from ..triton.tiles import ATTENTION, ATTENTION_HEAD, FEW, MANY
@@ -25,59 +26,53 @@ SLOT, NUMBER, CONSTANT, MAP = range(4)
 #: numbers in a `Key` in launches.h
 KEY = 24
 _SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u32": 4, "u64": 8, "fp32": 4}
-#: bytes of a CUtensorMap
-_MAP = 128
+#: bytes of a CUtensorMap, and numbers that describe it to C++
+_MAP, _MATRIX = 128, 9
 #: of CUtensorMapDataType
 _MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 
 
-class Arguments(NamedTuple):
-    """What `learn` in launches.cpp takes: of each argument of the compiled kernel its kind, value and bytes, and the maps."""
+def described(launched: Launched, slot_of: Callable[[int, Tensor], int | None], exact: bool) -> list[int]:
+    """A launch as `launch_of` in launches.cpp takes it: function, threads, bytes of shared memory, programs, number of arguments; of each
+    argument kind, value and bytes; of each descriptor its map.
 
-    kinds: list[int]
-    values: list[int]
-    sizes: list[int]
-    maps: list[list[int]]
-
-
-def arguments(launched: Launched, slots: Sequence[Tensor | None]) -> Arguments:
-    """What the kernel was given.
-
-    slots: the tensors that C++ will pass, in the order of the kernel's first arguments. Its numbers are the kernel's `do_not_specialize`.
+    slot_of: which of the tensors that C++ will pass an argument of the kernel is, given its place. exact: everything but the tensors will be
+    as it was; else the kernel's `do_not_specialize` are numbers that C++ will pass.
 
     Raises:
-        ValueError: the kernel was given another tensor, a copy, or has an argument of a type that is not known here.
+        ValueError: the kernel was given another tensor, a copy, or has an argument of a type, or is launched in a way, that is not known here.
     """
+    plan = launched.compiled.metadata
+    if plan.num_ctas != 1 or plan.launch_cooperative_grid or plan.launch_pdl or plan.global_scratch_size:
+        raise ValueError("it is no plain launch")
     found: list[tuple[int, int, int]] = []
-    maps: list[list[int]] = []
-    described = iter(getattr(launched.compiled.metadata, "tensordesc_meta", None) or ())
+    maps: list[int] = []
+    descriptors = iter(getattr(plan, "tensordesc_meta", None) or ())
     for index, (name, given) in enumerate(zip(launched.kernel.arg_names, launched.args, strict=False)):
         kind = str(launched.compiled.src.signature[name])
         if kind == "constexpr":  # compiled in
             continue
         descriptor = kind.startswith("tensordesc")
         if descriptor or kind.startswith("*"):
-            slot = slots[index] if index < len(slots) else None
-            if slot is None or (given.base if descriptor else given).data_ptr() != slot.data_ptr():
+            slot = slot_of(index, given.base if descriptor else given)
+            if slot is None:
                 raise ValueError(f"{name} is not what the operator was given")
-        if descriptor:
-            found += [
-                (MAP, len(maps), _MAP),
-                *((CONSTANT, n, 4) for n in given.shape),
-                *((CONSTANT, n, 8) for n in given.strides),
-            ]
-            maps.append(_map(name, index, given, next(described, None)))
-        elif kind.startswith("*"):
-            found.append((SLOT, index, 8))
+            if descriptor:
+                found.append((MAP, len(maps) // _MATRIX, _MAP))
+                found += [(CONSTANT, n, 4) for n in given.shape] + [(CONSTANT, n, 8) for n in given.strides]
+                maps += _map(name, slot, given, next(descriptors, None))
+            else:
+                found.append((SLOT, slot, 8))
         elif kind not in _SIZES:
             raise ValueError(f"{name} has Triton's type {kind}")
-        elif name in launched.kernel.do_not_specialize:
+        elif name in launched.kernel.do_not_specialize and not exact:
             found.append((NUMBER, launched.kernel.do_not_specialize.index(name), _SIZES[kind]))
         elif kind == "fp32":
             found.append((CONSTANT, *struct.unpack("<i", struct.pack("<f", given)), 4))
         else:
             found.append((CONSTANT, int(given), _SIZES[kind]))
-    return Arguments([f[0] for f in found], [f[1] for f in found], [f[2] for f in found], maps)
+    head = launched.compiled.function, 32 * plan.num_warps, plan.shared, launched.programs, len(found)
+    return [*head, *itertools.chain.from_iterable(found), *maps]
 
 
 def _map(name: str, slot: int, descriptor: Any, plan: Any) -> list[int]:
@@ -85,55 +80,29 @@ def _map(name: str, slot: int, descriptor: Any, plan: Any) -> list[int]:
     kind = _MAP_TYPES.get(descriptor.base.dtype)
     if plan is None or kind is None or len(descriptor.shape) != 2 or descriptor.padding != "zero" or plan["fp4_padded"]:
         raise ValueError(f"{name} is a descriptor that is not encoded here")
-    return [
-        slot,
-        descriptor.base.data_ptr(),
-        kind,
-        plan["swizzle"],
-        *descriptor.shape,
-        descriptor.strides[0],
-        *plan["block_size"],
-    ]
+    address, (stride, _) = descriptor.base.data_ptr(), descriptor.strides
+    return [slot, address, kind, plan["swizzle"], *descriptor.shape, stride, *plan["block_size"]]
 
 
 def _learn(key: Sequence[int], launched: Launched, slots: Sequence[Tensor | None], rows: int) -> None:
-    """Tell C++ what this call launched, where that is a plain kernel over the tensors themselves. rows: what a program takes of them."""
-    plan = launched.compiled.metadata
-    if plan.num_ctas != 1 or plan.launch_cooperative_grid or plan.launch_pdl or plan.global_scratch_size:
-        return
+    """Tell C++ what this call launched, where that is a plain kernel over the tensors themselves: `slots`, in the order of the kernel's first
+    arguments. rows: what a program takes of them."""
+
+    def slot_of(index: int, given: Tensor) -> int | None:
+        slot = slots[index] if index < len(slots) else None
+        return None if slot is None or given.data_ptr() != slot.data_ptr() else index
+
     try:
-        given = arguments(launched, slots)
+        description = described(launched, slot_of, exact=False)
     except ValueError as error:
         log.debug("bi_compile: %s keeps its launch in Python: %s", launched.kernel.__name__, error)
         return
-    function = launched.compiled.function
-    torch.ops.bi_compile_cuda.learn(
-        list(key), function, 32 * plan.num_warps, plan.shared, launched.programs, rows, *given
-    )
+    torch.ops.bi_compile_cuda.learn(list(key), rows, description)
 
 
 def _learn_rows(key: Sequence[int], seen: Sequence[Launched], slots: Sequence[Tensor | None]) -> None:
     if key and len(seen) == 1:
         _learn(key, seen[0], slots, seen[0].meta["BLOCK_R"])
-
-
-def _learn_product(key: Sequence[int], seen: Sequence[Launched], slots: Sequence[Tensor | None]) -> None:
-    if key and len(seen) == 1:
-        _learn(key, seen[0], slots, 1)
-
-
-def mm(a: Tensor, b: Tensor, key: Sequence[int]) -> Tensor:
-    with watching() as seen:
-        out = matmul.mm(a, b)
-    _learn_product(key, seen, [a, b, None, out])
-    return out
-
-
-def addmm(bias: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, key: Sequence[int]) -> Tensor:
-    with watching() as seen:
-        out = matmul.addmm(bias, a, b, beta=beta, alpha=alpha)
-    _learn_product(key, seen, [a, b, bias, out])
-    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, key: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -215,8 +184,6 @@ def give_tables() -> None:
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "triton_fill_paged": fill_paged,
-    "triton_mm": mm,
-    "triton_addmm": addmm,
     "triton_rms_norm": rms_norm,
     "triton_add_rms_norm": add_rms_norm,
     "triton_qk_norm": qk_norm,

@@ -3,7 +3,7 @@
 // Nothing here chooses an algorithm. `proof.py` asks for those that neither split K nor use a workspace, compares their
 // bits with the Triton kernel's, times them, and pins one for each range of heights (`kHeights`). The height may decide
 // which of them runs, since all of them have one order.
-#include "launches.h"
+#include "recorded.h"
 
 // cuBLASLt's header includes CUDA's 16-bit types, whose headers need CUDA's C++ library, which pip does not install. No
 // function that is called here takes one, so a declaration serves.
@@ -215,9 +215,16 @@ at::Tensor native(const at::Tensor& a, const at::Tensor& b, const at::Tensor* bi
   return {};
 }
 
+at::Tensor triton(Recorded& op, torch::jit::Stack arguments) {
+  op.call(arguments);
+  return std::move(arguments[0]).toTensor();
+}
+
 at::Tensor mm(const at::Tensor& a, const at::Tensor& b) {
   auto out = native(a, b, nullptr);
-  return out.defined() ? out : triton_product(a, b);
+  if (out.defined()) return out;
+  static Recorded recorded("mm");
+  return triton(recorded, {a, b});
 }
 
 at::Tensor addmm(const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Scalar& beta,
@@ -226,7 +233,8 @@ at::Tensor addmm(const at::Tensor& bias, const at::Tensor& a, const at::Tensor& 
     auto out = native(a, b, &bias);
     if (out.defined()) return out;
   }
-  return triton_product(a, b, &bias, beta, alpha);
+  static Recorded recorded("addmm");
+  return triton(recorded, {bias, a, b, beta, alpha});
 }
 
 // ---- for proof.py ----

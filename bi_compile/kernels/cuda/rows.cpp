@@ -1,8 +1,6 @@
 // Norms, softmax and sums over rows.
 #include "launches.h"
 
-#include <bit>
-
 namespace bi_compile {
 namespace {
 
@@ -36,7 +34,7 @@ bool rows_of(const at::Tensor& x, bool heads, Rows& r) {
 }
 
 // A program takes `rows_per_program` of the rows, whose number is the one argument that follows the batch.
-void launch_over(const Launch& it, int64_t rows, std::initializer_list<const void*> slots) {
+void launch_over(const Launch& it, int64_t rows, at::ArrayRef<const void*> slots) {
   launch(it, divided(rows, it.rows_per_program), slots, {rows});
 }
 

@@ -1,6 +1,6 @@
 """What bi_compile's C++ for CUDA launches, without a device.
 
-rows.cpp, triton_product.cpp, launches.cpp and attention.cpp are compiled and called as they are, on tensors whose device is "cuda" and whose memory is the
+rows.cpp, launches.cpp, attention.cpp and recorded.cpp are compiled and called as they are, on tensors whose device is "cuda" and whose memory is the
 host's. In place of the driver stands driver.cpp, which writes a launch down; in place of Triton's compiler, `_compile`, which compiles
 nothing and tells apart what Triton compiles apart. So nothing is computed: what is shown is which kernel would run, on what.
 """
@@ -20,10 +20,11 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bi_compile.kernels.cuda import launches
+from bi_compile.kernels.cuda import launches, recorded
 from bi_compile.kernels.cuda.build import EXTENSION
 from bi_compile.kernels.triton import matmul_tma
 
@@ -70,13 +71,16 @@ def load() -> torch.library.Library:
     dataclasses.replace(
         EXTENSION,
         prefix="bi_compile_cuda_stand_in",
-        sources=("rows.cpp", "triton_product.cpp", "launches.cpp", "attention.cpp", *own),
+        sources=("rows.cpp", "launches.cpp", "attention.cpp", "recorded.cpp", *own),
         flags=("-O1", "-std=c++20"),
         ldflags=("-Wl,-soname,libcuda.so.1",),  # the name by which launches.cpp finds the driver
         include_folders=lambda: [HERE, Path(launches.__file__).parent, headers],
     ).load()
-    library = torch.library.Library("bi_compile_cuda", "IMPL")
+    library = torch.library.Library("bi_compile_cuda", "FRAGMENT")
     for name, function in launches.IMPLEMENTATIONS.items():
+        library.impl(name, function, "CUDA")
+    for name, schema, function in recorded.operators():
+        library.define(schema)
         library.impl(name, function, "CUDA")
     launches.give_tables()
     return library
@@ -97,7 +101,8 @@ def watched(*given: Tensor | None, capturing: bool = False) -> Iterator[Seen]:
     def named(pointer: int) -> Any:
         if pointer == 0:
             return None
-        return ("at", pointer) if pointer in addresses else ("room", torch.ops.cuda_stand_in.bytes_at(pointer))
+        with _disable_current_modes():  # it is no part of what runs
+            return ("at", pointer) if pointer in addresses else ("room", torch.ops.cuda_stand_in.bytes_at(pointer))
 
     def run(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **meta: Any) -> Any:
         compiled = _compile(kernel, args, meta)

@@ -13,7 +13,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <c10/cuda/impl/CUDAGuardImpl.h>
 #include <cuda.h>
-#include <launches.h>
+#include <recorded.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -74,12 +74,6 @@ std::vector<int64_t> launches() { return std::exchange(launched, {}); }
 int64_t bytes_at(int64_t pointer) { return allocated.count(pointer) ? allocated[pointer] : -1; }
 void capture(bool on) { capturing = on; }
 
-// In place of product.cpp, whose cuBLASLt is not here.
-at::Tensor mm(const at::Tensor& a, const at::Tensor& b) { return bi_compile::triton_product(a, b); }
-at::Tensor addmm(const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {
-  return bi_compile::triton_product(a, b, &bias, beta, alpha);
-}
-
 }  // namespace
 
 C10_REGISTER_GUARD_IMPL(CUDA, c10::cuda::impl::CUDAGuardImpl)
@@ -92,9 +86,10 @@ TORCH_LIBRARY(cuda_stand_in, m) {
   m.def("capture(bool on) -> ()", &capture);
 }
 
+// In place of product.cpp, whose cuBLASLt is not here.
 TORCH_LIBRARY_IMPL(bi_compile, CUDA, m) {
-  m.impl("mm", &mm);
-  m.impl("addmm", &addmm);
+  for (const auto* name : {"mm", "addmm"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<bi_compile::Recorded>(name)));
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
