@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 pytest.importorskip("triton")
 import cuda_stand_in as device
@@ -286,12 +287,64 @@ def test_recorded(name: str) -> None:
     native = 0
     for _ in range(400):
         args, options = case(name, draw, draw.choice(FLOATS[:3] if name in ("baddbmm", "grouped_mm") else FLOATS))
+        results: list[Any] = []
         native += compare(
-            lambda: kernels.IMPLEMENTATIONS[name](*args, **options),
-            lambda: getattr(torch.ops.bi_compile, name)(*args, **options),
+            lambda: results.append(kernels.IMPLEMENTATIONS[name](*args, **options)),
+            lambda: results.append(getattr(torch.ops.bi_compile, name)(*args, **options)),
             *(x for x in args if isinstance(x, Tensor)), capturing=draw.random() < 0.2, calls=3,
         )  # fmt: skip
+        wanted, *others = ([(x.shape, x.stride(), x.dtype) for x in pytree.tree_leaves(r)] for r in results)
+        assert others == [wanted] * 3
+        assert len({x.data_ptr() for x in pytree.tree_leaves(results[-1])}) == len(wanted)
     assert native > 100  # the others copy a tensor, or are not aligned
+
+
+def test_what_cannot_be_recorded() -> None:
+    """It computes by other means, returns no memory of its own, or launches on memory that it was not given."""
+    x = torch.zeros(4)
+    types = {"x": "*fp32", "out": "*fp32"}
+    plan = SimpleNamespace(
+        num_ctas=1, launch_cooperative_grid=False, launch_pdl=False, global_scratch_size=0, num_warps=4, shared=100
+    )
+    compiled = SimpleNamespace(metadata=plan, function=7, src=SimpleNamespace(signature=types))
+    kernel = SimpleNamespace(arg_names=tuple(types), do_not_specialize=())
+
+    def attempt(function: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[list[Tensor], list[int], list[list[int]]]:
+        with recorded._Inside() as inside:
+            out, arguments = function()
+        return recorded.recording([x], out, inside, [launches.Launched(kernel, compiled, 1, tuple(arguments), {})])
+
+    def plain(out: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return out, [x.view(2, 2), out]
+
+    def room() -> tuple[Tensor, list[Tensor]]:
+        partial, out = x.new_empty(9), x.new_empty(2)
+        return out, [partial, out]
+
+    results, rooms, (launch,) = attempt(lambda: plain(torch.empty(4)))
+    assert (results[0].shape, rooms, launch[5:]) == ((4,), [], [0, 0, 8, 0, 1, 8])
+    results, rooms, (launch,) = attempt(room)
+    assert (rooms, launch[5:]) == ([36], [0, 2, 8, 0, 1, 8])
+    for function, words in (
+        (lambda: plain(torch.empty(4).fill_(1)), "it calls aten.fill_"),
+        (lambda: plain(torch.zeros(4)), "it calls aten.zeros"),
+        (lambda: plain(torch.empty(int(x[0].item()) + 4)), "it calls aten._local_scalar_dense"),
+        (lambda: plain(torch.empty(2, 4).t()), "a result is not what was allocated"),
+        (lambda: plain(torch.empty(8)[:4]), "a result is not what was allocated"),
+        (lambda: plain(x[:2]), "a result is not what was allocated"),
+        (lambda: (torch.empty(4), [x[1:], x]), "x is not what the operator was given"),
+        (lambda: (torch.empty(4), [KEPT, x]), "x is not what the operator was given"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attempt(function)
+    with recorded._Inside() as inside:
+        out = torch.empty(4)
+    with pytest.raises(ValueError, match="launches nothing"):
+        recorded.recording([x], out, inside, [])
+
+
+#: a table that a function keeps
+KEPT = torch.empty(4)
 
 
 # ---- attention of a server's step ----

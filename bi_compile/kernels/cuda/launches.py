@@ -28,6 +28,8 @@ KEY = 24
 _SIZES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u32": 4, "u64": 8, "fp32": 4}
 #: bytes of a CUtensorMap, and numbers that describe it to C++
 _MAP, _MATRIX = 128, 9
+_kept: dict[int, Any] = {}
+"""What Triton compiled: it unloads what nothing holds, and C++ launches these by their handles."""
 #: of CUtensorMapDataType
 _MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 
@@ -71,6 +73,7 @@ def described(launched: Launched, slot_of: Callable[[int, Tensor], int | None], 
             found.append((CONSTANT, *struct.unpack("<i", struct.pack("<f", given)), 4))
         else:
             found.append((CONSTANT, int(given), _SIZES[kind]))
+    _kept[id(launched.compiled)] = launched.compiled
     head = launched.compiled.function, 32 * plan.num_warps, plan.shared, launched.programs, len(found)
     return [*head, *itertools.chain.from_iterable(found), *maps]
 

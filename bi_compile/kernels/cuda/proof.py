@@ -56,6 +56,8 @@ NOWHERE, OUTSIDE_GRAPHS, EVERYWHERE = range(3)
 """Where the Triton kernel computes what cuBLASLt may compute too: `Triton` in product.cpp."""
 MOST = 256
 """Proofs that one process makes: a program whose N or K change all the time gets the Triton kernel after that many."""
+OPERATIONS = 10**11
+"""Additions and multiplications that are timed at once, at least, of many rows: some 150 us."""
 CACHE = 50 * 2**20
 """Bytes of the second-level cache: weights rotate through more than that while they are timed."""
 
@@ -254,7 +256,8 @@ def _timed(problem: Problem, choices: list[Choice], library: Library) -> list[li
             found.append([])
             continue
         m = tried[-1]
-        weights = (bs * 8)[: max(8, copies)] if m <= 1024 else bs[:2]
+        calls_of_each = max(8, copies) if m <= 1024 else max(2, OPERATIONS // (2 * m * problem.n * problem.k))
+        weights = (bs * 8)[:calls_of_each]
         # for one row alone the heuristic may offer nothing but sums that threads share out; what serves two rows serves one
         offered: dict[bytes, Tensor] = {}
         for height in (m, 2) if m == 1 else (m,):
