@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .measured import Benchmark, Measured, geometric_mean
-from .serving import engine
+from .serving import engine, two_ranks
 
 #: model -> {product: (N, K)}
 PRODUCTS = {
@@ -395,5 +395,7 @@ def host() -> Measured:
 BENCHES: dict[str, Benchmark] = {
     "product": product, "rows": rows, "attention": attention, "host": host, "step": step, "engine": engine,
 }  # fmt: skip
+if torch.cuda.device_count() > 1:
+    BENCHES["ranks"] = two_ranks
 #: benchmark -> the modules that it needs beside this package's own requirements
-NEEDS: dict[str, tuple[str, ...]] = {"engine": ("vllm", "transformers")}
+NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(("engine", "ranks"), ("vllm", "transformers"))

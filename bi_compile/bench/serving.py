@@ -1,4 +1,4 @@
-"""On a CUDA device: vLLM as it comes, vLLM's batch-invariant mode, and vLLM with the pass, engines of one GPU that take turns."""
+"""On CUDA: vLLM as it comes, vLLM's batch-invariant mode, and vLLM with the pass, engines of the same GPUs that take turns."""
 
 from __future__ import annotations
 
@@ -28,18 +28,33 @@ MODEL: dict[str, Any] = dict(
 ROOM = {"kv_cache_memory_bytes": 14 * 2**30, "gpu_memory_utilization": 0.25}
 
 
-def engine() -> Measured:
-    """Random weights in bfloat16, default compilation and CUDA graphs; the three engines take turns at each case of each round."""
+def engine(ranks: int = 1) -> Measured:
+    """Random weights in bfloat16, default compilation and CUDA graphs; the engines start with cold caches, vLLM's two
+    together, ours alone, since it times kernels then; they take turns at each case of each round. ranks: tensor_parallel_size."""
     from ..measure.models import make
     from ..measure.process import take_turns
 
     with tempfile.TemporaryDirectory() as folder:
-        plan = {"model": str(make("qwen3", Path(folder) / "model", **MODEL)), "dtype": "bfloat16", **ROOM}
-        found = take_turns("bi_compile.measure.serving", [{**plan, **told} for told in ENGINES.values()])
-    return table(dict(zip(ENGINES, found, strict=True)))
+        model = str(make("qwen3", Path(folder) / "model", **MODEL))
+        plan = {"model": model, "dtype": "bfloat16", "tensor_parallel_size": ranks, **ROOM}
+        plans = [
+            {
+                **plan,
+                **told,
+                "environment": {**told.get("environment", {}), "VLLM_CACHE_ROOT": str(Path(folder) / name)},
+            }
+            for name, told in ENGINES.items()
+        ]
+        found = take_turns("bi_compile.measure.serving", plans, at_once=2)
+    return table(dict(zip(ENGINES, found, strict=True)), ranks)
 
 
-def table(found: dict[str, dict[str, Any]]) -> Measured:
+def two_ranks() -> Measured:
+    """The same on two GPUs."""
+    return engine(2)
+
+
+def table(found: dict[str, dict[str, Any]], ranks: int = 1) -> Measured:
     """Of what `measure.serving` found of each of ENGINES: medians, and what the pass has of the others' speed, with the 95 % interval of the
     ratio to vLLM and the ratio of the fastest rounds, which the host held up least."""
     from ..measure.serving import CASES
@@ -47,7 +62,7 @@ def table(found: dict[str, dict[str, Any]]) -> Measured:
     theirs, mode, ours = (one["seconds"] for one in found.values())
     rounds = len(next(iter(ours.values())))
     measured = Measured(
-        f"vLLM end to end, Qwen3-0.6B's shape, medians of {rounds} rounds",
+        f"vLLM end to end, Qwen3-0.6B's shape, {ranks} GPU{'s' * (ranks > 1)}, medians of {rounds} rounds",
         ("case", "unit", *found, "pass / vLLM", "95 %", "fastest rounds", "pass / mode"),
     )
     served, known = [], 0

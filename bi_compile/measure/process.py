@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 #: one vLLM process, quiet, offline, with room for a small model's keys and values
@@ -64,20 +65,21 @@ def _result(module: str, plan: dict[str, Any], output: str, status: str) -> dict
     return found
 
 
-def take_turns(module: str, plans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def take_turns(module: str, plans: Sequence[dict[str, Any]], *, at_once: int = 1) -> list[dict[str, Any]]:
     """Run `python -m module plan` for each plan, all alive together but one at work at a time; their RESULT lines.
 
     A process asks for its turn by a line TURN on stdout and waits for a line on stdin: what is timed within a turn shares
-    its moment of the machine with the other processes' turns of the same round.
+    its moment of the machine with the other processes' turns of the same round. at_once: how many of the first ones start together; each of
+    the others starts when those before it wait for their turn.
 
     Raises:
         ProcessFailed: a process printed no RESULT line.
     """
     command = [sys.executable, "-m", module]
     running: list[subprocess.Popen[str]] = []
-    outputs = [""] * len(plans)
-    with contextlib.ExitStack() as stack:
-        for plan in plans:
+    outputs: list[str] = []
+    with ThreadPoolExecutor(at_once) as readers, contextlib.ExitStack() as stack:
+        for number, plan in enumerate(plans, 1):
             process = subprocess.Popen(
                 [*command, json.dumps({**plan, "turns": True})],
                 env={**os.environ, **ENVIRONMENT},
@@ -89,8 +91,8 @@ def take_turns(module: str, plans: Sequence[dict[str, Any]]) -> list[dict[str, A
             stack.callback(process.wait)
             stack.callback(process.kill)
             running.append(process)
-            # until it waits for its first turn, so that no engine starts while another does
-            outputs[len(running) - 1] += _until_turn(process)
+            if number >= min(at_once, len(plans)):
+                outputs += readers.map(_until_turn, running[len(outputs) :])
         waiting = list(range(len(running)))
         while waiting:
             for i in list(waiting):
