@@ -8,8 +8,8 @@ A device's library may register an operator for itself that PyTorch composes of 
 some 40 more), and what its own kernel calls never comes past the dispatcher. Such an operator, unless it is in the table, is
 taken apart as PyTorch takes it apart, and the parts meet the table (`EagerFallback.apart`).
 
-A product is replaced by an operator with the same arguments, so the dispatcher is told to call that at once (`kernels.calls`): a kernel
-in Python costs the host 4 us a call.
+A product, a softmax or a sum is replaced by an operator with the same arguments, so the dispatcher is told to call that at once
+(`kernels.calls`): a kernel in Python costs the host 4 us a call.
 
 It holds for every thread of the process. Our kernels are put in at the first use and stay, because the dispatcher must not
 lose a kernel that another thread is in; each looks up what is installed at the moment, and calls PyTorch's own where nothing
@@ -35,7 +35,7 @@ from .errors import AuditError, OptionError
 from .kernels import calls
 from .ops import KERNELS, OPERATORS, load_kernels
 from .options import Options
-from .passes import PASSES, Matmul
+from .passes import PASSES, Matmul, Reductions, Softmax
 from .refused import REFUSED, REFUSED_SPARSE, SPARSE_KEYS
 from .resolve import resolve
 from .table import Entry, Replacement, Table
@@ -62,10 +62,23 @@ _kernels: set[tuple[OpOverload, str]] = set()
 _libraries: dict[str, torch.library.Library] = {}
 
 
-#: operators that `Matmul` replaces by one of ours with the same arguments
+_aten = torch.ops.aten
+#: operators that these passes replace by one of ours with the same arguments, but for how `redirect.cpp` says them
 _SAME_ARGUMENTS: dict[OpOverload, OpOverload] = {
-    getattr(torch.ops.aten, name).default: OPERATORS[name] for name in ("mm", "addmm", "bmm", "baddbmm")
+    op: OPERATORS[name]
+    for op, name in (
+        (_aten.mm.default, "mm"),
+        (_aten.addmm.default, "addmm"),
+        (_aten.bmm.default, "bmm"),
+        (_aten.baddbmm.default, "baddbmm"),
+        (_aten._softmax.default, "softmax"),
+        (_aten._log_softmax.default, "log_softmax"),
+        (_aten.sum.dim_IntList, "sum"),
+        (_aten.mean.dim, "mean"),
+        (_aten.cumsum.default, "cumsum"),
+    )
 }
+_THEIR_ENTRIES = frozenset(id(entry) for every in (Matmul, Softmax, Reductions) for entry in every.entries)
 _REDIRECTED = frozenset(map(id, _SAME_ARGUMENTS))
 #: (operator, device) -> what switches its redirection to that (`calls.redirect`)
 _switches: dict[tuple[OpOverload, str], int] = {}
@@ -171,7 +184,7 @@ def _exchange(fallbacks: tuple[EagerFallback, ...]) -> None:
     _installed = fallbacks
     for (op, device), which in _switches.items():
         found = _replacement(fallbacks, op, device)
-        calls.switch(which, found is not None and any(found[0] is entry for entry in Matmul.entries))
+        calls.switch(which, found is not None and id(found[0]) in _THEIR_ENTRIES)
 
 
 def _decide_here() -> None:

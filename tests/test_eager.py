@@ -221,6 +221,57 @@ def test_products_need_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not replaced()
 
 
+def test_sums_and_softmax_need_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever form their dimensions and dtypes have, with the bits that the kernel in Python gives them; that one keeps what is not floating."""
+    asked: list[str] = []
+    plain = eager._replacement
+
+    def watched(fallbacks: Any, op: Any, device: str) -> Any:
+        asked.append(str(op))
+        return plain(fallbacks, op, device)
+
+    short, long, count = NATIVE[:, :64], NATIVE.view(17, 20, 30), torch.arange(6).view(2, 3)
+    floating: list[Callable[[], Tensor]] = [
+        lambda: torch.ops.aten._softmax(short, -1, False),
+        lambda: torch.log_softmax(long, 1),
+        lambda: torch.softmax(short, 0, dtype=torch.float64),
+        lambda: short.bfloat16().softmax(1),
+        lambda: long.sum(1),
+        lambda: long.sum((0, 2), keepdim=True),
+        lambda: torch.sum(long, None),
+        lambda: torch.sum(long, [], True),
+        lambda: short.bfloat16().sum(-1, dtype=torch.float32),
+        lambda: torch.ops.aten.sum.dim_IntList(long, None, True, dtype=torch.float64),
+        lambda: long.mean((1, 2)),
+        lambda: torch.mean(short.half(), -1, True, dtype=torch.float32),
+        lambda: torch.mean(long, None),
+        lambda: short.cumsum(-1),
+        lambda: short.bfloat16().cumsum(0, dtype=torch.float32),
+    ]
+    exact: list[tuple[Callable[[], Tensor], Any]] = [
+        (lambda: count.sum(1), [3, 12]),
+        (lambda: count.sum(1, dtype=torch.float32), [3.0, 12.0]),
+        (lambda: (count / 2).sum(0, dtype=torch.int64), [1, 2, 3]),
+        (lambda: count.float().cumsum(0, dtype=torch.int32), [[0, 1, 2], [3, 5, 7]]),
+        (lambda: count.bool().sum(None), 5),
+        (lambda: count.softmax(0, dtype=torch.float32)[0], [0.04742587357759476] * 3),
+    ]
+    with invariant():
+        with eager.held(eager.prepare(Options(), "cpu")):  # for this thread alone, so Python decides
+            want = [f() for f in floating]
+        monkeypatch.setattr(eager, "_replacement", watched)
+        for f, wanted in zip(floating, want, strict=True):
+            found = f()
+            assert same_bits(found, wanted) and found.dtype == wanted.dtype and found.shape == wanted.shape
+        assert not asked
+        for f, values in exact:
+            assert f().tolist() == values
+        assert set(asked) == {"aten.sum.dim_IntList", "aten.cumsum.default"}
+        x = short.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(x.softmax(-1).sum(0).mul(short[0]).mean(0), x)
+        assert gradient.shape == x.shape
+
+
 def test_an_error_within_a_replacement_leaves_the_operator_replaced() -> None:
     with invariant():
         for _ in range(2):

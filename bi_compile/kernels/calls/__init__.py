@@ -58,7 +58,7 @@ def _load() -> ctypes.PyDLL | None:
     text, pointer, anything = ctypes.c_char_p, ctypes.c_void_p, ctypes.py_object
     for name, returns, arguments in (
         ("call", anything, (anything, text)),
-        ("redirect", anything, (text, text, text)),
+        ("redirect", anything, (text, text, text, text)),
         ("composed_linear", anything, ()),
         ("linear", anything, (pointer,)),
         ("switch", None, (pointer, ctypes.c_bool)),
@@ -97,7 +97,10 @@ def redirect(op: OpOverload, key: str, to: OpOverload) -> int | None:
     library = _library()
     if library is None:
         return None
-    return library.bi_compile_redirect(op._schema.name.encode(), key.encode(), to._schema.name.encode())
+    schema = op._schema
+    return library.bi_compile_redirect(
+        schema.name.encode(), schema.overload_name.encode(), key.encode(), to._schema.name.encode()
+    )
 
 
 def switch(which: int, on: bool) -> None:

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <memory>
+#include <vector>
 
 namespace {
 
@@ -18,19 +19,45 @@ bool exact(const torch::jit::Stack& stack, size_t count) {
   return true;
 }
 
+bool is_dtype(const c10::Argument& a) {
+  const auto type = a.real_type();
+  return type->kind() == c10::TypeKind::OptionalType && type->containedType(0)->kind() == c10::TypeKind::ScalarTypeType;
+}
+
+bool is(const c10::Argument& a, c10::TypeKind kind) { return a.type()->kind() == kind; }
+
 // While it is on: an operator with the same arguments in place of this one, for floating numbers. Else the kernel in Python.
+// half_to_float of _softmax is a dtype to ours, and no dimensions are an empty list.
 struct Redirect final : c10::OperatorKernel {
   c10::SafeKernelFunction python;
   c10::OperatorHandle to;
   size_t count;
+  std::vector<size_t> dtypes, wide, dims;  // arguments that are dtypes to both, or given in another form
   std::atomic<bool> on = false;
 
-  Redirect(c10::SafeKernelFunction before, c10::OperatorHandle target)
-      : python(std::move(before)), to(std::move(target)), count(to.schema().arguments().size()) {}
+  Redirect(c10::SafeKernelFunction before, const c10::OperatorHandle& from, c10::OperatorHandle target)
+      : python(std::move(before)), to(std::move(target)), count(to.schema().arguments().size()) {
+    for (size_t i = 0; i < count; ++i) {
+      const auto &theirs = from.schema().arguments()[i], &ours = to.schema().arguments()[i];
+      if (is_dtype(ours)) (is(theirs, c10::TypeKind::BoolType) ? wide : dtypes).push_back(i);
+      if (is(ours, c10::TypeKind::ListType) && is(theirs, c10::TypeKind::OptionalType)) dims.push_back(i);
+    }
+  }
+
+  bool fits(const torch::jit::Stack& stack) const {
+    const auto given = torch::jit::last(stack, count);
+    for (const auto i : dtypes)
+      if (!given[i].isNone() && !c10::isFloatingType(static_cast<c10::ScalarType>(given[i].toInt()))) return false;
+    return !exact(stack, count);
+  }
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    if (on && !own && !exact(*stack, count)) return to.callBoxed(stack);
-    python.callBoxed(op, keys, stack);
+    if (!on || own || !fits(*stack)) return python.callBoxed(op, keys, stack);
+    const auto given = stack->end() - static_cast<std::ptrdiff_t>(count);
+    for (const auto i : wide) given[i] = given[i].toBool() ? c10::IValue(static_cast<int64_t>(c10::ScalarType::Float)) : c10::IValue();
+    for (const auto i : dims)
+      if (given[i].isNone()) given[i] = c10::List<int64_t>();
+    to.callBoxed(stack);
   }
 };
 
@@ -56,7 +83,7 @@ Kernel* put_in(const c10::OperatorHandle& op, c10::DispatchKey key, std::unique_
   return found;
 }
 
-c10::OperatorHandle find(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
+c10::OperatorHandle find(const char* name, const char* overload = "") { return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload); }
 
 }  // namespace
 
@@ -64,12 +91,12 @@ extern "C" {
 #define BI_COMPILE_EXPORT __attribute__((visibility("default")))
 
 // Calls of `name` under the dispatch key go to the operator `target` while the switch that is returned is on.
-BI_COMPILE_EXPORT PyObject* bi_compile_redirect(const char* name, const char* key, const char* target) {
+BI_COMPILE_EXPORT PyObject* bi_compile_redirect(const char* name, const char* overload, const char* key, const char* target) {
   HANDLE_TH_ERRORS
-  const auto op = find(name), to = find(target);
+  const auto op = find(name, overload), to = find(target);
   TORCH_CHECK(op.schema().arguments().size() == to.schema().arguments().size(), name, " and ", target, " differ in their arguments");
   const auto dispatch_key = c10::parseDispatchKey(key);
-  auto* kernel = put_in(op, dispatch_key, std::make_unique<Redirect>(op.getComputedKernelForDispatchKey(dispatch_key), to));
+  auto* kernel = put_in(op, dispatch_key, std::make_unique<Redirect>(op.getComputedKernelForDispatchKey(dispatch_key), op, to));
   return PyLong_FromVoidPtr(&kernel->on);
   END_HANDLE_TH_ERRORS
 }
