@@ -47,17 +47,14 @@ def accumulator(dtype: torch.dtype) -> Any:
 # ---- rows of C elements, for reductions and norms ----
 
 
-def rows_meta(x: Tensor, length: int, share: int = 1) -> dict[str, Any]:
+def rows_meta(x: Tensor, length: int) -> dict[str, Any]:
     """Tile, accumulator and warps of a kernel over rows of `length` elements: a function of `length` and the dtype.
 
     WHOLE: a program keeps its rows, which fit into BLOCK_C, instead of reading them again. Not on Ascend, whose unified buffer is small.
-    share: by how much fewer warps work on rows that are kept.
     """
     name = target(x)
     height, width, warps = _row_tile(name, length)
     whole = name != "npu" and length <= width
-    if whole:
-        warps = max(4, warps // share)
     return {"WHOLE": whole, "BLOCK_R": height, "BLOCK_C": width, "ACC": accumulator(x.dtype), "num_warps": warps}
 
 

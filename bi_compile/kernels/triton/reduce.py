@@ -18,7 +18,7 @@ from torch import Tensor
 from bi_compile import ops
 
 from .launch import accumulator, as_rows, cdiv, launch, row_stride, rows_meta, target
-from .tiles import SCAN_ROWS, SUM_SHARE
+from .tiles import SCAN_ROWS
 
 
 @triton.jit
@@ -281,11 +281,9 @@ def _rows(x: Tensor, dim: Sequence[int]) -> Tensor:
     return as_rows(x.permute(*kept, *reduced), math.prod(x.shape[d] for d in reduced))
 
 
-def _launch_rows(
-    kernel: Any, rows: Tensor, outs: Sequence[Tensor], acc: torch.dtype, share: int = 1, **meta: Any
-) -> None:
+def _launch_rows(kernel: Any, rows: Tensor, outs: Sequence[Tensor], acc: torch.dtype, **meta: Any) -> None:
     count, length = rows.shape
-    meta |= rows_meta(rows, length, share) | {"ACC": accumulator(acc)}
+    meta |= rows_meta(rows, length) | {"ACC": accumulator(acc)}
     launch(kernel, cdiv(count, meta["BLOCK_R"]), rows, rows, *outs, row_stride(rows), count, length, **meta)
 
 
@@ -301,14 +299,14 @@ def _reduce(kernel: Any, x: Tensor, dim: Sequence[int], outs: Sequence[Tensor], 
 def sum(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """See `bi_compile.ops.sum`; the order of the sum: `_sum`."""
     out = ops.sum.meta(x, dim, keepdim, dtype=dtype)
-    _reduce(_sum, x, dim, [out], 0.0, MEAN=False, share=SUM_SHARE)
+    _reduce(_sum, x, dim, [out], 0.0, MEAN=False)
     return out
 
 
 def mean(x: Tensor, dim: Sequence[int], keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """See `bi_compile.ops.mean`; the order of the sum: `_sum`."""
     out = ops.mean.meta(x, dim, keepdim, dtype=dtype)
-    _reduce(_sum, x, dim, [out], float("nan"), MEAN=True, share=SUM_SHARE)
+    _reduce(_sum, x, dim, [out], float("nan"), MEAN=True)
     return out
 
 

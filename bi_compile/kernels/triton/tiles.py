@@ -117,8 +117,5 @@ LONGEST_HEAD_GATHERED: dict[str, dict[int, int]] = {"npu": {2: 128, 4: 64}}
 
 #: target -> (columns that one program holds at once, elements of a tile of short rows, elements for each warp)
 ROWS: dict[str, tuple[int, int, int]] = {"cuda": (8192, 1024, 512), "npu": (4096, 4096, 4096)}
-#: a sum keeps nothing of a row but the sum, so half the warps of `ROWS` read it faster on CUDA: 4,096 rows of 4,096 and 8,192 in bfloat16 in
-#: 9.8 and 17.0 us, not 10.7 and 18.0 (an H200)
-SUM_SHARE = 2
 #: rows for which one program computes the cumsum on Ascend
 SCAN_ROWS = 32

@@ -18,6 +18,8 @@ from triton_cases import (
     same,
 )
 
+from bi_compile.kernels.triton.launch import watching
+
 REDUCTIONS: dict[str, Callable[..., Any]] = {
     "sum": torch.sum,
     "mean": torch.mean,
@@ -69,3 +71,23 @@ def test_infinite_and_nan_rows() -> None:
     var, mean = call("var_mean", x, [1])
     torch.testing.assert_close(var, torch.var(x, 1), equal_nan=True)
     torch.testing.assert_close(mean, torch.mean(x, 1), equal_nan=True)
+
+
+@pytest.mark.parametrize("length", [96, 2048, 4096, 8192, 9008])
+def test_every_row_sum_is_taken_by_the_same_threads(length: int) -> None:
+    """A norm that is written out takes a mean, so these have one order: how a compiler spreads a row over threads follows tile and warps."""
+    x, weight = draw(3, length), draw(length)
+    cases: dict[str, tuple[Any, ...]] = {
+        **{name: ([-1],) for name in REDUCTIONS},
+        "softmax": (-1,),
+        "rms_norm": (weight, 1e-6),
+        "add_rms_norm": (x, weight, 1e-6),
+        "layer_norm": (weight, weight, 1e-6),
+    }
+    tiles = {}
+    for name, args in cases.items():
+        with watching() as seen:
+            call(name, x, *args)
+        (launched,) = seen
+        tiles[name] = {k: launched.meta.get(k) for k in ("BLOCK_R", "BLOCK_C", "WHOLE", "num_warps")}
+    assert all(tile == tiles["sum"] for tile in tiles.values()), tiles
