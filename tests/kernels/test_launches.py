@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -326,6 +327,7 @@ def test_what_cannot_be_recorded() -> None:
     results, rooms, (launch,) = attempt(room)
     assert (rooms, launch[5:]) == ([36], [0, 2, 8, 0, 1, 8])
     for function, words in (
+        (lambda: plain(torch.empty_strided((1, 4), (77, 1))), "a result is not what was allocated"),
         (lambda: plain(torch.empty(4).fill_(1)), "it calls aten.fill_"),
         (lambda: plain(torch.zeros(4)), "it calls aten.zeros"),
         (lambda: plain(torch.empty(int(x[0].item()) + 4)), "it calls aten._local_scalar_dense"),
@@ -345,6 +347,43 @@ def test_what_cannot_be_recorded() -> None:
 
 #: a table that a function keeps
 KEPT = torch.empty(4)
+
+
+def test_a_number_too_large_for_a_float_is_infinite() -> None:
+    bias, a, b = (device.on_device(torch.empty(*shape)) for shape in ((32,), (64, 128), (128, 32)))
+    for alpha in (1e39, float("nan"), -float("inf")):
+        for _ in range(3):
+            with device.watched(bias, a, b) as seen:
+                torch.ops.bi_compile.addmm(bias, a, b, alpha=alpha)
+        (launch,) = seen.cpp
+        (number,) = [x for x in launch.arguments if isinstance(x, float) and x != 1]
+        assert number == (float("inf") if alpha == 1e39 else alpha) or (alpha != alpha and number != number)
+
+
+def test_a_call_that_c_plus_plus_cannot_make_stays_in_python(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its result is there, and the reason is said once."""
+    a, b = (device.on_device(torch.empty(*shape)) for shape in ((3, 5, 16), (3, 16, 7)))
+    monkeypatch.setattr(recorded, "described", lambda *args, **options: [1, 128, 0, 1, 1, 0, 0, 8])  # another kernel's
+    for _ in range(4):
+        with device.watched(a, b) as seen:
+            assert torch.ops.bi_compile.bmm(a, b).shape == (3, 5, 7)
+        assert seen.python and not seen.cpp
+    assert caplog.text.count("bmm is called from Python") == 1
+
+
+def test_a_new_thread_can_launch() -> None:
+    """It has no context of the device before it asks for one, and the driver's launch does not."""
+    a, b = (device.on_device(torch.empty(*shape)) for shape in ((3, 9, 16), (3, 16, 7)))
+    for _ in range(2):
+        with device.watched(a, b):
+            torch.ops.bi_compile.bmm(a, b)
+    with device.watched(a, b) as seen:
+        thread = threading.Thread(target=lambda: torch.ops.bi_compile.bmm(a, b))
+        thread.start()
+        thread.join()
+    assert len(seen.cpp) == 1 and not seen.python
 
 
 # ---- attention of a server's step ----

@@ -37,25 +37,30 @@ _why_not = ""
 
 
 def _load_native() -> None:
-    """Load the C++ and give its operators what they call in Python.
+    """Load the C++ and give its operators what they call in Python, that first: once it is loaded any thread may call them.
 
     Raises:
         RuntimeError: it cannot be compiled here.
     """
     global _library
-    build.EXTENSION.load()
     from . import launches, proof  # the kernels that they tell the C++ about
 
     functions: dict[str, Callable[..., Any]] = {
         "prove": proof.prove_and_pin,
         **launches.IMPLEMENTATIONS,
     }
-    _library = torch.library.Library("bi_compile_cuda", "FRAGMENT")
+    library = torch.library.Library("bi_compile_cuda", "FRAGMENT")
     for name, schema, function in recorded.operators():
-        _library.define(schema)
+        library.define(schema)
         functions[name] = function
     for name, function in functions.items():
-        _library.impl(name, function, DISPATCH_KEY)
+        library.impl(name, function, DISPATCH_KEY)
+    try:
+        build.EXTENSION.load()
+    except BaseException:
+        library._destroy()
+        raise
+    _library = library
     launches.give_tables()
 
 

@@ -114,8 +114,13 @@ void launch(const Launch& it, int64_t programs, at::ArrayRef<const void*> slots,
                                   : static_cast<uint64_t>(value);
     pointers[i] = kind == kMap ? static_cast<void*>(&maps[value]) : &values[i];
   }
-  const auto status = run(it.function, static_cast<unsigned>(programs), 1, 1, it.threads, 1, 1, it.shared,
-                          c10::cuda::getCurrentCUDAStream(), pointers.data(), nullptr);
+  const auto launched = [&] {
+    return run(it.function, static_cast<unsigned>(programs), 1, 1, it.threads, 1, 1, it.shared, c10::cuda::getCurrentCUDAStream(),
+               pointers.data(), nullptr);
+  };
+  auto status = launched();
+  // the runtime's functions bind a thread to the device; where the driver's launch is the first that a thread does, nothing has
+  if (status == CUDA_ERROR_INVALID_CONTEXT && cudaSetDevice(c10::cuda::current_device()) == cudaSuccess) status = launched();
   TORCH_CHECK(status == CUDA_SUCCESS, "launching a kernel of ", programs, " programs failed with CUDA driver error ", int(status));
 }
 

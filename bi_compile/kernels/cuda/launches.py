@@ -7,9 +7,10 @@ can launch its binary: the same kernel, so the same bits.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import itertools
 import logging
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ def described(launched: Launched, slot_of: Callable[[int, Tensor], int | None], 
         ValueError: the kernel was given another tensor, a copy, or has an argument of a type, or is launched in a way, that is not known here.
     """
     plan = launched.compiled.metadata
-    if plan.num_ctas != 1 or plan.launch_cooperative_grid or plan.launch_pdl or plan.global_scratch_size:
+    scratch = plan.global_scratch_size or getattr(plan, "profile_scratch_size", 0)
+    if plan.num_ctas != 1 or plan.launch_cooperative_grid or plan.launch_pdl or scratch:
         raise ValueError("it is no plain launch")
     found: list[tuple[int, int, int]] = []
     maps: list[int] = []
@@ -70,7 +72,8 @@ def described(launched: Launched, slot_of: Callable[[int, Tensor], int | None], 
         elif name in launched.kernel.do_not_specialize and not exact:
             found.append((NUMBER, launched.kernel.do_not_specialize.index(name), _SIZES[kind]))
         elif kind == "fp32":
-            found.append((CONSTANT, *struct.unpack("<i", struct.pack("<f", given)), 4))
+            # Triton's launcher rounds to infinity what is too large for a float
+            found.append((CONSTANT, ctypes.c_int32.from_buffer(ctypes.c_float(given)).value, 4))
         else:
             found.append((CONSTANT, int(given), _SIZES[kind]))
     _kept[id(launched.compiled)] = launched.compiled
@@ -96,11 +99,17 @@ def _learn(key: Sequence[int], launched: Launched, slots: Sequence[Tensor | None
         return None if slot is None or given.data_ptr() != slot.data_ptr() else index
 
     try:
-        description = described(launched, slot_of, exact=False)
+        torch.ops.bi_compile_cuda.learn(list(key), rows, described(launched, slot_of, exact=False))
     except ValueError as error:
         log.debug("bi_compile: %s keeps its launch in Python: %s", launched.kernel.__name__, error)
-        return
-    torch.ops.bi_compile_cuda.learn(list(key), rows, description)
+    except RuntimeError as error:
+        warn_of(launched.kernel.__name__, str(error).partition("\n")[0])
+
+
+@functools.cache
+def warn_of(name: str, why: str) -> None:
+    """Say once that C++ cannot launch something that it ought to."""
+    log.warning("bi_compile: %s is called from Python, with the same bits and more of the host's time: %s", name, why)
 
 
 def _learn_rows(key: Sequence[int], seen: Sequence[Launched], slots: Sequence[Tensor | None]) -> None:

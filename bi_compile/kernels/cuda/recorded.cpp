@@ -119,13 +119,15 @@ void Recorded::call(torch::jit::Stack& stack) {
   }
   const c10::cuda::CUDAGuard guard(*given.device);
   c10::SmallVector<at::Tensor, 4> made;
+  c10::SmallVector<const void*, 16> slots(given.pointers.begin(), given.pointers.end());
+  const auto device = *given.device;  // an allocator may be Python's, which may come here again
   const auto make = [&](at::IntArrayRef sizes, at::ScalarType dtype) {
-    made.push_back(at::detail::empty_cuda(sizes, dtype, given.device, std::nullopt));
-    given.pointers.push_back(made.back().const_data_ptr());
+    made.push_back(at::detail::empty_cuda(sizes, dtype, device, std::nullopt));
+    slots.push_back(made.back().const_data_ptr());
   };
   for (const auto& [dtype, sizes] : known->results) make(sizes, dtype);
   for (const auto bytes : known->rooms) make({bytes}, at::kByte);
-  for (const auto& it : known->launches) launch(it, it.programs, given.pointers, {});
+  for (const auto& it : known->launches) launch(it, it.programs, slots, {});
   torch::jit::drop(stack, count);
   for (size_t i = 0; i < known->results.size(); ++i) stack.emplace_back(std::move(made[i]));
 }

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import triton
 from ..triton.launch import Launched, watching
-from .launches import described
+from .launches import described, warn_of
 
 log = logging.getLogger("bi_compile")
 
@@ -65,7 +65,8 @@ def recording(
     results = out if isinstance(out, tuple) else (out,)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in inside.made}
     for result in results:
-        if not result.is_contiguous() or storages.pop(result.data_ptr(), None) != result.nbytes:
+        plain = torch.empty(result.shape, device="meta").stride()
+        if result.stride() != plain or storages.pop(result.data_ptr(), None) != result.nbytes:
             raise ValueError("a result is not what was allocated for it")
     rooms = {at: size for at, size in storages.items() if size}
     addresses = [*(x.data_ptr() for x in (*given, *results)), *rooms]
@@ -88,11 +89,13 @@ def _recorded(name: str) -> Callable[..., Any]:
             out = function(*args, **options)
         given = [x for x in (*args, *options.values()) if isinstance(x, Tensor)]
         try:
-            what = recording(given, out, inside, seen)
+            torch.ops.bi_compile_cuda.record(recording_key, *recording(given, out, inside, seen))
+            return out
         except ValueError as error:
             log.debug("bi_compile: %s keeps its calls in Python: %s", name, error)
-            what = [], [], []
-        torch.ops.bi_compile_cuda.record(recording_key, *what)
+        except RuntimeError as error:
+            warn_of(name, str(error).partition("\n")[0])
+        torch.ops.bi_compile_cuda.record(recording_key, [], [], [])
         return out
 
     return run

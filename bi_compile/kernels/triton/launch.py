@@ -144,13 +144,14 @@ _watched = threading.local()
 
 @contextlib.contextmanager
 def watching() -> Iterator[list[Launched]]:
-    """A list of what this thread launches inside."""
+    """A list of what this thread launches inside, but for what another one inside lists."""
     seen: list[Launched] = []
+    before = getattr(_watched, "seen", None)
     _watched.seen = seen
     try:
         yield seen
     finally:
-        _watched.seen = None
+        _watched.seen = before
 
 
 def launch(kernel: Any, programs: int, x: Tensor, *args: Any, **meta: Any) -> None:

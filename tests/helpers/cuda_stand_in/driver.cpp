@@ -28,6 +28,8 @@ bool capturing = false;
 std::vector<std::vector<int64_t>> kernels;
 // kernel, programs, threads, bytes of shared memory, number of arguments, arguments; one launch behind the other. A tensor map is 16 of them.
 std::vector<int64_t> launched;
+// Whether this thread has a context of the device: a new one has none.
+thread_local bool bound = false;
 // where something was allocated last -> its bytes
 std::map<int64_t, int64_t> allocated;
 
@@ -135,6 +137,8 @@ bool CUDAStream::query() const { TORCH_CHECK(false); }
 }  // namespace c10::cuda
 
 extern "C" {
+cudaError_t cudaSetDevice(int) { return bound = true, cudaSuccess; }
+
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
@@ -149,6 +153,7 @@ CUresult cuFuncGetParamInfo(CUfunction function, size_t index, size_t* offset, s
 
 CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned, unsigned, unsigned threads, unsigned, unsigned, unsigned shared, CUstream,
                         void** arguments, void**) {
+  if (!bound) return CUDA_ERROR_INVALID_CONTEXT;
   const auto& sizes = kernels.at(reinterpret_cast<size_t>(function) - 1);
   launched.insert(launched.end(), {reinterpret_cast<int64_t>(function), x, threads, shared, 0});
   const auto count = launched.size() - 1;
