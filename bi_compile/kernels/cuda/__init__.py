@@ -27,11 +27,12 @@ from . import build, recorded
 log = logging.getLogger("bi_compile")
 
 DISPATCH_KEY = "CUDA"
-NATIVE: tuple[str, ...] = (
-    *("rms_norm", "add_rms_norm", "qk_norm", "softmax", "log_softmax", "sum", "mean"),
-    *recorded.OPERATORS,
-)
-"""The operators that `rows.cpp`, `product.cpp` and `recorded.cpp` implement."""
+PRODUCTS = ("mm", "addmm")
+"""The operators that `product.cpp` implements."""
+ROWS = ("rms_norm", "add_rms_norm", "qk_norm", "softmax", "log_softmax", "sum", "mean")
+"""The operators that `rows.cpp` implements."""
+RECORDED = tuple(name for name in triton.IMPLEMENTATIONS if name not in ROWS)
+"""The operators of which `recorded.cpp` repeats what their functions in Triton launched, the products where `product.cpp` hands them on."""
 _library: torch.library.Library | None = None
 _why_not = ""
 
@@ -50,7 +51,7 @@ def _load_native() -> None:
         **launches.IMPLEMENTATIONS,
     }
     library = torch.library.Library("bi_compile_cuda", "FRAGMENT")
-    for name, schema, function in recorded.operators():
+    for name, schema, function in recorded.operators(RECORDED):
         library.define(schema)
         functions[name] = function
     for name, function in functions.items():
@@ -62,6 +63,9 @@ def _load_native() -> None:
         raise
     _library = library
     launches.give_tables()
+    for name in RECORDED:
+        if name not in PRODUCTS:
+            torch.ops.bi_compile_cuda.take(name)
 
 
 @functools.cache
@@ -80,18 +84,15 @@ def fill_paged() -> Callable[..., None]:
 def register(library: torch.library.Library) -> None:
     """Give every operator its kernel for CUDA, compiling the C++ if this machine has not done so yet."""
     global _why_not
-    native = NATIVE
     try:
         _load_native()
     except (RuntimeError, OSError) as error:
-        native, _why_not = (), " ".join(str(error).split())[-600:]
+        _why_not = " ".join(str(error).split())[-600:]
         log.warning(
             "bi_compile: the native kernels for CUDA cannot be compiled, so Triton kernels compute everything, with the same bits and "
             "more of the host's time: %s", _why_not,
         )  # fmt: skip
-    for name, function in triton.IMPLEMENTATIONS.items():
-        if name not in native:
-            library.impl(name, function, DISPATCH_KEY)
+        triton.register(library)
 
 
 def rests_on() -> dict[str, str]:

@@ -101,6 +101,14 @@ void record(const std::vector<int64_t>& key, const std::vector<at::Tensor>& resu
   table.insert_or_assign(key, std::move(calls));
 }
 
+// From now on calls of bi_compile::<name> come here.
+void take(const std::string& name) {
+  static std::vector<c10::RegistrationHandleRAII> kept;
+  kept.push_back(c10::Dispatcher::singleton().registerImpl({"bi_compile::" + name, ""}, c10::DispatchKey::CUDA,
+                                                           c10::KernelFunction::makeFromBoxedFunctor(std::make_unique<Recorded>(name)),
+                                                           std::nullopt, nullptr, "bi_compile"));
+}
+
 }  // namespace
 
 void Recorded::call(torch::jit::Stack& stack) {
@@ -135,11 +143,7 @@ void Recorded::call(torch::jit::Stack& stack) {
 }  // namespace bi_compile
 
 TORCH_LIBRARY_FRAGMENT(bi_compile_cuda, m) {
+  m.def("take(str name) -> ()", &bi_compile::take);
   m.def("record(int[] key, Tensor[] results, int[] rooms, int[][] launches) -> ()", &bi_compile::record);
 }
 
-TORCH_LIBRARY_IMPL(bi_compile, CUDA, m) {
-  for (const auto* name :
-       {"bmm", "baddbmm", "grouped_mm", "cumsum", "logsumexp", "var_mean", "layer_norm", "group_norm", "scaled_dot_product_attention"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<bi_compile::Recorded>(name)));
-}

@@ -11,7 +11,7 @@ namespace bi_compile {
 
 class Recorded final : public c10::OperatorKernel {
  public:
-  // The operator bi_compile_cuda::record_<name>, which `IMPLEMENTATIONS` in recorded.py computes.
+  // The operator bi_compile_cuda::record_<name>, for which `operators` in recorded.py has a function.
   explicit Recorded(std::string name) : name_("bi_compile_cuda::record_" + std::move(name)) {}
 
   // Takes the operator's arguments from the stack and leaves its results.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,6 @@ from .launches import described, warn_of
 
 log = logging.getLogger("bi_compile")
 
-OPERATORS: tuple[str, ...] = (
-    "mm", "addmm", "bmm", "baddbmm", "grouped_mm", "cumsum", "logsumexp", "var_mean", "layer_norm", "group_norm",
-    "scaled_dot_product_attention",
-)  # fmt: skip
-"""mm and addmm where `product.cpp` hands them on; the others as `recorded.cpp` registers them."""
 _ALLOCATES = frozenset(
     {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_strided.default}
 )
@@ -101,9 +96,9 @@ def _recorded(name: str) -> Callable[..., Any]:
     return run
 
 
-def operators() -> Iterator[tuple[str, str, Callable[..., Any]]]:
-    """Of each operator that `recorded.cpp` calls the first time: name, schema and function."""
-    for name in OPERATORS:
+def operators(names: Iterable[str]) -> Iterator[tuple[str, str, Callable[..., Any]]]:
+    """Of what `recorded.cpp` calls in Python for these operators: name, schema and function."""
+    for name in names:
         arguments, returns = str(getattr(torch.ops.bi_compile, name).default._schema).split("(", 1)[1].split(") -> ")
         by_name = "" if "*, " in arguments else "*, "
         yield (

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bi_compile.kernels.cuda import launches, recorded
+from bi_compile.kernels.cuda import RECORDED, launches, recorded
 from bi_compile.kernels.cuda.build import EXTENSION
 from bi_compile.kernels.triton import matmul_tma
 
@@ -66,6 +66,12 @@ class _Compiled(NamedTuple):
 @functools.cache
 def load() -> torch.library.Library:
     """Compile the C++ if need be, and give its operators what they call in Python, for as long as the result is kept: here."""
+    library = torch.library.Library("bi_compile_cuda", "FRAGMENT")
+    for name, function in launches.IMPLEMENTATIONS.items():
+        library.impl(name, function, "CUDA")
+    for name, schema, function in recorded.operators(RECORDED):
+        library.define(schema)
+        library.impl(name, function, "CUDA")
     own = (str(HERE / name) for name in ("driver.cpp", "absent.cpp"))
     headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     dataclasses.replace(
@@ -74,15 +80,11 @@ def load() -> torch.library.Library:
         sources=("rows.cpp", "launches.cpp", "attention.cpp", "recorded.cpp", *own),
         flags=("-O1", "-std=c++20"),
         ldflags=("-Wl,-soname,libcuda.so.1",),  # the name by which launches.cpp finds the driver
-        include_folders=lambda: [HERE, Path(launches.__file__).parent, headers],
+        include_folders=lambda: [HERE, headers],
     ).load()
-    library = torch.library.Library("bi_compile_cuda", "FRAGMENT")
-    for name, function in launches.IMPLEMENTATIONS.items():
-        library.impl(name, function, "CUDA")
-    for name, schema, function in recorded.operators():
-        library.define(schema)
-        library.impl(name, function, "CUDA")
     launches.give_tables()
+    for name in RECORDED:  # products too, which product.cpp hands on elsewhere
+        torch.ops.bi_compile_cuda.take(name)
     return library
 
 

@@ -13,7 +13,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <c10/cuda/impl/CUDAGuardImpl.h>
 #include <cuda.h>
-#include <recorded.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -86,12 +85,6 @@ TORCH_LIBRARY(cuda_stand_in, m) {
   m.def("launches() -> int[]", &launches);
   m.def("bytes_at(int pointer) -> int", &bytes_at);
   m.def("capture(bool on) -> ()", &capture);
-}
-
-// In place of product.cpp, whose cuBLASLt is not here.
-TORCH_LIBRARY_IMPL(bi_compile, CUDA, m) {
-  for (const auto* name : {"mm", "addmm"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<bi_compile::Recorded>(name)));
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
