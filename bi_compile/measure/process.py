@@ -79,7 +79,7 @@ def take_turns(module: str, plans: Sequence[dict[str, Any]], *, at_once: int = 1
     running: list[subprocess.Popen[str]] = []
     outputs: list[str] = []
     with ThreadPoolExecutor(at_once) as readers, contextlib.ExitStack() as stack:
-        for number, plan in enumerate(plans, 1):
+        for plan in plans:
             process = subprocess.Popen(
                 [*command, json.dumps({**plan, "turns": True})],
                 env={**os.environ, **ENVIRONMENT},
@@ -91,7 +91,7 @@ def take_turns(module: str, plans: Sequence[dict[str, Any]], *, at_once: int = 1
             stack.callback(process.wait)
             stack.callback(process.kill)
             running.append(process)
-            if number >= min(at_once, len(plans)):
+            if len(running) >= min(at_once, len(plans)):
                 outputs += readers.map(_until_turn, running[len(outputs) :])
         waiting = list(range(len(running)))
         while waiting:

@@ -313,13 +313,7 @@ def recorded(name: str, dtype: torch.dtype, seed: int) -> Iterator[tuple[tuple[A
 
 @cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mm", "addmm", "bmm", "baddbmm", "grouped_mm", "cumsum", "logsumexp", "var_mean", "layer_norm", "group_norm",
-        "scaled_dot_product_attention",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name", sorted({*kernels.RECORDED} - {"mm_segments", "paged_attention"}))
 def test_recorded_operators(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits as from Python, with other elements elsewhere than in the calls before; Python is not asked again, nor for a
     graph."""

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ import cuda_stand_in as device
 from support import FLOATS
 
 from bi_compile.kernels import triton as kernels
-from bi_compile.kernels.cuda import launches, recorded
+from bi_compile.kernels.cuda import PRODUCTS, RECORDED, launches, recorded
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA: test_cuda.py has the device"),
@@ -50,10 +50,17 @@ def compare(
     return bool(seen.cpp)
 
 
+def drawn_in_turn(properties: dict[str, list[Any]], draw: random.Random) -> Iterator[dict[str, Any]]:
+    """A value of each property, 1,500 times; one of them is drawn anew each time."""
+    of = {name: draw.choice(values) for name, values in properties.items()}
+    for _ in range(1500):
+        changed = draw.choice(list(properties))
+        of[changed] = draw.choice(properties[changed])
+        yield of
+
+
 def test_a_launch_is_described() -> None:
-    plan = SimpleNamespace(
-        num_ctas=1, launch_cooperative_grid=False, launch_pdl=False, global_scratch_size=0, num_warps=4, shared=100
-    )
+    plan = device.metadata(num_warps=4, shared=100)
     types = {
         "x": "*bf16",
         "out": "*fp32",
@@ -198,11 +205,8 @@ def lying(how: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 def test_products(seed: int) -> None:
     """Each differs from the one before in one property."""
     draw = random.Random(seed)
-    of = {name: draw.choice(values) for name, values in PRODUCT.items()}
     native = 0
-    for _ in range(1500):
-        changed = draw.choice(list(PRODUCT))
-        of[changed] = draw.choice(PRODUCT[changed])
+    for of in drawn_in_turn(PRODUCT, draw):
         m, n, k, dtype = of["m"], of["n"], of["k"], of["dtype"]
         a, b = lying(of["a"], m, k, dtype), lying(of["b"], k, n, dtype)
         shape = {"n": (1, n), "1 n": (1, n), "m 1": (m, 1), "1": (1, 1)}.get(of["bias"], (m, n))
@@ -244,12 +248,6 @@ def some(draw: random.Random, make: Callable[[], Tensor]) -> Tensor | None:
     return make() if draw.random() < 0.5 else None
 
 
-#: those whose functions only allocate and launch
-CASES = (
-    "bmm", "baddbmm", "grouped_mm", "cumsum", "logsumexp", "var_mean", "layer_norm", "group_norm", "scaled_dot_product_attention",
-)  # fmt: skip
-
-
 def case(name: str, draw: random.Random, dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
     b, m, k, n = draw.choice([1, 3]), draw.choice([1, 5, 64]), draw.choice([16, 96, 24]), draw.choice([16, 40])
     x, channels = given(draw, dtype, b, m, k), device.on_device(torch.empty(k, dtype=dtype))
@@ -287,7 +285,8 @@ def case(name: str, draw: random.Random, dtype: torch.dtype) -> tuple[list[Any],
     raise ValueError(name)
 
 
-@pytest.mark.parametrize("name", CASES)
+#: mm_segments adds up by other means, paged_attention launches on a view of a tensor
+@pytest.mark.parametrize("name", sorted({*RECORDED} - {*PRODUCTS, "mm_segments", "paged_attention"}))
 def test_recorded(name: str) -> None:
     """Layouts, sizes, dtypes and numbers in an order that mixes them, tensors that are given twice among them."""
     draw = random.Random(0)
@@ -310,9 +309,7 @@ def test_what_cannot_be_recorded() -> None:
     """It computes by other means, returns no memory of its own, or launches on memory that it was not given."""
     x = torch.zeros(4)
     types = {"x": "*fp32", "out": "*fp32"}
-    plan = SimpleNamespace(
-        num_ctas=1, launch_cooperative_grid=False, launch_pdl=False, global_scratch_size=0, num_warps=4, shared=100
-    )
+    plan = device.metadata(num_warps=4, shared=100)
     compiled = SimpleNamespace(metadata=plan, function=7, src=SimpleNamespace(signature=types))
     kernel = SimpleNamespace(arg_names=tuple(types), do_not_specialize=())
 
@@ -453,11 +450,8 @@ def step(of: dict[str, Any], draw: random.Random) -> tuple[list[Tensor], list[An
 def test_attention_of_a_server(seed: int) -> None:
     """Each step differs from the one before in one property: what is launched follows it, in a graph that is captured or not."""
     draw = random.Random(seed)
-    of = {name: draw.choice(values) for name, values in STEP.items()}
     native = 0
-    for _ in range(1500):
-        changed = draw.choice(list(STEP))
-        of[changed] = draw.choice(STEP[changed])
+    for of in drawn_in_turn(STEP, draw):
         (out, *tensors), numbers = step(of, draw)
         if out.numel() == 0:
             continue

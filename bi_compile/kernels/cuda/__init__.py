@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .. import triton
-from . import build, recorded
+from . import build
 
 log = logging.getLogger("bi_compile")
 
@@ -44,7 +44,7 @@ def _load_native() -> None:
         RuntimeError: it cannot be compiled here.
     """
     global _library
-    from . import launches, proof  # the kernels that they tell the C++ about
+    from . import launches, proof, recorded  # the kernels that they tell the C++ about
 
     functions: dict[str, Callable[..., Any]] = {
         "prove": proof.prove_and_pin,

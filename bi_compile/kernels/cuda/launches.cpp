@@ -9,14 +9,6 @@
 namespace bi_compile {
 namespace {
 
-struct KeyHash {
-  size_t operator()(const Key& key) const {
-    uint64_t h = 14695981039346656037u;
-    for (const auto part : key) h = (h ^ static_cast<uint64_t>(part)) * 1099511628211u;
-    return h ^ (h >> 29);
-  }
-};
-
 // What an argument of the kernel is: one of `slots` (a pointer), one of `numbers`, a constant, or one of the launch's maps.
 enum Kind : int64_t { kSlot = 0, kNumber = 1, kConstant = 2, kMap = 3 };
 

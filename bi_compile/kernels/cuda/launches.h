@@ -14,6 +14,16 @@
 
 namespace bi_compile {
 
+// Of an array or a vector of numbers.
+struct KeyHash {
+  template <class Numbers>
+  size_t operator()(const Numbers& key) const {
+    uint64_t h = 14695981039346656037u;
+    for (const auto part : key) h = (h ^ static_cast<uint64_t>(part)) * 1099511628211u;
+    return h ^ (h >> 29);
+  }
+};
+
 // The operator, and everything that decides what is compiled and what it is given as constants; zeros behind.
 using Key = std::array<int64_t, 24>;
 enum Operator : int64_t { kRmsNorm, kAddRmsNorm, kSoftmax, kLogSoftmax, kSum, kMean, kPagedAttention, kJoinParts, kQkNorm };

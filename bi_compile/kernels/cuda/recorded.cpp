@@ -15,14 +15,6 @@ struct Calls {
   std::vector<Launch> launches;  // none: the call does something else too
 };
 
-struct KeyHash {
-  size_t operator()(const std::vector<int64_t>& key) const {
-    uint64_t h = 14695981039346656037u;
-    for (const auto part : key) h = (h ^ static_cast<uint64_t>(part)) * 1099511628211u;
-    return h ^ (h >> 29);
-  }
-};
-
 // All of them are forgotten when there are so many (some 20 MB): a sequence that grows has other sizes at every step.
 constexpr size_t kMost = 1 << 13;
 std::shared_mutex table_lock;
@@ -112,8 +104,7 @@ void take(const std::string& name) {
 }  // namespace
 
 void Recorded::call(torch::jit::Stack& stack) {
-  std::call_once(once_, [&] { python_ = c10::Dispatcher::singleton().findSchemaOrThrow(name_.c_str(), ""); });
-  const auto count = python_->schema().arguments().size() - 1;
+  const auto count = python_.schema().arguments().size() - 1;
   thread_local Given given;
   given.clear(this);
   bool plain = true, once = false;
@@ -123,12 +114,13 @@ void Recorded::call(torch::jit::Stack& stack) {
   if (known == nullptr || known->launches.empty()) {
     stack.emplace_back(plain && known == nullptr && !once ? given.key : std::vector<int64_t>());
     const at::AutoDispatchBelowADInplaceOrView below;
-    return python_->callBoxed(stack);
+    return python_.callBoxed(stack);
   }
-  const c10::cuda::CUDAGuard guard(*given.device);
-  c10::SmallVector<at::Tensor, 4> made;
+  // copies, since an allocator may be Python's, which may come here again
+  const auto device = *given.device;
   c10::SmallVector<const void*, 16> slots(given.pointers.begin(), given.pointers.end());
-  const auto device = *given.device;  // an allocator may be Python's, which may come here again
+  c10::SmallVector<at::Tensor, 4> made;
+  const c10::cuda::CUDAGuard guard(device);
   const auto make = [&](at::IntArrayRef sizes, at::ScalarType dtype) {
     made.push_back(at::detail::empty_cuda(sizes, dtype, device, std::nullopt));
     slots.push_back(made.back().const_data_ptr());

@@ -11,17 +11,16 @@ namespace bi_compile {
 
 class Recorded final : public c10::OperatorKernel {
  public:
-  // The operator bi_compile_cuda::record_<name>, for which `operators` in recorded.py has a function.
-  explicit Recorded(std::string name) : name_("bi_compile_cuda::record_" + std::move(name)) {}
+  // `operators` in recorded.py has a function for bi_compile_cuda::record_<name>, which is there before this library is loaded.
+  explicit Recorded(const std::string& name)
+      : python_(c10::Dispatcher::singleton().findSchemaOrThrow(("bi_compile_cuda::record_" + name).c_str(), "")) {}
 
   // Takes the operator's arguments from the stack and leaves its results.
   void call(torch::jit::Stack& stack);
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) { call(*stack); }
 
  private:
-  std::string name_;
-  std::once_flag once_;
-  std::optional<c10::OperatorHandle> python_;
+  const c10::OperatorHandle python_;
 };
 
 }  // namespace bi_compile

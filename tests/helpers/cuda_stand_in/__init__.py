@@ -31,6 +31,8 @@ from bi_compile.kernels.triton import matmul_tma
 HERE = Path(__file__).parent
 #: Triton's scratch pointers, behind a kernel's own arguments
 SCRATCH = 2
+#: what Triton passes for a tensor descriptor
+DESCRIPTOR = ["map", "i32", "i32", "i64", "i64"]
 #: type of an argument -> numbers that driver.cpp writes down for it, where they are more than one
 WORDS = {"map": 16}
 #: what Triton's compiler makes up for a descriptor here
@@ -88,6 +90,11 @@ def load() -> torch.library.Library:
     return library
 
 
+def metadata(**more: Any) -> SimpleNamespace:
+    """What Triton says of a kernel that it compiled, whose launch is a plain one."""
+    return SimpleNamespace(num_ctas=1, launch_cooperative_grid=False, launch_pdl=False, global_scratch_size=0, **more)
+
+
 def on_device(x: Tensor) -> Tensor:
     """x's memory as a tensor on the device."""
     return torch.ops.cuda_stand_in.tensor(x)
@@ -108,18 +115,14 @@ def watched(*given: Tensor | None, capturing: bool = False) -> Iterator[Seen]:
 
     def run(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **meta: Any) -> Any:
         compiled = _compile(kernel, args, meta)
-        arguments = tuple(
-            x
-            for a, kind in zip(args, compiled.src.signature.values(), strict=False)
-            if kind != "constexpr"
-            for x in (
-                _described(a, named)
-                if isinstance(a, TensorDescriptor)
-                else [named(a.data_ptr()) if isinstance(a, Tensor) else a]
-            )
-        )
+        arguments: list[Any] = []
+        for a, kind in zip(args, compiled.src.signature.values(), strict=False):
+            if isinstance(a, TensorDescriptor):
+                arguments += _described(a, named)
+            elif kind != "constexpr":
+                arguments.append(named(a.data_ptr()) if isinstance(a, Tensor) else a)
         seen.python.append(
-            Launch(compiled.what, grid[0], 32 * compiled.metadata.num_warps, compiled.metadata.shared, arguments)
+            Launch(compiled.what, grid[0], 32 * compiled.metadata.num_warps, compiled.metadata.shared, tuple(arguments))
         )
         return compiled
 
@@ -171,24 +174,18 @@ def _compile(kernel: Any, args: tuple[Any, ...], meta: Mapping[str, Any]) -> _Co
     signature |= dict.fromkeys(set(kernel.arg_names) - set(signature), "constexpr")
     what = f"{kernel.__name__} {signature} {special} {sorted((k, str(v)) for k, v in meta.items())}"
     if what not in _compilations:
-        kinds = tuple(
-            kind
-            for name, each in zip(signature, args, strict=False)
-            if signature[name] != "constexpr"
-            for kind in (
-                ["map", "i32", "i32", "i64", "i64"] if isinstance(each, TensorDescriptor) else [signature[name]]
-            )
-        )
+        kinds: list[str] = []
+        for kind in signature.values():
+            kinds += DESCRIPTOR if kind.startswith("tensordesc") else [kind] * (kind != "constexpr")
         sizes = [128 if kind == "map" else 8 if kind.startswith("*") or kind == "i64" else 4 for kind in kinds]
         function = torch.ops.cuda_stand_in.kernel([*sizes, *[8] * SCRATCH])
-        plan = SimpleNamespace(
-            num_ctas=1, launch_cooperative_grid=False, launch_pdl=False, global_scratch_size=0,
-            num_warps=meta["num_warps"], shared=1000 + function,
-            tensordesc_meta=[
-                {"swizzle": SWIZZLE, "block_size": each.block_shape, "fp4_padded": False} for each in args if isinstance(each, TensorDescriptor)
-            ],
-        )  # fmt: skip
-        made = _Compiled(what, function, kinds, SimpleNamespace(signature=signature), plan)
+        descriptors = [
+            {"swizzle": SWIZZLE, "block_size": each.block_shape, "fp4_padded": False}
+            for each in args
+            if isinstance(each, TensorDescriptor)
+        ]
+        plan = metadata(num_warps=meta["num_warps"], shared=1000 + function, tensordesc_meta=descriptors)
+        made = _Compiled(what, function, tuple(kinds), SimpleNamespace(signature=signature), plan)
         _compilations[what] = _functions[function] = made
     return _compilations[what]
 

@@ -160,7 +160,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned, unsigned, uns
   return CUDA_SUCCESS;
 }
 
-// What it is given, in the order of `_map` in __init__.py.
+// What it is given, in the order of `_described` in __init__.py.
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
                                 const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
                                 CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
