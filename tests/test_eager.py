@@ -1,4 +1,4 @@
-"""The eager fallback: invariant rows, gradients of PyTorch's own, refusals, threads, and nothing left behind."""
+"""The eager fallback: invariant rows, gradients of PyTorch's own, threads, and nothing left behind. What it refuses: test_refused.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from support import BATCHES, python, rand, rows_equal, same_bits, tensors
 from torch import Tensor
 
-from bi_compile import AuditError, OptionError, Options, Pass, eager, install, invariant, replaces
+from bi_compile import OptionError, Options, Pass, eager, install, invariant, replaces
 from bi_compile.resolve import resolve
 
 Function = Callable[..., Any]
@@ -176,15 +176,23 @@ def test_a_replacement_may_call_what_it_replaces(monkeypatch: pytest.MonkeyPatch
         )
 
 
-def test_products_need_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product of floating numbers is handed on by the dispatcher, where the newest fallback replaces it as the table does; for this
-    thread alone, and for what is not floating, the kernel in Python decides."""
-    asked: list[str] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operators whose kernel in Python was called and looked for a replacement."""
+    found: list[str] = []
     plain = eager._replacement
 
     def watched(fallbacks: Any, op: Any, device: str) -> Any:
-        asked.append(str(op))
+        found.append(str(op))
         return plain(fallbacks, op, device)
+
+    monkeypatch.setattr(eager, "_replacement", watched)
+    return found
+
+
+def test_products_need_no_python(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of floating numbers is handed on by the dispatcher, where the newest fallback replaces it as the table does; for this
+    thread alone, and for what is not floating, the kernel in Python decides."""
 
     def products() -> list[Tensor]:
         asked.clear()
@@ -197,7 +205,6 @@ def test_products_need_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
         linear = [F.linear(NATIVE, OTHER.t()), F.linear(NATIVE, OTHER.t(), bias)]
         return [*out, torch.baddbmm(bias, batch, OTHER.expand(17, -1, -1), alpha=3), *linear]
 
-    monkeypatch.setattr(eager, "_replacement", watched)
     with invariant():
         found = products()
         assert not asked and replaced() and same_bits(found[4], found[0])
@@ -221,15 +228,8 @@ def test_products_need_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not replaced()
 
 
-def test_sums_and_softmax_need_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_and_softmax_need_no_python(asked: list[str]) -> None:
     """Whatever form their dimensions and dtypes have, with the bits that the kernel in Python gives them; that one keeps what is not floating."""
-    asked: list[str] = []
-    plain = eager._replacement
-
-    def watched(fallbacks: Any, op: Any, device: str) -> Any:
-        asked.append(str(op))
-        return plain(fallbacks, op, device)
-
     short, long, count = NATIVE[:, :64], NATIVE.view(17, 20, 30), torch.arange(6).view(2, 3)
     floating: list[Callable[[], Tensor]] = [
         lambda: torch.ops.aten._softmax(short, -1, False),
@@ -259,7 +259,7 @@ def test_sums_and_softmax_need_no_python(monkeypatch: pytest.MonkeyPatch) -> Non
     with invariant():
         with eager.held(eager.prepare(Options(), "cpu")):  # for this thread alone, so Python decides
             want = [f() for f in floating]
-        monkeypatch.setattr(eager, "_replacement", watched)
+        asked.clear()
         for f, wanted in zip(floating, want, strict=True):
             found = f()
             assert same_bits(found, wanted) and found.dtype == wanted.dtype and found.shape == wanted.shape
@@ -397,67 +397,6 @@ def test_attention_has_the_same_bits_in_every_batch(causal: bool) -> None:
         assert rows_equal(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=causal), HEADS, BATCHES)
 
 
-def test_a_row_does_not_see_its_neighbours() -> None:
-    """Not even if they are infinite or no numbers."""
-    with invariant():
-        for bad in (torch.nan, torch.inf, 3e38):
-            x = LONG.clone()
-            x[1:] = bad
-            for name, f in VARIES.items():
-                assert same_bits(tensors(f(x))[0][:1], f(LONG[:1])), (name, bad)
-
-
-def test_a_number_beside_a_tensor_is_as_precise_as_before() -> None:
-    """Within a fallback, and when it has gone; a number has no say in the dtype."""
-
-    def check() -> None:
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32):
-            for x in (torch.arange(1, 40).to(dtype), torch.tensor(3, dtype=dtype)):
-                for f in (torch.add, torch.mul):
-                    assert f(x, 3).dtype == dtype and f(x, 0.1).dtype == torch.result_type(x, 0.1)
-                    if dtype.itemsize > 2 and dtype.is_floating_point:
-                        assert torch.equal(f(x, 0.1), f(x, torch.full_like(x, 0.1)))
-
-    with invariant():
-        check()
-    check()
-
-
-# -- what has no replacement ------------------------------------------------------------------------------------------
-
-SQUARE = rand(3, 6, 6)
-WITHOUT: dict[str, Function] = {
-    "det": lambda: torch.det(SQUARE),
-    "slogdet": lambda: torch.linalg.slogdet(SQUARE),
-    "inv": lambda: torch.inverse(SQUARE),
-    "solve": lambda: torch.linalg.solve(SQUARE, X[:3, 0, :, None]),
-    "svd": lambda: torch.linalg.svd(SQUARE),
-    "matrix_exp": lambda: torch.matrix_exp(SQUARE),
-    "stft": lambda: torch.stft(rand(3, 64), 16, return_complex=True),
-    "fft": lambda: torch.fft.fft(SQUARE),
-    "irfft": lambda: torch.fft.irfft(SQUARE.to(torch.complex64)),
-    "prod": lambda: SQUARE.prod(-1),
-    "cumprod": lambda: SQUARE.cumprod(-1),
-    "cdist": lambda: torch.cdist(rand(30, 6), rand(30, 6, seed=1)),
-    "index_add": lambda: torch.zeros(2, 6).index_add(0, torch.tensor([0, 0, 1, 1, 1, 0]), SQUARE[0]),
-    "index_add in place": lambda: torch.zeros(2, 6).index_add_(0, torch.tensor([0, 0, 1, 1, 1, 0]), SQUARE[0]),
-    "scatter_add": lambda: torch.zeros(6, 6).scatter_add(0, torch.zeros(6, 6, dtype=torch.int64), SQUARE[0]),
-    "sparse product (CSR)": lambda: SQUARE[0].to_sparse_csr() @ SQUARE[1],
-    "sparse product (COO)": lambda: SQUARE[0].to_sparse() @ SQUARE[1],
-    "dynamic quantization": lambda: torch.quantize_per_tensor_dynamic(SQUARE, torch.qint8, False),
-    "embedding_bag": lambda: F.embedding_bag(torch.tensor([[0, 1], [2, 2]]), SQUARE[0]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WITHOUT)
-def test_an_operator_that_varies_without_a_replacement_is_refused_by_name(name: str) -> None:
-    with (
-        invariant(),
-        pytest.raises(AuditError, match=r"is not batch-invariant and has no replacement: .*test_eager.py, line \d+"),
-    ):
-        WITHOUT[name]()
-
-
 @pytest.mark.parametrize(
     ("layer", "width", "dtype"),
     [
@@ -486,55 +425,30 @@ def test_a_layer_that_runs_step_by_step_has_equal_rows(layer: Any, width: int, d
     )
 
 
-def test_the_gradient_of_an_lstm_is_refused() -> None:
-    with invariant(), pytest.raises(NotImplementedError, match=r"mkldnn_rnn_layer with gradients"):
-        torch.nn.LSTM(6, 4)(SQUARE)
-
-
-def test_what_is_trusted_or_exact_or_a_gradient_runs() -> None:
-    weight = SQUARE.clone().requires_grad_()
-    with invariant(Options(trust={"aten::cumprod": "one row"})):
-        weight.cumprod(-1).sum().backward()
+def test_a_row_does_not_see_its_neighbours() -> None:
+    """Not even if they are infinite or no numbers."""
     with invariant():
-        assert torch.arange(1, 5).prod() == 24
-        x = X.clone().requires_grad_()
-        x[:, [0, 0, 1]].sum().backward()  # adds up where indices meet
-        assert x.grad is not None and weight.grad is not None
-    weight.cumprod(-1)
+        for bad in (torch.nan, torch.inf, 3e38):
+            x = LONG.clone()
+            x[1:] = bad
+            for name, f in VARIES.items():
+                assert same_bits(tensors(f(x))[0][:1], f(LONG[:1])), (name, bad)
 
 
-def test_it_is_said_once_with_warn() -> None:
-    with (
-        invariant(Options(on_unproven="warn")),
-        pytest.warns(UserWarning, match=r"aten.cumprod.default is not") as said,
-    ):
-        for _ in range(3):
-            SQUARE.cumprod(-1)
-    assert len([w for w in said if "cumprod" in str(w.message)]) == 1
+def test_a_number_beside_a_tensor_is_as_precise_as_before() -> None:
+    """Within a fallback, and when it has gone; a number has no say in the dtype."""
 
+    def check() -> None:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32):
+            for x in (torch.arange(1, 40).to(dtype), torch.tensor(3, dtype=dtype)):
+                for f in (torch.add, torch.mul):
+                    assert f(x, 3).dtype == dtype and f(x, 0.1).dtype == torch.result_type(x, 0.1)
+                    if dtype.itemsize > 2 and dtype.is_floating_point:
+                        assert torch.equal(f(x, 0.1), f(x, torch.full_like(x, 0.1)))
 
-REDUCE = """
-import os, sys, torch, torch.distributed as dist, bi_compile
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
-x = torch.ones(4)
-with bi_compile.invariant():
-    dist.all_reduce(torch.ones(4, dtype=torch.int64))
-    for f in (lambda: dist.all_reduce(x), lambda: dist.reduce(x, 0), lambda: dist.reduce_scatter_tensor(x.clone(), x)):
-        try:
-            f()
-        except bi_compile.AuditError as error:
-            print(error)
-dist.all_reduce(x)
-dist.destroy_process_group()
-"""
-
-
-def test_a_reduction_over_ranks_is_refused(tmp_path: Any) -> None:
-    said = python(REDUCE, str(tmp_path / "store")).splitlines()
-    assert [line.split()[0] for line in said] == [
-        "c10d.allreduce_.default", "c10d.reduce_.default", "c10d._reduce_scatter_base_.default",
-    ]  # fmt: skip
-    assert all("torch.distributed._functional_collectives" in line for line in said)
+    with invariant():
+        check()
+    check()
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------
