@@ -18,7 +18,7 @@ from torch import Tensor
 from bi_compile import ops
 
 from .launch import accumulator, as_rows, cdiv, launch, row_stride, rows_meta, target
-from .tiles import SCAN_ROWS
+from .tiles import SCAN_ROWS, SCAN_WARPS
 
 
 @triton.jit
@@ -281,9 +281,12 @@ def _rows(x: Tensor, dim: Sequence[int]) -> Tensor:
     return as_rows(x.permute(*kept, *reduced), math.prod(x.shape[d] for d in reduced))
 
 
-def _launch_rows(kernel: Any, rows: Tensor, outs: Sequence[Tensor], acc: torch.dtype, **meta: Any) -> None:
+def _launch_rows(
+    kernel: Any, rows: Tensor, outs: Sequence[Tensor], acc: torch.dtype, most_warps: int = 32, **meta: Any
+) -> None:
     count, length = rows.shape
     meta |= rows_meta(rows, length) | {"ACC": accumulator(acc)}
+    meta["num_warps"] = min(meta["num_warps"], most_warps)
     launch(kernel, cdiv(count, meta["BLOCK_R"]), rows, rows, *outs, row_stride(rows), count, length, **meta)
 
 
@@ -350,7 +353,7 @@ def _fill_softmax(log: bool) -> Callable[[Tensor, Tensor], None]:
 def _fill_cumsum(x: Tensor, out: Tensor) -> None:
     x = _cast(x, out.dtype)
     if target(x) != "npu":
-        _launch_rows(_cumsum_in_blocks, as_rows(x, x.shape[1]), [out], out.dtype)
+        _launch_rows(_cumsum_in_blocks, as_rows(x, x.shape[1]), [out], out.dtype, SCAN_WARPS)
         return
     launch(
         _cumsum, cdiv(x.shape[0], SCAN_ROWS), x, x, out, *x.stride(), *x.shape,

@@ -117,5 +117,7 @@ LONGEST_HEAD_GATHERED: dict[str, dict[int, int]] = {"npu": {2: 128, 4: 64}}
 
 #: target -> (columns that one program holds at once, elements of a tile of short rows, elements for each warp)
 ROWS: dict[str, tuple[int, int, int]] = {"cuda": (8192, 1024, 512), "npu": (4096, 4096, 4096)}
+#: the most warps that compute a cumsum: each waits for those before it
+SCAN_WARPS = 8
 #: rows for which one program computes the cumsum on Ascend
 SCAN_ROWS = 32
