@@ -42,34 +42,6 @@ struct TileConfig {
   ~TileConfig() { _tile_release(); }
 };
 
-// 16 x 16 words, transposed.
-inline void transpose(__m512i (&r)[TILE]) {
-  __m512i t[TILE];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  // r[i + j] holds in its quarter q the column 4 q + j of the rows i .. i + 3
-  for (int j = 0; j < 4; ++j) {
-    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
-    t[4 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-    t[8 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-    t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-  }
-  for (int j = 0; j < 4; ++j) {
-    r[j] = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88);
-    r[4 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88);
-    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
-    r[12 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
-  }
-}
-
 // `count` <= 32 elements, zeros behind them.
 inline __m512i elements(const BFloat16* p, int64_t count) {
   return (__m512i)DotBf16::a_part(p, count);
@@ -85,11 +57,14 @@ inline void pack_rows(uint32_t* to, const BFloat16* x, int64_t ld, int64_t rows,
   }
 }
 
-// Packs `cols` <= 16 columns of a matrix contiguous along N, its rows `ld` apart.
-inline void pack_columns(uint32_t* to, const BFloat16* x, int64_t ld, int64_t cols, int64_t k) {
+// Packs `cols` columns of a matrix contiguous along N, its rows `ld` apart, 16 of them to an operand; the operands lie `apart` words apart.
+inline void pack_columns(uint32_t* to, int64_t apart, const BFloat16* x, int64_t ld, int64_t cols, int64_t k) {
   int64_t pairs = ceil_div(k, TILE_K) * TILE;
-  for (int64_t s = 0; s < pairs; ++s, to += TILE)
-    2 * s < k ? DotBf16::pack(to, x, ld, s, k, cols) : void(std::memset(to, 0, TILE * sizeof *to));
+  for (int64_t s = 0; s < pairs; ++s)
+    for (int64_t n = 0; n < cols; n += TILE) {
+      uint32_t* words = to + n / TILE * apart + s * TILE;
+      2 * s < k ? DotBf16::pack(words, x + n, ld, s, k, cols - n) : void(std::memset(words, 0, TILE * sizeof *words));
+    }
 }
 
 // 16 rows along K of a left operand: where they lie, or copied if they are fewer, zeros for the others.

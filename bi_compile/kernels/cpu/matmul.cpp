@@ -4,6 +4,7 @@
 // and stay in cache while the rows pass by, in blocks of 48. K is never split between tasks.
 
 #include "amx.h"
+#include "panel.h"
 
 #include <bit>
 
@@ -128,73 +129,138 @@ void run_tasks(const Problem& p) {
   });
 }
 
-#ifdef BI_AMX
-// Rows of `a` that are packed at a time.
-constexpr int64_t MOST_PACKED = 2048;
+#ifdef __AVX512F__
+// Room for packed rows: this thread's scratch memory, unless that would keep more than 16 MB.
+struct PackedRows {
+  Tensor many;
+  float* words;
 
-// bfloat16 on tiles: 32 columns to a task, by all rows or by 32.
+  explicit PackedRows(int64_t n) {
+    if (n <= 4 << 20) {
+      words = scratch<PackedRows, float>(n);
+    } else {
+      many = at::empty({n}, at::kFloat);
+      words = many.mutable_data_ptr<float>();
+    }
+  }
+};
+
+// `rows` rows of `words` words are packed so many at a time: as 8 MB hold, but so that packing the other operand again costs little.
+int64_t packed_at_once(int64_t rows, int64_t words) {
+  int64_t most = std::clamp<int64_t>((2 << 20) / std::max<int64_t>(1, words), 240, 4096);
+  return ceil_div(rows, ceil_div(rows, most));
+}
+#endif
+
+#ifdef BI_PANELS
+// Whether packing is worth its while.
+bool worth_panels(const Problem& p) {
+  bool occupied = ceil_div(p.N, PANEL_N) >= 2 * at::get_num_threads();
+  return p.batch == 1 && p.segments == 1 && p.K > 0 && occupied && p.M >= (p.N >= 2048 ? 56 : 96);
+}
+
+// One product, in tasks of 64 columns by all rows.
+template <class Op, class T>
+void run_panels(const Problem& p, bool along_k) {
+  constexpr int64_t PAIR = 2 * MAX_ROWS;
+  struct Panel;
+  struct Sums;
+  auto a = static_cast<const typename Op::A*>(p.a);
+  auto b = static_cast<const typename Op::B*>(p.b);
+  int64_t k_blocks = ceil_div(p.K, BLOCK_K), steps = ceil_div(std::min(p.K, BLOCK_K), STEP_K<Op>), group = packed_group(steps);
+  int64_t most = ceil_div(packed_at_once(p.M, p.K / Op::PER_STEP), PAIR) * PAIR;
+  for (int64_t first = 0; first < p.M; first += most) {
+    int64_t M = std::min(most, p.M - first), pairs = ceil_div(M, PAIR), groups = ceil_div(M, GROUP_ROWS);
+    PackedRows rows(k_blocks * groups * group);
+    parallel_rows(k_blocks * pairs, PAIR * BLOCK_K / 8, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        int64_t m = i % pairs * PAIR, block = i / pairs, k = block * BLOCK_K;
+        pack_panel_rows<Op>(rows.words + (block * groups + m / GROUP_ROWS) * group, a + first * p.a_m + k, p.a_m, m, M, std::min(BLOCK_K, p.K - k));
+      }
+    });
+    parallel_rows(ceil_div(p.N, PANEL_N), M * PANEL_N * p.K / 8, [&](int64_t begin, int64_t end) {
+      float* panel = scratch<Panel, float>(packed_columns(steps));
+      float* sums = scratch<Sums, float>(M * PANEL_N);
+      for (int64_t n = begin * PANEL_N; n < std::min(p.N, end * PANEL_N); n += PANEL_N) {
+        int64_t cols = std::min(PANEL_N, p.N - n);
+        for (int64_t k = 0; k < p.K; k += BLOCK_K) {
+          int64_t kn = std::min(BLOCK_K, p.K - k);
+          pack_panel_columns<Op>(panel, b + n * p.b_n + k * p.b_k, along_k, along_k ? p.b_n : p.b_k, cols, kn);
+          panel_block<Op>(rows.words + k / BLOCK_K * groups * group, group, panel, M, kn, k == 0, sums, [&](int64_t m, int64_t count) {
+            if (k + kn == p.K) store_output<T>(p, sums + m * PANEL_N, PANEL_N, 0, first + m, n, count, cols);
+          });
+        }
+      }
+    });
+  }
+}
+#endif
+
+#ifdef BI_AMX
+// bfloat16 on tiles: up to 128 columns to a task, by all rows or by 32. The rows pass by in pairs of tiles, and each pair stays in
+// the cache while all columns of the task take it.
 template <class T>
 void run_amx(const Problem& p, bool along_k) {
-  constexpr int64_t PAIR = 2 * TILE;
-  struct Packed;
+  constexpr int64_t PAIR = 2 * TILE, MOST_PAIRS = 4;
+  struct Panel;
   auto a = static_cast<const BFloat16*>(p.a), b = static_cast<const BFloat16*>(p.b);
-  int64_t steps = ceil_div(p.K, TILE_K), threads = at::get_num_threads(), n_tasks = ceil_div(p.N, PAIR);
-  for (int64_t first = 0; first < p.M; first += MOST_PACKED) {
-    int64_t M = std::min(MOST_PACKED, p.M - first), blocks = ceil_div(M, TILE);
-    Tensor rows;  // of `a`, packed, if they are the right operand
+  int64_t steps = ceil_div(p.K, TILE_K), threads = at::get_num_threads();
+  int64_t block_n = std::clamp<int64_t>(ceil_div(p.N * p.batch, PAIR) / (2 * threads), 1, MOST_PAIRS) * PAIR, n_tasks = ceil_div(p.N, block_n);
+  int64_t most = ceil_div(packed_at_once(p.M, p.batch * p.K * p.segments / 2), PAIR) * PAIR;
+  for (int64_t first = 0; first < p.M; first += most) {
+    int64_t M = std::min(most, p.M - first), blocks = ceil_div(M, TILE);
+    PackedRows packed(along_k ? p.batch * p.segments * blocks * steps * BLOCK : 0);  // if they are the right operand
+    auto rows = reinterpret_cast<uint32_t*>(packed.words);
     if (along_k) {
-      rows = at::empty({p.batch * p.segments * blocks * steps * BLOCK}, at::kInt);
       parallel_rows(p.batch * p.segments * blocks, TILE * p.K / 8, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           int64_t m = i % blocks * TILE, batch = i / (blocks * p.segments), s = i / blocks % p.segments;
           auto x = a + batch * p.a_batch + s * p.K + (first + m) * p.a_m;
-          pack_rows(reinterpret_cast<uint32_t*>(rows.mutable_data_ptr<int>()) + i * steps * BLOCK, x, p.a_m, std::min(TILE, M - m), p.K);
+          pack_rows(rows + i * steps * BLOCK, x, p.a_m, std::min(TILE, M - m), p.K);
         }
       });
     }
     int64_t pairs = ceil_div(M, PAIR), m_tasks = p.batch * n_tasks >= 2 * threads ? 1 : pairs, each = m_tasks == 1 ? blocks * TILE : PAIR;
-    parallel_rows(p.batch * n_tasks * m_tasks, each * PAIR * p.K * p.segments / 64, [&](int64_t begin, int64_t end) {
+    parallel_rows(p.batch * n_tasks * m_tasks, each * block_n * p.K * p.segments / 64, [&](int64_t begin, int64_t end) {
       TileConfig config;
       struct Tiles;
       float* tiles = scratch<Tiles, float>(blocks_of(p.segments) * 4 * BLOCK);
       alignas(64) float sums[PAIR * PAIR];
       for (int64_t task = begin; task < end; ++task) {
-        int64_t batch = task / (n_tasks * m_tasks), n = task / m_tasks % n_tasks * PAIR, cols = std::min(PAIR, p.N - n);
-        int64_t n_blocks = ceil_div(cols, TILE), from = task % m_tasks * each;
-        auto weights = b + batch * p.b_batch + n * p.b_n;
+        int64_t batch = task / (n_tasks * m_tasks), n0 = task / m_tasks % n_tasks * block_n, n_end = std::min(p.N, n0 + block_n);
+        int64_t all_blocks = ceil_div(n_end - n0, TILE), from = task % m_tasks * each;
         Rows left[2] = {};
         auto read_left = [&](const BFloat16* x, int64_t ld, int64_t count) {
           left[0] = left_rows<0>(x, ld, std::min(TILE, count), p.K);
           if (count > TILE) left[1] = left_rows<1>(x + TILE * ld, ld, count - TILE, p.K);
         };
         const uint32_t* right[2] = {};
-        uint32_t* panel = nullptr;
-        if (along_k) {
-          if (p.segments == 1) read_left(weights, p.b_n, cols);
-        } else {
-          panel = scratch<Packed, uint32_t>(p.segments * n_blocks * steps * BLOCK);
-          for (int64_t i = 0; i < p.segments * n_blocks; ++i)
-            pack_columns(panel + i * steps * BLOCK, weights + i / n_blocks * p.K * p.b_k + i % n_blocks * TILE, p.b_k, cols - i % n_blocks * TILE, p.K);
+        uint32_t* panel = nullptr;  // of `b`, packed, if it is the right operand
+        if (!along_k) {
+          panel = scratch<Panel, uint32_t>(p.segments * all_blocks * steps * BLOCK);
+          for (int64_t s = 0; s < p.segments; ++s)
+            pack_columns(panel + s * all_blocks * steps * BLOCK, steps * BLOCK, b + batch * p.b_batch + s * p.K * p.b_k + n0 * p.b_n, p.b_k, n_end - n0, p.K);
         }
-        for (int64_t m = from; m < std::min(M, from + each); m += PAIR) {
-          int64_t count = std::min(PAIR, M - m), m_blocks = ceil_div(count, TILE);
-          join_segments(p.segments, m_blocks * n_blocks * BLOCK, tiles, [&](int64_t s, float* to) {
-            if (along_k) {
-              auto packed = reinterpret_cast<const uint32_t*>(rows.const_data_ptr<int>()) + (batch * p.segments + s) * blocks * steps * BLOCK;
-              for (int64_t j = 0; j < m_blocks; ++j) right[j] = packed + (m / TILE + j) * steps * BLOCK;
-              if (p.segments > 1) read_left(weights + s * p.K, p.b_n, cols);
-              tile_product(n_blocks, m_blocks, left, right, p.K, m == from, to);
-            } else {
-              for (int64_t j = 0; j < n_blocks; ++j) right[j] = panel + (s * n_blocks + j) * steps * BLOCK;
-              read_left(a + batch * p.a_batch + s * p.K + (first + m) * p.a_m, p.a_m, count);
-              tile_product(m_blocks, n_blocks, left, right, p.K, false, to);
-            }
-          });
-          for (int64_t i = 0; i < m_blocks; ++i)
-            for (int64_t j = 0; j < n_blocks; ++j)
-              store_tile(tiles + (along_k ? j * m_blocks + i : i * n_blocks + j) * BLOCK, along_k, sums + i * TILE * PAIR + j * TILE, PAIR);
-          store_output<T>(p, sums, PAIR, batch, first + m, n, count, cols);
-        }
+        for (int64_t m = from; m < std::min(M, from + each); m += PAIR)
+          for (int64_t n = n0; n < n_end; n += PAIR) {
+            int64_t count = std::min(PAIR, M - m), m_blocks = ceil_div(count, TILE);
+            int64_t cols = std::min(PAIR, n_end - n), n_blocks = ceil_div(cols, TILE);
+            join_segments(p.segments, m_blocks * n_blocks * BLOCK, tiles, [&](int64_t s, float* to) {
+              if (along_k) {
+                for (int64_t j = 0; j < m_blocks; ++j) right[j] = rows + (((batch * p.segments + s) * blocks) + m / TILE + j) * steps * BLOCK;
+                read_left(b + batch * p.b_batch + n * p.b_n + s * p.K, p.b_n, cols);
+                tile_product(n_blocks, m_blocks, left, right, p.K, m == from, to);
+              } else {
+                for (int64_t j = 0; j < n_blocks; ++j) right[j] = panel + (s * all_blocks + (n - n0) / TILE + j) * steps * BLOCK;
+                read_left(a + batch * p.a_batch + s * p.K + (first + m) * p.a_m, p.a_m, count);
+                tile_product(m_blocks, n_blocks, left, right, p.K, false, to);
+              }
+            });
+            for (int64_t i = 0; i < m_blocks; ++i)
+              for (int64_t j = 0; j < n_blocks; ++j)
+                store_tile(tiles + (along_k ? j * m_blocks + i : i * n_blocks + j) * BLOCK, along_k, sums + i * TILE * PAIR + j * TILE, PAIR);
+            store_output<T>(p, sums, PAIR, batch, first + m, n, count, cols);
+          }
       }
     });
   }
@@ -260,7 +326,13 @@ struct Operands {
       using T = decltype(t);
       auto into = [&](auto o) {
         using Out = decltype(o);
-        along_k ? run_tasks<Step<T>, Out, Dot>(p) : run_tasks<Step<T>, Out, Column>(p);
+        using Op = Step<T>;
+#ifdef BI_PANELS
+        if constexpr (in_panels<Op>) {
+          if (worth_panels(p)) return run_panels<Op, Out>(p, along_k);
+        }
+#endif
+        along_k ? run_tasks<Op, Out, Dot>(p) : run_tasks<Op, Out, Column>(p);
       };
       wide ? into(Acc<T>{}) : into(T{});
     });

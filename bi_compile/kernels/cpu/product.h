@@ -6,7 +6,7 @@
 // A step is one element of K; for bfloat16 where the processor has its dot product (AVX512_BF16) it is two, k and k + 1,
 // added by that instruction (which takes subnormals for zero). float16, and bfloat16 elsewhere, are widened to float.
 //
-// Two kernels give these same bits (bfloat16 products on AMX have an order of their own: amx.h):
+// Three kernels give these same bits (bfloat16 products on AMX have an order of their own: amx.h), two of them here, for many rows panel.h:
 //   dot     both operands contiguous along K: vectors run along K, a tile of up to 6 x 4 elements in registers;
 //   column  b contiguous along N: vectors run along N, one accumulator for each lane and row, 4 to 16 lanes at a time.
 #pragma once
@@ -147,6 +147,7 @@ inline void lane_trees(const V (&acc)[MR][NR], S (&sum)[MR][NR]) {
   if constexpr (NR == 4 && std::is_same_v<V, f32x16>) {
     // each shuffle brings the even and the odd partial sums of two vectors side by side, for four rows at once in the end
     f32x16 quads[ceil_div(MR, 4) * 4] = {};
+#pragma GCC unroll 6  // early, or GCC writes the tile to the stack
     for (int m = 0; m < MR; ++m) {
       const f32x16 &a = acc[m][0], &b = acc[m][1], &c = acc[m][2], &d = acc[m][3];
       f32x16 ab = even(a, b) + odd(a, b), cd = even(c, d) + odd(c, d);

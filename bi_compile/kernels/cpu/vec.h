@@ -220,4 +220,36 @@ inline f32x16 scale(f32x16 v, double by) {
 }
 inline f64x8 scale(f64x8 v, double by) { return v * by; }
 
+#ifdef __AVX512F__
+// ---- words ----
+
+// 16 x 16 words, transposed.
+inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  // r[i + j] holds in its quarter q the column 4 q + j of the rows i .. i + 3
+  for (int j = 0; j < 4; ++j) {
+    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    t[8 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+  }
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88);
+    r[4 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xdd);
+    r[12 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
+  }
+}
+#endif
+
 }  // namespace bi

@@ -29,6 +29,40 @@ def test_both_product_kernels_give_the_same_bits(dtype: torch.dtype, K: int) -> 
         assert torch.equal(ops.addmm(want.new_full([N], math.nan), a, kn, beta=0), want), (M, N)
 
 
+def framed(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Numbers of many sizes, and infinity, NaN and both zeros among them, in a frame of NaN."""
+    frame = torch.full((rows + 1, columns + 3), math.nan, dtype=dtype)
+    x = rand(rows, columns, dtype=dtype, seed=seed) * 2.0 ** (8 * rand(rows, columns, seed=seed + 1)).round().to(dtype)
+    x[rows // 3, columns // 2], x[rows // 2], x[-1, -1] = math.inf, -0.0, math.nan
+    return frame[:rows, :columns].copy_(x)
+
+
+@each_dtype
+@pytest.mark.parametrize("K", [1, 15, 31, 33, 1023, 1024, 1026, 2049, 3100])
+def test_many_rows_have_the_bits_of_few(dtype: torch.dtype, K: int) -> None:
+    """From some number of rows on the operands are packed."""
+    for M, N in [(56, 2050), (96, 256), (97, 193), (107, 319), (300, 257), (1500 if K < 40 else 145, 200)]:
+        a, w = framed(M, K, dtype, 0), framed(N, K, dtype, 2)
+        bias = rand(N, dtype=dtype, seed=4)
+        few = [ops.mm(rows, w.t()) for rows in a.split(37)]
+        want = torch.cat(few)
+        assert want.isfinite().any(), (M, N)
+        for b in (w.t(), framed(K, N, dtype, 6).copy_(w.t())):
+            assert same(ops.mm(a, b), want), (M, N)
+            assert same(
+                ops.addmm(bias, a, b, beta=0.5, alpha=3)[37:74], ops.addmm(bias, a[37:74], b, beta=0.5, alpha=3)
+            ), (M, N)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        assert same(ops.mm(a, w.t()), want), (M, N)
+        torch.set_num_threads(threads)
+
+
+def test_long_rows_are_packed_some_at_a_time() -> None:
+    a, w = rand(250, 20_000), rand(260, 20_000, seed=1)
+    assert torch.equal(ops.mm(a, w.t()), torch.cat([ops.mm(rows, w.t()) for rows in a.split(50)]))
+
+
 @each_dtype
 def test_trailing_zeros_in_k_are_harmless(dtype: torch.dtype) -> None:
     for K, more in itertools.product((1, 15, 16, 33, 1000, 1024), (1, 16, 31, 1030)):
