@@ -253,10 +253,11 @@ void dot_block(const typename Op::A* a, int64_t lda, const typename Op::B* b, in
     int64_t kn = std::min(BLOCK_K, K - k);
     for (int64_t i = 0; i < tiles; ++i) {
       int64_t m = M * i / tiles, rows = M * (i + 1) / tiles - m, n = 0;
+      bool prefetch = i == 0 && rows > 4;  // fewer are computed as fast as b comes without
       for (; n + TILE_N <= N; n += TILE_N)
-        dot_rows<Op, TILE_N>(rows, a + m * lda + k, lda, b + n * ldb + k, ldb, kn, k == 0, i == 0, out + m * ldo + n, ldo);
+        dot_rows<Op, TILE_N>(rows, a + m * lda + k, lda, b + n * ldb + k, ldb, kn, k == 0, prefetch, out + m * ldo + n, ldo);
       for (; n < N; ++n)
-        dot_rows<Op, 1>(rows, a + m * lda + k, lda, b + n * ldb + k, ldb, kn, k == 0, i == 0, out + m * ldo + n, ldo);
+        dot_rows<Op, 1>(rows, a + m * lda + k, lda, b + n * ldb + k, ldb, kn, k == 0, prefetch, out + m * ldo + n, ldo);
     }
     k += kn;
   } while (k < K);
