@@ -11,7 +11,7 @@ from bi_compile import ops
 
 @pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 64, 95, 1056])
 def test_bfloat16_products_at_the_edges_of_tiles(k: int) -> None:
-    """Of 16 rows, 16 columns, 32 elements of K and 2048 packed rows, whatever lies behind them."""
+    """Of 16 rows, 16 columns and 32 elements of K, whatever lies behind them."""
 
     def framed(rows: int, columns: int) -> Tensor:
         frame = torch.full((rows + 1, columns + 3), float("nan"), dtype=torch.bfloat16)
@@ -20,7 +20,7 @@ def test_bfloat16_products_at_the_edges_of_tiles(k: int) -> None:
     for n in (1, 15, 16, 17, 32, 33, 47):
         w = framed(n, k)
         transposed = framed(k, n).copy_(w.t())
-        for m in (1, 2, 15, 16, 17, 31, 32, 33, *((2047, 2048, 2049) if n == 33 else ())):
+        for m in (1, 2, 15, 16, 17, 31, 32, 33, *((129, 4097) if n == 33 else ())):
             a = framed(m, k)
             out = ops.mm(a, w.t())
             assert torch.equal(out, ops.mm(a, transposed)), (m, n)

@@ -58,8 +58,9 @@ def test_many_rows_have_the_bits_of_few(dtype: torch.dtype, K: int) -> None:
         torch.set_num_threads(threads)
 
 
-def test_long_rows_are_packed_some_at_a_time() -> None:
-    a, w = rand(250, 20_000), rand(260, 20_000, seed=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_are_packed_some_at_a_time(dtype: torch.dtype) -> None:
+    a, w = rand(250, 20_000, dtype=dtype), rand(260, 20_000, dtype=dtype, seed=1)
     assert torch.equal(ops.mm(a, w.t()), torch.cat([ops.mm(rows, w.t()) for rows in a.split(50)]))
 
 
