@@ -3,9 +3,9 @@
     python -m bi_compile.measure.serving '{"model": "DIR", "compilation_config": {"custom_passes": ["bi_ascend"]}}'
 
 Prints one line `RESULT {json}`: "differ", of 16 requests how many have other logprobs among 112 than alone; "seconds", for each of the "cases"
-the time of each round, the mean of as many calls as make up "turn" seconds: a host's speed may change from call to call; "start", the seconds until the engine stands; "peak", the most GiB of a GPU that PyTorch in this process held at once, keys and
-values included (null: it held none). A case is a number of requests, the tokens of each prompt, and the tokens that each asks for. With "turns" each time waits for its
-turn (see `process.take_turns`). "environment" is set before vLLM is imported.
+the time of each round, the mean of as many calls as make up "turn" seconds: a host's speed may change from call to call; "start", the seconds
+until the engine stands; "peak", the most GiB of a GPU that PyTorch in this process held at once, keys and values included (null: it held none). A
+case is a number of requests, the tokens of each prompt, and the tokens that each asks for. With "turns" each round waits for its turn (see `process.take_turns`). "environment" is set before vLLM is imported.
 """
 
 from __future__ import annotations

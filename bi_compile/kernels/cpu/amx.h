@@ -50,9 +50,8 @@ inline __m512i elements(const BFloat16* p, int64_t count) {
 // Packs `rows` <= 16 rows along K, `ld` apart, as columns of a right operand: ceil(k / 32) blocks.
 inline void pack_rows(uint32_t* to, const BFloat16* x, int64_t ld, int64_t rows, int64_t k) {
   for (int64_t at = 0; at < k; at += TILE_K, to += BLOCK) {
-    __m512i words[TILE] = {};
-    for (int64_t i = 0; i < rows; ++i) words[i] = elements(x + i * ld + at, std::min(TILE_K, k - at));
-    transpose(words);
+    __m512i words[TILE];
+    lanes_of(words, x + at, ld, rows, std::min(TILE_K, k - at), elements);
     for (int64_t i = 0; i < TILE; ++i) _mm512_storeu_si512(to + i * TILE, words[i]);
   }
 }

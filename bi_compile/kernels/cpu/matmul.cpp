@@ -150,9 +150,7 @@ int64_t packed_at_once(int64_t rows, int64_t words) {
   int64_t most = std::clamp<int64_t>((2 << 20) / std::max<int64_t>(1, words), 240, 4096);
   return ceil_div(rows, ceil_div(rows, most));
 }
-#endif
 
-#ifdef BI_PANELS
 // Whether packing is worth its while.
 bool worth_panels(const Problem& p) {
   bool occupied = ceil_div(p.N, PANEL_N) >= 2 * at::get_num_threads();
@@ -327,7 +325,7 @@ struct Operands {
       auto into = [&](auto o) {
         using Out = decltype(o);
         using Op = Step<T>;
-#ifdef BI_PANELS
+#ifdef __AVX512F__
         if constexpr (in_panels<Op>) {
           if (worth_panels(p)) return run_panels<Op, Out>(p, along_k);
         }

@@ -11,7 +11,6 @@
 #include <bit>
 
 #ifdef __AVX512F__
-#define BI_PANELS
 
 namespace bi {
 
@@ -32,14 +31,6 @@ inline constexpr int64_t STEP_K = Op::W * Op::PER_STEP;
 inline int64_t packed_group(int64_t steps) { return 16 * (GROUP_ROWS * steps + GAP); }
 inline int64_t packed_columns(int64_t steps) { return 16 * (PANEL_N * steps + GAP); }
 
-// 16 runs of a step of `step` elements, or of the last `k`, `ld` apart, `count` of them and zeros: words[j] becomes lane j of all of them.
-template <class T, class Whole, class Part>
-inline void lanes_of(__m512i (&words)[16], const T* x, int64_t ld, int64_t count, int64_t k, int64_t step, const Whole& whole, const Part& part) {
-  for (int64_t i = 0; i < 16; ++i)
-    words[i] = i >= count ? __m512i{} : (__m512i)(k >= step ? whole(x + i * ld) : part(x + i * ld, k));
-  transpose(words);
-}
-
 // Tiles of the group of rows that begins with row `from` of M: of packed rows an even number.
 inline int64_t tiles_of_group(int64_t from, int64_t M) { return 2 * ceil_div(std::min(GROUP_ROWS, M - from), 2 * MAX_ROWS); }
 
@@ -50,7 +41,7 @@ void pack_panel_rows(float* to, const typename Op::A* a, int64_t lda, int64_t m,
   int64_t steps = ceil_div(k, STEP_K<Op>), from = m / GROUP_ROWS * GROUP_ROWS, tiles = tiles_of_group(from, M), tile = (m - from) / MAX_ROWS;
   __m512i words[16];
   for (int64_t s = 0; s < steps; ++s) {
-    lanes_of(words, a + m * lda + s * STEP_K<Op>, lda, std::min<int64_t>(2 * MAX_ROWS, M - m), k - s * STEP_K<Op>, STEP_K<Op>, Op::a_at, Op::a_part);
+    lanes_of(words, a + m * lda + s * STEP_K<Op>, lda, std::min<int64_t>(2 * MAX_ROWS, M - m), std::min(STEP_K<Op>, k - s * STEP_K<Op>), Op::a_part);
     for (int64_t j = 0; j < 16; ++j) {
       float* lane = to + j * (tiles * steps * MAX_ROWS + GAP) + (tile * steps + s) * MAX_ROWS;
       _mm512_mask_storeu_epi32(lane, FIRST, words[j]);
@@ -69,7 +60,7 @@ void pack_panel_columns(float* to, const typename Op::B* b, bool along_k, int64_
       float* lane = to + s * PANEL_N + n;
       if (along_k) {
         __m512i words[16];
-        lanes_of(words, b + n * ld + s * STEP_K<Op>, ld, cols - n, k - s * STEP_K<Op>, STEP_K<Op>, Op::b_at, Op::b_part);
+        lanes_of(words, b + n * ld + s * STEP_K<Op>, ld, cols - n, std::min(STEP_K<Op>, k - s * STEP_K<Op>), Op::b_part);
         for (int64_t j = 0; j < 16; ++j) _mm512_storeu_si512(lane + j * apart, words[j]);
         continue;
       }

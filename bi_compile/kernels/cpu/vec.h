@@ -250,6 +250,13 @@ inline void transpose(__m512i (&r)[16]) {
     r[12 + j] = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xdd);
   }
 }
+
+// To words[j] word j of each of 16 runs of `k` elements, `ld` apart, of which there are `count`; zeros for the others. read(p, k): a run.
+template <class T, class Read>
+inline void lanes_of(__m512i (&words)[16], const T* x, int64_t ld, int64_t count, int64_t k, const Read& read) {
+  for (int64_t i = 0; i < 16; ++i) words[i] = i < count ? (__m512i)read(x + i * ld, k) : __m512i{};
+  transpose(words);
+}
 #endif
 
 }  // namespace bi

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_cases import each_dtype, layouts, no_worse, rand, same
+from cpu_cases import each_dtype, layouts, no_worse, rand, same, threads
 
 from bi_compile import ops
 
@@ -52,10 +52,8 @@ def test_many_rows_have_the_bits_of_few(dtype: torch.dtype, K: int) -> None:
             assert same(
                 ops.addmm(bias, a, b, beta=0.5, alpha=3)[37:74], ops.addmm(bias, a[37:74], b, beta=0.5, alpha=3)
             ), (M, N)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        assert same(ops.mm(a, w.t()), want), (M, N)
-        torch.set_num_threads(threads)
+        with threads(1):
+            assert same(ops.mm(a, w.t()), want), (M, N)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
