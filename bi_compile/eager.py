@@ -82,6 +82,8 @@ _THEIR_ENTRIES = frozenset(id(entry) for every in (Matmul, Softmax, Reductions) 
 _REDIRECTED = frozenset(map(id, _SAME_ARGUMENTS))
 #: (operator, device) -> what switches its redirection to that (`calls.redirect`)
 _switches: dict[tuple[OpOverload, str], int] = {}
+#: what was installed when they were last set
+_switched_for: tuple[EagerFallback, ...] = ()
 
 
 class _Active(threading.local):
@@ -151,7 +153,7 @@ class EagerFallback:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Put it back for the length of a with-block; costs no more than that the process knows it."""
+        """Put it back for the length of a with-block. A server does so twice for each token, so nothing is looked up again."""
         with _lock:
             _exchange((*_installed, self))
         try:
@@ -180,11 +182,14 @@ class EagerFallback:
 
 def _exchange(fallbacks: tuple[EagerFallback, ...]) -> None:
     """These are installed now. Where the newest that replaces an operator does it by one with the same arguments, it is redirected."""
-    global _installed
+    global _installed, _switched_for
     _installed = fallbacks
-    for (op, device), which in _switches.items():
-        found = _replacement(fallbacks, op, device)
-        calls.switch(which, found is not None and id(found[0]) in _THEIR_ENTRIES)
+    if fallbacks and fallbacks != _switched_for:
+        for (op, device), which in _switches.items():
+            found = _replacement(fallbacks, op, device)
+            calls.switch(which, found is not None and id(found[0]) in _THEIR_ENTRIES)
+        _switched_for = fallbacks
+    calls.switch_all(bool(fallbacks))
 
 
 def _decide_here() -> None:
@@ -237,6 +242,7 @@ def _of_its_own(key: str) -> frozenset[OpOverload]:
 
 def _put_in(op: OpOverload, device: str, autograd: bool = False, sparse: str = "") -> None:
     """Give `op` our kernel on `device`, or under its autograd's key, or under the key `sparse`, if it does not have one there yet."""
+    global _switched_for
     key = sparse or f"{'Autograd' * autograd}{KERNELS[device][0]}"
     if (op, key) in _kernels or (autograd and not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)):
         return
@@ -248,6 +254,7 @@ def _put_in(op: OpOverload, device: str, autograd: bool = False, sparse: str = "
         which = calls.redirect(op, key, _SAME_ARGUMENTS[op])
     if which is not None:
         _switches[op, device] = which
+        _switched_for = ()
 
 
 def _put_in_linear() -> None:

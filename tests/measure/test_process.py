@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from bi_compile.measure.process import ProcessFailed, take_turns
+from bi_compile.measure.process import ProcessFailed, fastest_cpu, take_turns
 
 PROGRAM = """
 import json, pathlib, sys, time
@@ -53,3 +55,18 @@ def test_one_that_fails_is_named(program: str) -> None:
     plans = [{"me": 0, "rounds": 1, "together": 2}, {"me": 1, "rounds": 1, "together": 2, "fails": True}]
     with pytest.raises(ProcessFailed, match="takes_turns"):
         take_turns(program, plans, at_once=2)
+
+
+def test_a_thread_runs_on_one_cpu_and_is_let_go() -> None:
+    allowed, found = os.sched_getaffinity(0), []
+    other = threading.Event()
+    thread = threading.Thread(target=lambda: (other.wait(), found.append(os.sched_getaffinity(0))))
+    thread.start()
+    with pytest.raises(KeyError), fastest_cpu():
+        bound = os.sched_getaffinity(0)
+        assert len(bound) == 1 and bound <= allowed
+        other.set()
+        thread.join()
+        raise KeyError
+    assert os.sched_getaffinity(0) == allowed
+    assert found == [allowed]  # other threads stay free

@@ -62,6 +62,7 @@ def _load() -> ctypes.PyDLL | None:
         ("composed_linear", anything, ()),
         ("linear", anything, (pointer,)),
         ("switch", None, (pointer, ctypes.c_bool)),
+        ("switch_all", None, (ctypes.c_bool,)),
         ("own", None, (ctypes.c_bool,)),
     ):
         function = getattr(library, f"bi_compile_{name}")
@@ -93,7 +94,7 @@ def shorten(operators: Iterable[OpOverload]) -> None:
 
 def redirect(op: OpOverload, key: str, to: OpOverload) -> int | None:
     """Let the dispatcher call `to`, which has the same arguments, for `op` under a dispatch key whenever the switch that is returned is on
-    (`switch`) and an argument is floating; else the kernel that is there now. None where it cannot be compiled."""
+    (`switch`, `switch_all`) and an argument is floating; else the kernel that is there now. None where it cannot be compiled."""
     library = _library()
     if library is None:
         return None
@@ -105,9 +106,14 @@ def redirect(op: OpOverload, key: str, to: OpOverload) -> int | None:
 
 def switch(which: int, on: bool) -> None:
     """Switch a redirection, for every thread."""
-    library = _library()
-    assert library is not None
-    library.bi_compile_switch(which, on)
+    assert _found is not None
+    _found.bi_compile_switch(which, on)
+
+
+def switch_all(on: bool) -> None:
+    """While this is off, no redirection is on, whatever its switch says."""
+    if _found is not None:
+        _found.bi_compile_switch_all(on)
 
 
 def own(has: bool) -> None:

@@ -12,6 +12,8 @@ namespace {
 
 // Whether this thread has fallbacks of its own, which only Python knows.
 thread_local bool own = false;
+// Whether any switch counts.
+std::atomic<bool> any_on = false;
 
 bool exact(const torch::jit::Stack& stack, size_t count) {
   for (const auto& given : torch::jit::last(stack, count))
@@ -52,7 +54,7 @@ struct Redirect final : c10::OperatorKernel {
   }
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    if (!on || own || !fits(*stack)) return python.callBoxed(op, keys, stack);
+    if (!any_on || !on || own || !fits(*stack)) return python.callBoxed(op, keys, stack);
     const auto given = stack->end() - static_cast<std::ptrdiff_t>(count);
     for (const auto i : wide) given[i] = given[i].toBool() ? c10::IValue(static_cast<int64_t>(c10::ScalarType::Float)) : c10::IValue();
     for (const auto i : dims)
@@ -118,6 +120,8 @@ BI_COMPILE_EXPORT PyObject* bi_compile_linear(void* composed) {
 }
 
 BI_COMPILE_EXPORT void bi_compile_switch(void* switch_, bool on) { *static_cast<std::atomic<bool>*>(switch_) = on; }
+
+BI_COMPILE_EXPORT void bi_compile_switch_all(bool on) { any_on = on; }
 
 BI_COMPILE_EXPORT void bi_compile_own(bool has) { own = has; }
 }
