@@ -25,7 +25,7 @@ CASES: dict[str, tuple[int, int, int]] = {
     "one prompt of 2048": (1, 2048, 1),
 }
 #: keys of a plan that are not vLLM's
-PLAN: dict[str, Any] = {"cases": CASES, "rounds": 16, "turn": 0.5, "turns": False, "environment": {}}
+PLAN: dict[str, Any] = {"cases": CASES, "rounds": 16, "turn": 0.3, "turns": False, "environment": {}}
 
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:

@@ -102,10 +102,16 @@ def _attention(
         part, index = _part_of(index, tl.num_programs(0), parts)
         begin = _first_key(part, SEGMENT)
         end = tl.minimum(S, begin + _segment(begin, SEGMENT))
-    off_zh = (index // num_pid_m).to(tl.int64)
+    if CAUSAL > 0 and (not SPLIT and BLOCK_M >= 64):
+        # the last queries see the most keys: their tiles begin first, so that none of them ends alone
+        of_keys = tl.num_programs(0) // num_pid_m
+        off_zh = (index % of_keys).to(tl.int64)
+        m0 = (num_pid_m - 1 - index // of_keys) * BLOCK_M
+    else:
+        off_zh = (index // num_pid_m).to(tl.int64)
+        m0 = index % num_pid_m * BLOCK_M
     off_z = off_zh // heads
     off_h = off_zh % heads
-    m0 = index % num_pid_m * BLOCK_M
     offs_m = m0 + tl.arange(0, BLOCK_M)
     position = offs_m // group
     query = position.to(tl.int64)
@@ -147,16 +153,17 @@ def _attention(
             next_whole = tl.minimum(tl.maximum(whole, first_n), next_n)
             m_i, l_i, acc = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
             for STAGE in tl.static_range(1 if MASK else 0, 2):
-                for start_n in range(
-                    first_n if STAGE == 0 else next_whole, next_whole if STAGE == 0 else next_n, BLOCK_N
-                ):
-                    qk, seen, any_seen, v_ptrs, inside = _block(
-                        q_block, k_base, v_base, mask_ptrs, start_n, S, valid, position, D, stride_kn, stride_kd, stride_vn, stride_vd,
-                        stride_maskn, SCALE, MASK, CAUSAL, EXP, ACC, SEGMENT, STAGE == 0, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                    )  # fmt: skip
-                    m_i, l_i, acc = _add_block(
-                        qk, seen, any_seen, v_ptrs, inside, offs_dv < DV, m_i, l_i, acc, SEEN * STAGE, EXP, SEGMENT
-                    )
+                begin_n = first_n if STAGE == 0 else next_whole
+                end_n = next_whole if STAGE == 0 else next_n
+                if STAGE == 0 or begin_n < end_n:  # a loop has its first loads, though it may be empty
+                    for start_n in range(begin_n, end_n, BLOCK_N):
+                        qk, seen, any_seen, v_ptrs, inside = _block(
+                            q_block, k_base, v_base, mask_ptrs, start_n, S, valid, position, D, stride_kn, stride_kd, stride_vn, stride_vd,
+                            stride_maskn, SCALE, MASK, CAUSAL, EXP, ACC, SEGMENT, STAGE == 0, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                        )  # fmt: skip
+                        m_i, l_i, acc = _add_block(
+                            qk, seen, any_seen, v_ptrs, inside, offs_dv < DV, m_i, l_i, acc, SEEN * STAGE, EXP, SEGMENT
+                        )
             m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, _total(l_i, FOLD), acc, EXP)
             first_n = next_n
         m_i, l_row, acc = m_all, l_all, acc_all

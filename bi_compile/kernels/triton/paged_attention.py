@@ -33,7 +33,7 @@ from .running_softmax import (
     parts_of,
     room_for,
 )
-from .tiles import ATTENTION, ATTENTION_HEAD, LONGEST_HEAD_GATHERED, MANY, PAGED_ROWS, REQUESTS, Tile
+from .tiles import ATTENTION, ATTENTION_HEAD, LONGEST_HEAD_GATHERED, MANY, REQUESTS, Tile
 
 #: how the kernel finds keys: packed one request after the other; by pages that hold whole tiles of keys; by other pages
 PACKED, WHOLE_TILES, PAGES = 0, 1, 2
@@ -61,7 +61,7 @@ def _request_of(ends, requests, index, group, BLOCK_M: tl.constexpr, BLOCK_R: tl
 
 
 @triton.jit
-def _page_of(pages, start_n, S, page, KEYS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr):
+def _page_of(pages, start_n, S, PAGE: tl.constexpr, KEYS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which pages of the cache hold the keys from start_n on, of S: one for all BLOCK_N keys (WHOLE_TILES), or each key's [N].
 
     pages: a request's row of the block table. AHEAD: there may be none from start_n on.
@@ -70,25 +70,26 @@ def _page_of(pages, start_n, S, page, KEYS: tl.constexpr, AHEAD: tl.constexpr, B
         result = tl.zeros((), tl.int32)
     elif KEYS == 1:
         if AHEAD:
-            result = tl.load(pages + start_n // page, mask=start_n < S, other=0)
+            result = tl.load(pages + start_n // PAGE, mask=start_n < S, other=0)
         else:
-            result = tl.load(pages + start_n // page)
+            result = tl.load(pages + start_n // PAGE)
     else:
         offs_key = tl.arange(0, BLOCK_N)
-        result = tl.load(pages + (start_n + offs_key) // page, mask=offs_key < S - start_n, other=0)
+        result = tl.load(pages + (start_n + offs_key) // PAGE, mask=offs_key < S - start_n, other=0)
     return result
 
 
 @triton.jit
 def _block(
-    q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, valid, position, D, DV, DR, page, left, right,
+    q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, position, last_key, D, DV, DR, left, right,
     stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
     stride_krp, stride_krn, stride_krh, stride_krd,
-    SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr,
+    SCALE: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, ROPE: tl.constexpr, ACC: tl.constexpr, SEGMENT: tl.constexpr,
+    WHOLE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr,
 ):  # fmt: skip
     """`attention._block` where keys lie in pages: of the BLOCK_N keys from start_n on scores [M, N], which of them a row sees and whether any,
-    where the values [N, Dv] lie, and which [N] are there. block: `_page_of` them. WHOLE: all are there."""
+    where the values [N, Dv] lie, and which [N] are there. block: `_page_of` them. last_key [M]: the last that a row sees. WINDOW: `left`
+    says the first. WHOLE: all are there."""
     # masks in 32 bits: Ascend's vector unit does not compare 64, and its compiler then takes one element after the other
     offs_key = tl.arange(0, BLOCK_N)
     offs_n = offs_key.to(tl.int64)
@@ -105,9 +106,10 @@ def _block(
         v_offs = offs_n * stride_vn
         kr_offs = offs_n * stride_krn
     elif KEYS == 1:
-        k_base = k + block * stride_kp + (start_n % page).to(tl.int64) * stride_kn
-        v_base = v + block * stride_vp + (start_n % page).to(tl.int64) * stride_vn
-        kr_base = k_rope + block * stride_krp + (start_n % page).to(tl.int64) * stride_krn
+        within = tl.cast(start_n % PAGE, tl.int64)
+        k_base = k + block * stride_kp + within * stride_kn
+        v_base = v + block * stride_vp + within * stride_vn
+        kr_base = k_rope + block * stride_krp + within * stride_krn
         k_offs = offs_n * stride_kn
         v_offs = offs_n * stride_vn
         kr_offs = offs_n * stride_krn
@@ -116,9 +118,9 @@ def _block(
         k_base = k
         v_base = v
         kr_base = k_rope
-        k_offs = block * stride_kp + n % page * stride_kn
-        v_offs = block * stride_vp + n % page * stride_vn
-        kr_offs = block * stride_krp + n % page * stride_krn
+        k_offs = block * stride_kp + n % PAGE * stride_kn
+        v_offs = block * stride_vp + n % PAGE * stride_vn
+        kr_offs = block * stride_krp + n % PAGE * stride_krn
     k_ptrs = k_base + off_h * stride_kh + k_offs[None, :] + offs_d[:, None] * stride_kd
     k_block = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
     qk = _dot(q_block, k_block, tl.zeros((BLOCK_M, BLOCK_N), ACC))
@@ -127,14 +129,12 @@ def _block(
         kr_block = tl.load(kr_ptrs, mask=inside[None, :] & (offs_dr < DR)[:, None], other=0.0)
         qk = _dot(qr_block, kr_block, qk)
     qk = _scaled(qk, SCALE, SEGMENT, ACC)
-    distance = start_n + offs_key[None, :] - position[:, None]
-    seen = valid[:, None] & inside[None, :] & (distance <= right) & (distance >= -left)
-    any_seen = (
-        valid
-        & (start_n - position <= right)
-        & (tl.minimum(start_n + BLOCK_N, S) - 1 - position >= -left)
-        & (right >= -left)
-    )
+    key = start_n + offs_key[None, :]
+    seen = key <= last_key[:, None]
+    any_seen = start_n <= last_key
+    if WINDOW:
+        seen = seen & (key >= (position - left)[:, None])
+        any_seen = any_seen & (tl.minimum(start_n + BLOCK_N, S) - 1 >= position - left) & (right >= -left)
     v_ptrs = v_base + off_h * stride_vh + v_offs[:, None] + offs_dv[None, :] * stride_vd
     return qk, seen, any_seen, v_ptrs, inside
 
@@ -145,12 +145,12 @@ def _block(
 )
 def _paged_attention(
     q, k, v, q_rope, k_rope, ends, counts, table, out, lse, partial,
-    tokens, requests, tiles, parts, group, D, DV, DR, page, left, right,
+    tokens, requests, tiles, parts, group, D, DV, DR, left, right,
     stride_qt, stride_qh, stride_qd, stride_kp, stride_kn, stride_kh, stride_kd,
     stride_vp, stride_vn, stride_vh, stride_vd, stride_qrt, stride_qrh, stride_qrd,
     stride_krp, stride_krn, stride_krh, stride_krd, stride_table,
-    SCALE: tl.constexpr, KEYS: tl.constexpr, ROPE: tl.constexpr, EXP: tl.constexpr, ACC: tl.constexpr, FOLD: tl.constexpr,
-    SEGMENT: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, WHICH: tl.constexpr, FEW_ROWS: tl.constexpr, GROUP: tl.constexpr,
+    SCALE: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, ROPE: tl.constexpr, EXP: tl.constexpr, ACC: tl.constexpr,
+    FOLD: tl.constexpr, SEGMENT: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, WHICH: tl.constexpr, FEW_ROWS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DR: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -170,8 +170,14 @@ def _paged_attention(
     if SPLIT:
         part, program = _part_of(program, programs, parts)
         programs = programs // parts
-    index = program % tiles
-    off_h = (program // tiles).to(tl.int64)
+    if BLOCK_M >= 64:
+        # a request's last queries see the most keys: the last tiles begin first, so that none of them ends alone
+        of_keys = programs // tiles
+        index = tiles - 1 - program // of_keys
+        off_h = (program % of_keys).to(tl.int64)
+    else:
+        index = program % tiles
+        off_h = (program // tiles).to(tl.int64)
     if WHICH == 2:
         request = tl.minimum(index, requests)
     else:
@@ -203,6 +209,7 @@ def _paged_attention(
     valid = (query < L) & (offs_m % GROUP < group)
     row = (token + query).to(tl.int64)
     position = S - L + query
+    last_key = tl.where(valid, tl.minimum(position + right, S - 1), -1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
 
@@ -239,7 +246,7 @@ def _paged_attention(
         pages += request.to(tl.int64) * stride_table
     if SEGMENT:
         # read a block ahead: what is read where it is needed would have the copies of keys on their way waited for
-        next_block = _page_of(pages, begin, S, page, KEYS, True, BLOCK_N)
+        next_block = _page_of(pages, begin, S, PAGE, KEYS, True, BLOCK_N)
     if SEGMENT > 0 and (not SPLIT and BLOCK_M >= 64):
         # a loop for each segment, as in `attention._attention`
         first_n = begin
@@ -249,22 +256,21 @@ def _paged_attention(
             next_whole_end = tl.minimum(tl.maximum(whole_end, next_whole), next_n)
             m_i, l_i, acc = _nothing(BLOCK_M, SUMS, BLOCK_DV, ACC)
             for STAGE in tl.static_range(0 if WINDOW else 1, 3):
-                for start_n in range(
-                    first_n if STAGE == 0 else next_whole if STAGE == 1 else next_whole_end,
-                    next_whole if STAGE == 0 else next_whole_end if STAGE == 1 else next_n,
-                    BLOCK_N,
-                ):
-                    block = next_block
-                    next_block = _page_of(pages, start_n + BLOCK_N, S, page, KEYS, True, BLOCK_N)
-                    qk, seen, any_seen, v_ptrs, inside = _block(
-                        q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, valid, position, D, DV, DR, page, left, right,
-                        stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
-                        stride_krp, stride_krn, stride_krh, stride_krd, SCALE, KEYS, ROPE, ACC, SEGMENT, STAGE == 1,
-                        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_DR,
-                    )  # fmt: skip
-                    m_i, l_i, acc = _add_block(
-                        qk, seen, any_seen, v_ptrs, inside, offs_dv < DV, m_i, l_i, acc, 0 if STAGE == 1 else 2, EXP, SEGMENT
-                    )  # fmt: skip
+                begin_n = first_n if STAGE == 0 else next_whole if STAGE == 1 else next_whole_end
+                end_n = next_whole if STAGE == 0 else next_whole_end if STAGE == 1 else next_n
+                if STAGE == 1 or begin_n < end_n:  # a loop has its first loads, though it may be empty
+                    for start_n in range(begin_n, end_n, BLOCK_N):
+                        block = next_block
+                        next_block = _page_of(pages, start_n + BLOCK_N, S, PAGE, KEYS, True, BLOCK_N)
+                        qk, seen, any_seen, v_ptrs, inside = _block(
+                            q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, position, last_key, D, DV, DR, left, right,
+                            stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
+                            stride_krp, stride_krn, stride_krh, stride_krd, SCALE, KEYS, PAGE, ROPE, ACC, SEGMENT, STAGE == 1, WINDOW,
+                            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_DR,
+                        )  # fmt: skip
+                        m_i, l_i, acc = _add_block(
+                            qk, seen, any_seen, v_ptrs, inside, offs_dv < DV, m_i, l_i, acc, 0 if STAGE == 1 else 2, EXP, SEGMENT
+                        )  # fmt: skip
             m_all, l_all, acc_all = _join(m_all, l_all, acc_all, m_i, _total(l_i, FOLD), acc, EXP)
             first_n = next_n
         m_i, l_row, acc = m_all, l_all, acc_all
@@ -277,13 +283,13 @@ def _paged_attention(
             ):
                 if SEGMENT:
                     block = next_block
-                    next_block = _page_of(pages, start_n + BLOCK_N, S, page, KEYS, True, BLOCK_N)
+                    next_block = _page_of(pages, start_n + BLOCK_N, S, PAGE, KEYS, True, BLOCK_N)
                 else:
-                    block = _page_of(pages, start_n, S, page, KEYS, False, BLOCK_N)
+                    block = _page_of(pages, start_n, S, PAGE, KEYS, False, BLOCK_N)
                 qk, seen, any_seen, v_ptrs, inside = _block(
-                    q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, valid, position, D, DV, DR, page, left, right,
+                    q_block, qr_block, k, v, k_rope, block, start_n, S, first_key, off_h, position, last_key, D, DV, DR, left, right,
                     stride_kp, stride_kn, stride_kh, stride_kd, stride_vp, stride_vn, stride_vh, stride_vd,
-                    stride_krp, stride_krn, stride_krh, stride_krd, SCALE, KEYS, ROPE, ACC, SEGMENT, STAGE == 1,
+                    stride_krp, stride_krn, stride_krh, stride_krd, SCALE, KEYS, PAGE, ROPE, ACC, SEGMENT, STAGE == 1, WINDOW,
                     BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_DR,
                 )  # fmt: skip
                 m_i, l_i, acc, m_all, l_all, acc_all = _add_next(
@@ -416,11 +422,11 @@ def fill(
         launch(
             _paged_attention, heads * tiles * parts, query,
             query, key, value, q_rope, k_rope, ends, counts, block_table, *outs, partial,
-            tokens, requests, tiles, parts, group, dim, value_dim, rope, page,
+            tokens, requests, tiles, parts, group, dim, value_dim, rope,
             UNLIMITED if left is None else min(left, UNLIMITED), UNLIMITED if right is None else min(right, UNLIMITED),
             *query.stride(), *k_strides, *v_strides, *q_rope.stride(), *kr_strides,
             0 if block_table is None else block_table.stride(0),
-            SCALE=scale_of(scale, dim + rope, sums["EXP"]), KEYS=keys, ROPE=rope > 0, **sums, SPLIT=parts > 1, WINDOW=left is not None,
+            SCALE=scale_of(scale, dim + rope, sums["EXP"]), KEYS=keys, PAGE=page, ROPE=rope > 0, **sums, SPLIT=parts > 1, WINDOW=left is not None,
             WHICH=which, FEW_ROWS=_few_rows(), GROUP=padded, BLOCK_M=tile.height, BLOCK_N=tile.width, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
             BLOCK_DR=blocks_of_head("paged_attention", query, rope, 1)[0], BLOCK_R=REQUESTS[device], num_warps=tile.warps,
             num_stages=tile.stages,
@@ -441,7 +447,7 @@ def launches_for(
     few = _few_rows()
 
     def tile_for(rows: int) -> Tile:
-        tile = tile_of(query, min(rows, PAGED_ROWS) if several else rows, head)
+        tile = tile_of(query, rows, head)
         halved = several and tile.height == few and heads * requests > MANY
         return tile._replace(warps=tile.warps // 2) if halved else tile
 

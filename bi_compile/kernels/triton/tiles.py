@@ -102,8 +102,6 @@ SEGMENT, FEW = 256, 96 * 128
 AHEAD = 16
 #: paged attention in 16 bits on CUDA where each request has few rows: more programs than this, and each works with half the warps
 MANY = 1024
-#: the most rows of a tile of paged attention there: two programs of 64 read pages faster than one of 128
-PAGED_ROWS = 64
 #: target -> among how many requests a program of paged attention looks for its own at a time
 REQUESTS: dict[str, int] = {"cuda": 128, "npu": 16}
 #: attention in 16 bits on CUDA where heads have more than 128 elements: one tile for any number of rows
