@@ -299,6 +299,37 @@ def test_a_replacement_calls_the_native_product_whoever_installs_what(monkeypatc
         assert replaced()
 
 
+def test_fallbacks_that_come_and_go_are_each_asked_in_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Names(Pass):
+        name = "names"
+
+        @replaces(torch.ops.aten.mm.default, why="a test", source="a test")
+        def mm(self: Tensor, mat2: Tensor) -> Tensor:
+            return self.new_full((1,), 7)
+
+    ours = eager.prepare(Options(), "cpu")
+    monkeypatch.setattr(eager, "resolve", lambda options: dataclasses.replace(resolve(options), passes=(Names,)))
+    other = eager.prepare(Options(), "cpu")
+    before = native()[0]
+
+    def is_other() -> bool:
+        return (NATIVE @ OTHER).shape == (1,)
+
+    for _ in range(2):  # in every order, the same one twice too
+        with ours.installed():
+            assert replaced()
+            with other.installed():
+                assert is_other()
+                with ours.installed():
+                    assert replaced()
+                assert is_other()  # the older of the two is gone as well
+            assert same_bits(NATIVE @ OTHER, before)
+        for fallback in (other, ours, ours, other):
+            with fallback.installed():
+                assert is_other() if fallback is other else replaced()
+            assert same_bits(NATIVE @ OTHER, before)
+
+
 def test_installing_warns_of_nothing() -> None:
     program = (
         "import bi_compile, torch, warnings; torch.set_warn_always(True); warnings.simplefilter('error'); bi_compile.install(); "
