@@ -8,7 +8,7 @@ A device's library may register an operator for itself that PyTorch composes of 
 some 40 more), and what its own kernel calls never comes past the dispatcher. Such an operator, unless it is in the table, is
 taken apart as PyTorch takes it apart, and the parts meet the table (`EagerFallback.apart`).
 
-A product, a softmax or a sum is replaced by an operator with the same arguments, so the dispatcher is told to call that at once
+A product, a softmax, a sum or a norm is replaced by an operator with the same arguments, so the dispatcher is told to call that at once
 (`kernels.calls`): a kernel in Python costs the host 4 us a call.
 
 It holds for every thread of the process. Our kernels are put in at the first use and stay, because the dispatcher must not
@@ -35,7 +35,7 @@ from .errors import AuditError, OptionError
 from .kernels import calls
 from .ops import KERNELS, OPERATORS, load_kernels
 from .options import Options
-from .passes import PASSES, Matmul, Reductions, Softmax
+from .passes import PASSES, LayerNorm, Matmul, Reductions, RmsNorm, Softmax
 from .refused import REFUSED, REFUSED_SPARSE, SPARSE_KEYS
 from .resolve import resolve
 from .table import Entry, Replacement, Table
@@ -76,9 +76,13 @@ _SAME_ARGUMENTS: dict[OpOverload, OpOverload] = {
         (_aten.sum.dim_IntList, "sum"),
         (_aten.mean.dim, "mean"),
         (_aten.cumsum.default, "cumsum"),
+        (_aten.native_layer_norm.default, "layer_norm"),
+        (_aten._fused_rms_norm.default, "rms_norm"),
     )
 }
-_THEIR_ENTRIES = frozenset(id(entry) for every in (Matmul, Softmax, Reductions) for entry in every.entries)
+_THEIR_ENTRIES = frozenset(
+    id(entry) for every in (Matmul, Softmax, Reductions, LayerNorm, RmsNorm) for entry in every.entries
+)
 _REDIRECTED = frozenset(map(id, _SAME_ARGUMENTS))
 #: (operator, device) -> what switches its redirection to that (`calls.redirect`)
 _switches: dict[tuple[OpOverload, str], int] = {}

@@ -1,6 +1,5 @@
 """Layer and group normalisation, as operators and taken apart."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,20 @@ NPU_SOURCE = "assumed from AclnnAddRmsNorm (vllm-ascend PR 6910); not measured"
 def _plain_layer_norm(x: Tensor, eps: float) -> Tensor:
     variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(variance + eps)
+
+
+def as_rows(input: Tensor, normalized_shape: Sequence[int]) -> Tensor:
+    """input [..., *normalized_shape] as [..., C].
+
+    Raises:
+        RuntimeError: it has another shape, or none.
+    """
+    k = len(normalized_shape)
+    torch._check(
+        0 < k <= input.dim() and list(input.shape[-k:]) == list(normalized_shape),
+        lambda: f"an input of {list(input.shape)} has no last dimensions of normalized_shape={list(normalized_shape)}",
+    )
+    return input if k == 1 else input.flatten(-k)
 
 
 def _statistic(input: Tensor, *params: Tensor | None) -> torch.dtype:
@@ -51,8 +64,8 @@ def native_layer_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     k = len(normalized_shape)
-    flat = input.reshape(*input.shape[: input.dim() - k], math.prod(normalized_shape))
-    y, mean, rstd = ops.layer_norm(flat, *(p if p is None else p.reshape(-1) for p in (weight, bias)), eps)
+    rows = as_rows(input, normalized_shape)
+    y, mean, rstd = ops.layer_norm(rows, *(p if p is None else p.reshape(-1) for p in (weight, bias)), eps)
     stat = (*input.shape[: input.dim() - k], *[1] * k)
     if input.device.type == "cpu":  # elsewhere they stay in float32
         dtype = _statistic(input, weight, bias)

@@ -1,7 +1,6 @@
 """RMS normalisation, as an operator and taken apart."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -9,6 +8,8 @@ from torch import Tensor
 
 from bi_compile import ops
 from bi_compile.table import Pass, Pattern
+
+from .layer_norm import as_rows
 
 
 def _plain(x: Tensor, eps: float) -> Tensor:
@@ -66,10 +67,10 @@ def fused_rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     k = len(normalized_shape)
-    flat = input.reshape(*input.shape[: input.dim() - k], math.prod(normalized_shape))
+    rows = as_rows(input, normalized_shape)
     # PyTorch's default: the eps of the dtype in which it computes
     eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps if eps is None else eps
-    y, rstd = ops.rms_norm(flat, weight if weight is None else weight.reshape(-1), eps)
+    y, rstd = ops.rms_norm(rows, weight if weight is None else weight.reshape(-1), eps)
     return y.view(input.shape), rstd.view(*input.shape[: input.dim() - k], *[1] * k)
 
 

@@ -272,6 +272,56 @@ def test_sums_and_softmax_need_no_python(asked: list[str]) -> None:
         assert gradient.shape == x.shape
 
 
+def test_norms_need_no_python(asked: list[str]) -> None:
+    """Over the last dimension, but for statistics that PyTorch rounds on a CPU."""
+    x, rows, w = rand(4, 17, 64), rand(17, 128)[:, ::2], rand(64, seed=1)
+    norm = torch.ops.aten.native_layer_norm.default
+    floating = [
+        lambda: norm(x, [64], w, w, 1e-5),
+        lambda: norm(rows, [64], None, None, 1e-3),
+        lambda: norm(rows.double(), [64], w.double(), None, 1e-5),
+        lambda: norm(x[:0], [64], w, None, 1e-5),
+        lambda: norm(x[0, 0], [64], w, None, 1e-5),
+    ]
+    python = [lambda: norm(x.bfloat16(), [64], w, None, 1e-5), lambda: norm(x, [17, 64], None, None, 1e-5)]
+    with invariant():
+        with eager.held(eager.prepare(Options(), "cpu")):  # for this thread alone, so Python decides
+            want = [f() for f in floating + python]
+        for i, f in enumerate(floating + python):
+            asked.clear()
+            found = f()
+            assert same_bits(found, want[i])
+            assert [(y.dtype, y.shape) for y in found] == [(y.dtype, y.shape) for y in want[i]]
+            assert asked == ["aten.native_layer_norm.default"] * (i >= len(floating))
+        for y, shape in ((rows, [17]), (rows, [1, 64]), (rows, []), (x[:, :1], [8, 8]), (rows[0, 0], [1])):
+            with pytest.raises(RuntimeError):
+                norm(y, shape, None, None, 1e-5)
+        y = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((F.layer_norm(y, [64], w) ** 2).sum(), y)
+        assert gradient.shape == x.shape
+
+
+def test_a_fused_norm_needs_no_python() -> None:
+    """rms_norm on CUDA is one operator; a CPU has no kernel for it, so the program gives it one."""
+    program = """
+import torch
+library = torch.library.Library("aten", "IMPL")
+library.impl("_fused_rms_norm", lambda x, shape, weight, eps: (x, x), "CPU")
+from bi_compile import eager, invariant, ops
+asked, plain = [], eager._replacement
+eager._replacement = lambda *given: asked.append(1) or plain(*given)
+x, weight = torch.randn(4, 17, 64, dtype=torch.bfloat16), torch.randn(64, dtype=torch.bfloat16)
+with invariant():
+    asked.clear()
+    for eps, default in ((1e-6, 1e-6), (None, torch.finfo(torch.float32).eps)):
+        for w in (weight, None):
+            found, want = torch.ops.aten._fused_rms_norm(x.float(), [64], w, eps), ops.rms_norm(x.float(), w, default)
+            assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+            print(len(asked), end=" ")
+"""
+    assert python(program) == "0 0 1 2 "
+
+
 def test_an_error_within_a_replacement_leaves_the_operator_replaced() -> None:
     with invariant():
         for _ in range(2):
