@@ -17,8 +17,9 @@ from torch import Tensor
 from .batch import Pointwise
 from .declare import check, composite, operator
 
-#: elements a call: below PyTorch's grain of 32768, from which on threads share the work, and a multiple of every vector
-CHUNK = 32768 - 64
+#: elements a call: a multiple of every vector, and fewer than threads share: from 16,384 on in gelu (GELU_MIN_ELEMENTS_FOR_MULTI_THREADING in
+#: aten/src/ATen/native/cpu/Activation.cpp), from 32,768 on elsewhere
+CHUNK = 16384 - 64
 
 
 def _call(name: str, tensors: Sequence[Tensor], numbers: Sequence[float], word: str | None) -> Tensor:

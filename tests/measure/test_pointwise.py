@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +34,35 @@ def test_pytorch_alone_follows_them(name: str) -> None:
     """What the measurement is worth: without the fallback it finds these."""
     (p,) = [p for p in OPERATORS if p.name == name]
     assert pointwise.eager(p, torch.float32)
+
+
+def _of_threads(threads: int, dtype: torch.dtype) -> set[str]:
+    """The operators of which a row of 1,000 has other bits among so many others that `threads` share them."""
+    before, found = torch.get_num_threads(), set()
+    torch.set_num_threads(threads)
+    try:
+        for p in OPERATORS:
+            alone = [pointwise.values(1, 1000, dtype, i + 1) for i in range(p.tensors)]
+            with contextlib.suppress(NotImplementedError):  # not for every dtype
+                want = p(*alone)
+                for rows in (17, 33, 67):
+                    got = p(*[x.expand(rows, 1000).contiguous() for x in alone])
+                    pairs = zip(pointwise._outputs(got), pointwise._outputs(want), strict=True)
+                    if not all(pointwise.same_bits(g, w.expand(rows, *w.shape[1:])) for g, w in pairs):
+                        found.add(p.name)
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4, 7])
+def test_no_row_follows_how_threads_share_the_work(threads: int) -> None:
+    with invariant():
+        assert not _of_threads(threads, torch.float32) | _of_threads(threads, torch.bfloat16)
+
+
+def test_pytorch_alone_follows_how_threads_share_the_work() -> None:
+    assert "aten.gelu.default" in _of_threads(3, torch.float32)
 
 
 OF_COMPLEX = ("mul.Tensor", "square.default", "addcmul.default", "lerp.Scalar", "lerp.Tensor", "silu_backward.default")
