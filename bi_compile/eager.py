@@ -9,7 +9,7 @@ some 40 more), and what its own kernel calls never comes past the dispatcher. Su
 taken apart as PyTorch takes it apart, and the parts meet the table (`EagerFallback.apart`).
 
 A product, a softmax, a sum or a norm is replaced by an operator with the same arguments, so the dispatcher is told to call that at once
-(`kernels.calls`): a kernel in Python costs the host 4 us a call.
+(`kernels.calls`): a kernel in Python costs the host 4 us a call. On a CPU so are pointwise functions, which threads share there.
 
 It holds for every thread of the process. Our kernels are put in at the first use and stay, because the dispatcher must not
 lose a kernel that another thread is in; each looks up what is installed at the moment, and calls PyTorch's own where nothing
@@ -35,10 +35,11 @@ from .errors import AuditError, OptionError
 from .kernels import calls
 from .ops import KERNELS, OPERATORS, load_kernels
 from .options import Options
-from .passes import PASSES, LayerNorm, Matmul, Reductions, RmsNorm, Softmax
+from .passes import PASSES, LayerNorm, Matmul, Pointwise, Reductions, RmsNorm, Softmax
+from .passes.pointwise import WHOLE
 from .refused import REFUSED, REFUSED_SPARSE, SPARSE_KEYS
 from .resolve import resolve
-from .table import Entry, Replacement, Table
+from .table import Entry, Replacement, Table, find_operator
 from .targets import for_device
 from .user_code import place
 
@@ -81,9 +82,11 @@ _SAME_ARGUMENTS: dict[OpOverload, OpOverload] = {
     )
 }
 _THEIR_ENTRIES = frozenset(
-    id(entry) for every in (Matmul, Softmax, Reductions, LayerNorm, RmsNorm) for entry in every.entries
+    id(entry) for every in (Matmul, Softmax, Reductions, LayerNorm, RmsNorm, Pointwise) for entry in every.entries
 )
-_REDIRECTED = frozenset(map(id, _SAME_ARGUMENTS))
+#: pointwise functions of a CPU, which run on whole vectors; those of numbers PyTorch computes by those of tensors
+_WHOLE = frozenset(op for op in map(find_operator, WHOLE) if op is not None and "Scalar" not in op._overloadname)
+_REDIRECTED = frozenset(map(id, (*_SAME_ARGUMENTS, *_WHOLE)))
 #: (operator, device) -> what switches its redirection to that (`calls.redirect`)
 _switches: dict[tuple[OpOverload, str], int] = {}
 #: what was installed when they were last set
@@ -251,11 +254,12 @@ def _put_in(op: OpOverload, device: str, autograd: bool = False, sparse: str = "
     if (op, key) in _kernels or (autograd and not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)):
         return
     original = torch.library.get_kernel(op, key)
+    native = calls.native(op, key) if key == "CPU" and op in _WHOLE else None
     _register(op, key, (_sparse_kernel if sparse else _autograd_kernel if autograd else _kernel)(op, device, original))
-    if autograd or sparse or op not in _SAME_ARGUMENTS:
+    if autograd or sparse or (op not in _SAME_ARGUMENTS and native is None):
         return
     with _overriding():
-        which = calls.redirect(op, key, _SAME_ARGUMENTS[op])
+        which = calls.redirect(op, key, _SAME_ARGUMENTS[op]) if native is None else calls.whole(op, key, native)
     if which is not None:
         _switches[op, device] = which
         _switched_for = ()
@@ -289,7 +293,7 @@ def _overriding() -> Iterator[None]:
 
 def _kernel(op: OpOverload, device: str, original: Any) -> Callable[..., Any]:
     as_tensors, me = _numbers_as_tensors(op), id(op)
-    redirected = op in _SAME_ARGUMENTS
+    redirected = me in _REDIRECTED
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         mine = _active.fallbacks

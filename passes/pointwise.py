@@ -126,8 +126,10 @@ def _of_one_type(values: list[Any]) -> list[Tensor]:
     return [v.to(dtype) if isinstance(v, Tensor) else like.new_full((), v, dtype=dtype) for v in values]
 
 
-for _name in VARY:
-    _whole(f"aten.{_name}" if "." in _name else f"aten.{_name}.default")
+#: those that vary whatever their numbers are
+WHOLE = [f"aten.{name}" if "." in name else f"aten.{name}.default" for name in VARY]
+for _name in WHOLE:
+    _whole(_name)
 _whole("aten.pow.Tensor_Scalar", _square)
 for _name in ("add.Tensor", "sub.Tensor", "rsub.Scalar"):
     _whole(f"aten.{_name}", _plain_sum)

@@ -14,6 +14,8 @@ from support import BATCHES, python, rand, rows_equal, same_bits, tensors
 from torch import Tensor
 
 from bi_compile import OptionError, Options, Pass, eager, install, invariant, replaces
+from bi_compile.measure import pointwise
+from bi_compile.passes.pointwise import WHOLE
 from bi_compile.resolve import resolve
 
 Function = Callable[..., Any]
@@ -320,6 +322,40 @@ with invariant():
             print(len(asked), end=" ")
 """
     assert python(program) == "0 0 1 2 "
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_pointwise_functions_need_no_python(asked: list[str], dtype: torch.dtype) -> None:
+    """Of floating, contiguous operands of one size, with the bits that the kernel in Python gives them."""
+    points = [p for p in pointwise.operators() if p.name in WHOLE and ".Scalar" not in p.name]
+    assert len(points) > 50
+    for shape in ((1, 1), (3, 21), (5, 64), (41, 400), (3, 70_001)):
+        for p in points:
+            xs = [pointwise.values(*shape, dtype, i + 1) for i in range(p.tensors)]
+            with invariant():
+                try:
+                    with eager.held(eager.prepare(Options(), "cpu")):  # for this thread alone, so Python decides
+                        want = p(*xs)
+                except NotImplementedError:  # not for every dtype
+                    with pytest.raises(NotImplementedError):
+                        p(*xs)
+                    continue
+                asked.clear()
+                found = p(*xs)
+                assert not asked, p.name
+                assert found.shape == want.shape and found.dtype == want.dtype and found.is_contiguous()
+                assert pointwise.same_bits(found, want), (p.name, shape)
+    x, y = rand(6, 64), rand(6, 1)
+    with invariant():
+        for f in (lambda: x.t().sigmoid(), lambda: torch.maximum(x, y), lambda: x.long().sigmoid()):
+            asked.clear()
+            f()
+            assert asked
+        with pytest.raises(RuntimeError):
+            torch.maximum(x, rand(5, 64))
+        z = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.silu(z).sum(), z)
+        assert gradient.shape == x.shape and not torch.equal(gradient, torch.zeros_like(x))
 
 
 def test_an_error_within_a_replacement_leaves_the_operator_replaced() -> None:

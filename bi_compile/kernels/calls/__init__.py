@@ -5,6 +5,7 @@
   eager fallback and `bi_compile.ops` all come by it.
 - `redirect` and `linear` (`redirect.cpp`): where the eager fallback replaces an operator by one of ours with the same arguments, the
   dispatcher calls that, and not a kernel in Python that does.
+- `whole` (`whole.cpp`): where it replaces a pointwise function on a CPU by the same one on whole vectors, threads share them.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ def _headers() -> list[Path]:
 EXTENSION = Extension(
     "bi_compile_calls",
     Path(__file__).parent,
-    ("call.cpp", "redirect.cpp"),
-    ("-O2", "-std=c++20"),
+    ("call.cpp", "redirect.cpp", "whole.cpp"),
+    ("-O2", "-std=c++20", "-fopenmp"),
     depends_on=lambda: sysconfig.get_config_var("SOABI") or "",
+    ldflags=("-fopenmp",),
     include_folders=_headers,
 )
 _why_not = ""
@@ -59,6 +61,8 @@ def _load() -> ctypes.PyDLL | None:
     for name, returns, arguments in (
         ("call", anything, (anything, text)),
         ("redirect", anything, (text, text, text, text)),
+        ("native", anything, (text, text, text)),
+        ("whole", anything, (text, text, text, pointer)),
         ("composed_linear", anything, ()),
         ("linear", anything, (pointer,)),
         ("switch", None, (pointer, ctypes.c_bool)),
@@ -102,6 +106,21 @@ def redirect(op: OpOverload, key: str, to: OpOverload) -> int | None:
     return library.bi_compile_redirect(
         schema.name.encode(), schema.overload_name.encode(), key.encode(), to._schema.name.encode()
     )
+
+
+def native(op: OpOverload, key: str) -> int | None:
+    """What computes `op` under a dispatch key, for `whole`. None where it cannot be compiled."""
+    library = _library()
+    if library is None:
+        return None
+    return library.bi_compile_native(op._schema.name.encode(), op._schema.overload_name.encode(), key.encode())
+
+
+def whole(op: OpOverload, key: str, native: int) -> int:
+    """Let the dispatcher call `native` on whole vectors, as `ops.pointwise` does, for `op` under a dispatch key whenever the switch that is
+    returned is on and its tensors are floating, contiguous and of one size and dtype; else the kernel that is there now."""
+    assert _found is not None
+    return _found.bi_compile_whole(op._schema.name.encode(), op._schema.overload_name.encode(), key.encode(), native)
 
 
 def switch(which: int, on: bool) -> None:

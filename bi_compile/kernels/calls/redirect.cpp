@@ -1,19 +1,7 @@
 // Kernels of PyTorch's dispatcher, for the eager fallback, that spare a call the way through its kernel in Python.
-#include <ATen/core/boxing/KernelFunction.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/stack.h>
-#include <torch/csrc/Exceptions.h>
-
-#include <atomic>
-#include <memory>
-#include <vector>
+#include "redirect.h"
 
 namespace {
-
-// Whether this thread has fallbacks of its own, which only Python knows.
-thread_local bool own = false;
-// Whether any switch counts.
-std::atomic<bool> any_on = false;
 
 bool exact(const torch::jit::Stack& stack, size_t count) {
   for (const auto& given : torch::jit::last(stack, count))
@@ -45,16 +33,14 @@ bool of_rows(const c10::IValue& input, const c10::IValue& shape) {
 
 // While it is on: an operator with the same arguments in place of this one, for floating numbers. Else the kernel in Python.
 // half_to_float of _softmax is a dtype to ours, no dimensions are an empty list, and a norm has no shape.
-struct Redirect final : c10::OperatorKernel {
-  c10::SafeKernelFunction python;
+struct Redirect final : Switched {
   c10::OperatorHandle to;
   bool norm;
   size_t count;
   std::vector<size_t> dtypes, wide, dims, numbers;  // arguments that are dtypes to both, given in another form, or none to theirs alone
-  std::atomic<bool> on = false;
 
   Redirect(c10::SafeKernelFunction before, const c10::OperatorHandle& from, c10::OperatorHandle target)
-      : python(std::move(before)), to(std::move(target)), norm(has_shape(from)), count(from.schema().arguments().size()) {
+      : Switched(std::move(before)), to(std::move(target)), norm(has_shape(from)), count(from.schema().arguments().size()) {
     for (size_t i = 0; i < count; ++i) {
       if (norm && i == kNormalizedShape) continue;
       const auto &theirs = from.schema().arguments()[i], &ours = to.schema().arguments()[i - (norm && i > kNormalizedShape)];
@@ -74,7 +60,7 @@ struct Redirect final : c10::OperatorKernel {
   }
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    if (!any_on || !on || own || !fits(*stack)) return python.callBoxed(op, keys, stack);
+    if (!holds() || !fits(*stack)) return python.callBoxed(op, keys, stack);
     const auto given = stack->end() - static_cast<std::ptrdiff_t>(count);
     for (const auto i : wide) given[i] = given[i].toBool() ? c10::IValue(static_cast<int64_t>(c10::ScalarType::Float)) : c10::IValue();
     for (const auto i : dims)
@@ -97,22 +83,9 @@ struct Linear final : c10::OperatorKernel {
   }
 };
 
-// It stays for the life of the process, like the kernel in Python below it.
-template <class Kernel>
-Kernel* put_in(const c10::OperatorHandle& op, c10::DispatchKey key, std::unique_ptr<Kernel> kernel) {
-  Kernel* const found = kernel.get();
-  new c10::RegistrationHandleRAII(c10::Dispatcher::singleton().registerImpl(
-      op.operator_name(), key, c10::KernelFunction::makeFromBoxedFunctor(std::move(kernel)), std::nullopt, nullptr, "bi_compile"));
-  return found;
-}
-
-c10::OperatorHandle find(const char* name, const char* overload = "") { return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload); }
-
 }  // namespace
 
 extern "C" {
-#define BI_COMPILE_EXPORT __attribute__((visibility("default")))
-
 // Calls of `name` under the dispatch key go to the operator `target` while the switch that is returned is on.
 BI_COMPILE_EXPORT PyObject* bi_compile_redirect(const char* name, const char* overload, const char* key, const char* target) {
   HANDLE_TH_ERRORS
