@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bi_compile import OptionError, Options, Pass, eager, install, invariant, replaces
 from bi_compile.measure import pointwise
-from bi_compile.passes.pointwise import WHOLE
 from bi_compile.resolve import resolve
 
 Function = Callable[..., Any]
@@ -327,7 +326,7 @@ with invariant():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_pointwise_functions_need_no_python(asked: list[str], dtype: torch.dtype) -> None:
     """Of floating, contiguous operands of one size, with the bits that the kernel in Python gives them."""
-    points = [p for p in pointwise.operators() if p.name in WHOLE and ".Scalar" not in p.name]
+    points = [p for p in pointwise.operators() if p.op in eager._WHOLE]
     assert len(points) > 50
     for shape in ((1, 1), (3, 21), (5, 64), (41, 400), (3, 70_001)):
         for p in points:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import cpu_cases
 import pytest
 import torch
 from torch import Tensor
@@ -38,9 +39,8 @@ def test_pytorch_alone_follows_them(name: str) -> None:
 
 def _of_threads(threads: int, dtype: torch.dtype) -> set[str]:
     """The operators of which a row of 1,000 has other bits among so many others that `threads` share them."""
-    before, found = torch.get_num_threads(), set()
-    torch.set_num_threads(threads)
-    try:
+    found = set()
+    with cpu_cases.threads(threads):
         for p in OPERATORS:
             alone = [pointwise.values(1, 1000, dtype, i + 1) for i in range(p.tensors)]
             with contextlib.suppress(NotImplementedError):  # not for every dtype
@@ -50,8 +50,6 @@ def _of_threads(threads: int, dtype: torch.dtype) -> set[str]:
                     pairs = zip(pointwise._outputs(got), pointwise._outputs(want), strict=True)
                     if not all(pointwise.same_bits(g, w.expand(rows, *w.shape[1:])) for g, w in pairs):
                         found.add(p.name)
-    finally:
-        torch.set_num_threads(before)
     return found
 
 

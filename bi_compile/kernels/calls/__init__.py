@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch._ops import OpOverload
 
 from ..build import Extension
@@ -63,7 +64,6 @@ def _load() -> ctypes.PyDLL | None:
         ("redirect", anything, (text, text, text, text)),
         ("native", anything, (text, text, text)),
         ("whole", anything, (text, text, text, pointer)),
-        ("composed_linear", anything, ()),
         ("linear", anything, (pointer,)),
         ("switch", None, (pointer, ctypes.c_bool)),
         ("switch_all", None, (ctypes.c_bool,)),
@@ -100,27 +100,24 @@ def redirect(op: OpOverload, key: str, to: OpOverload) -> int | None:
     """Let the dispatcher call `to`, which has the same arguments, for `op` under a dispatch key whenever the switch that is returned is on
     (`switch`, `switch_all`) and an argument is floating; else the kernel that is there now. None where it cannot be compiled."""
     library = _library()
-    if library is None:
-        return None
-    schema = op._schema
-    return library.bi_compile_redirect(
-        schema.name.encode(), schema.overload_name.encode(), key.encode(), to._schema.name.encode()
-    )
+    return None if library is None else library.bi_compile_redirect(*_names(op, key), to._schema.name.encode())
+
+
+def _names(op: OpOverload, key: str) -> tuple[bytes, bytes, bytes]:
+    return op._schema.name.encode(), op._schema.overload_name.encode(), key.encode()
 
 
 def native(op: OpOverload, key: str) -> int | None:
     """What computes `op` under a dispatch key, for `whole`. None where it cannot be compiled."""
     library = _library()
-    if library is None:
-        return None
-    return library.bi_compile_native(op._schema.name.encode(), op._schema.overload_name.encode(), key.encode())
+    return None if library is None else library.bi_compile_native(*_names(op, key))
 
 
 def whole(op: OpOverload, key: str, native: int) -> int:
     """Let the dispatcher call `native` on whole vectors, as `ops.pointwise` does, for `op` under a dispatch key whenever the switch that is
     returned is on and its tensors are floating, contiguous and of one size and dtype; else the kernel that is there now."""
     assert _found is not None
-    return _found.bi_compile_whole(op._schema.name.encode(), op._schema.overload_name.encode(), key.encode(), native)
+    return _found.bi_compile_whole(*_names(op, key), native)
 
 
 def switch(which: int, on: bool) -> None:
@@ -145,7 +142,8 @@ def own(has: bool) -> None:
 def linear() -> Iterator[None]:
     """aten::linear is given a kernel in Python in the block, which it need not go to without a bias or for a matrix."""
     library = _library()
-    composed = None if library is None else library.bi_compile_composed_linear()
+    # PyTorch has one kernel of it for every device
+    composed = native(torch.ops.aten.linear.default, "CPU")
     yield
     if library is not None:
         library.bi_compile_linear(composed)

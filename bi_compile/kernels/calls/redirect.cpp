@@ -98,10 +98,10 @@ BI_COMPILE_EXPORT PyObject* bi_compile_redirect(const char* name, const char* ov
   END_HANDLE_TH_ERRORS
 }
 
-// What linear is composed of, for `bi_compile_linear`; called before there is a kernel in Python.
-BI_COMPILE_EXPORT PyObject* bi_compile_composed_linear() {
+// What computes `name` under the dispatch key now, for `bi_compile_linear` and `bi_compile_whole`; called before there is a kernel in Python.
+BI_COMPILE_EXPORT PyObject* bi_compile_native(const char* name, const char* overload, const char* key) {
   HANDLE_TH_ERRORS
-  return PyLong_FromVoidPtr(new c10::SafeKernelFunction(find("aten::linear").getComputedKernelForDispatchKey(c10::DispatchKey::CPU)));
+  return PyLong_FromVoidPtr(new c10::SafeKernelFunction(find(name, overload).getComputedKernelForDispatchKey(c10::parseDispatchKey(key))));
   END_HANDLE_TH_ERRORS
 }
 

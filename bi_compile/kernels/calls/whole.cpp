@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/ones.h>
 
 #include <cstring>
 
@@ -55,15 +56,15 @@ struct Whole final : Switched {
     // the function of `many` elements from `begin` on, of which `there` are given and the others are 1
     const auto compute = [&](int64_t begin, int64_t many, int64_t there) {
       torch::jit::Stack mine(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
-      std::vector<std::vector<char>> padded;
       for (const auto i : tensors) {
         char* from = static_cast<char*>(const_cast<void*>(mine[i].toTensor().const_data_ptr())) + begin * size;
-        if (there < many) {
-          padded.emplace_back(ones(first.scalar_type(), many));
-          std::memcpy(padded.back().data(), from, there * size);
-          from = padded.back().data();
+        if (there == many) {
+          mine[i] = at::from_blob(from, {many}, first.options());
+        } else {
+          const auto filled = at::ones({many}, first.options());
+          std::memcpy(filled.mutable_data_ptr(), from, there * size);
+          mine[i] = filled;
         }
-        mine[i] = at::from_blob(from, {many}, first.options());
       }
       native.callBoxed(op, keys, &mine);
       const auto& result = mine.back().toTensor();
@@ -83,24 +84,11 @@ struct Whole final : Switched {
     torch::jit::drop(*stack, count);
     stack->emplace_back(out);
   }
-
-  static std::vector<char> ones(c10::ScalarType type, int64_t many) {
-    std::vector<char> result(many * c10::elementSize(type));
-    at::from_blob(result.data(), {many}, at::TensorOptions(type)).fill_(1);
-    return result;
-  }
 };
 
 }  // namespace
 
 extern "C" {
-
-// What computes `name` under the dispatch key now, for `bi_compile_whole`; called before there is a kernel in Python.
-BI_COMPILE_EXPORT PyObject* bi_compile_native(const char* name, const char* overload, const char* key) {
-  HANDLE_TH_ERRORS
-  return PyLong_FromVoidPtr(new c10::SafeKernelFunction(find(name, overload).getComputedKernelForDispatchKey(c10::parseDispatchKey(key))));
-  END_HANDLE_TH_ERRORS
-}
 
 // Calls of `name` go to `native` on whole vectors while the switch that is returned is on.
 BI_COMPILE_EXPORT PyObject* bi_compile_whole(const char* name, const char* overload, const char* key, void* native) {
