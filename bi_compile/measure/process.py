@@ -94,16 +94,17 @@ def take_turns(module: str, plans: Sequence[dict[str, Any]], *, at_once: int = 1
             running.append(process)
             if len(running) >= min(at_once, len(plans)):
                 outputs += readers.map(_until_turn, running[len(outputs) :])
-        waiting = list(range(len(running)))
+        waiting = [i for i, output in enumerate(outputs) if output.endswith(TURN)]
         while waiting:
             for i in list(waiting):
-                process = running[i]
-                if process.poll() is not None or not outputs[i].endswith(TURN):
+                process, said = running[i], ""
+                if process.poll() is None:
+                    assert process.stdin is not None
+                    print(file=process.stdin, flush=True)
+                    said = _until_turn(process)
+                outputs[i] += said
+                if not said.endswith(TURN):  # it ended, though it may be about to
                     waiting.remove(i)
-                    continue
-                assert process.stdin is not None
-                print(file=process.stdin, flush=True)
-                outputs[i] += _until_turn(process)
     return [_result(module, plan, output, "") for plan, output in zip(plans, outputs, strict=True)]
 
 
